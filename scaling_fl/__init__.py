@@ -1,0 +1,1 @@
+"""Federated fine-tuning of language models in plain PyTorch."""

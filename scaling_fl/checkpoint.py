@@ -1,0 +1,147 @@
+"""One file a round, whole or not there at all, on any file system that fsspec knows."""
+
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import torch
+from torch import Tensor
+
+from scaling_fl.distributed import rank, share_state, together
+from scaling_fl.server import Server
+
+NAME = re.compile(r"round-(\d+)\.pt")
+
+History = list[dict[str, float]]  # the metrics of each round, from round 0
+
+
+def save(directory: str | None, server: Server, history: History, settings: dict[str, Any], keep: int | None) -> None:
+    """Write the last round's `round-N.pt` from rank 0, aside and then renamed.
+
+    Removes all checkpoints but the last `keep`. Does nothing without a directory.
+    """
+    if directory is not None:
+        together(lambda: _write(directory, server, history, settings, keep) if rank() == 0 else None)
+
+
+def _write(directory: str, server: Server, history: History, settings: dict[str, Any], keep: int | None) -> None:
+    filesystem, path = fsspec.core.url_to_fs(directory)
+    filesystem.makedirs(path, exist_ok=True)
+    round_ = len(history) - 1
+    state = {"round": round_, "server": server.state_dict(), "history": history, "settings": settings}
+    aside = f"{path}/.round-{round_}.pt.part"
+    with filesystem.open(aside, "wb") as file:
+        torch.save(state | {"sha256": _sha256(state)}, file)
+    filesystem.mv(aside, f"{path}/round-{round_}.pt")
+    if keep is not None:
+        for number in _rounds(filesystem, path)[keep:]:
+            filesystem.rm(f"{path}/round-{number}.pt")
+
+
+def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> History:
+    """Take over the last whole checkpoint of a directory. Rank 0 reads, and tells the others.
+
+    Returns:
+        The metrics of the rounds that are done, none if there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of another model or of other settings, or none there is whole.
+    """
+    if directory is None:
+        return []
+
+    def take_over(state: Any) -> None:
+        if state is not None:
+            _compare(directory, state["settings"], settings)
+            server.load_state_dict(state["server"])
+
+    state: Any = together(lambda: _read_last(directory) if rank() == 0 else None)
+    state = share_state(state)
+    together(lambda: take_over(state))
+    return [] if state is None else state["history"]
+
+
+def exists(directory: str | None) -> bool:
+    """Tell whether a directory has a checkpoint."""
+    return directory is not None and bool(_rounds(*fsspec.core.url_to_fs(directory)))
+
+
+def _read_last(directory: str) -> dict | None:
+    filesystem, path = fsspec.core.url_to_fs(directory)
+    rounds = _rounds(filesystem, path)
+    for number in rounds:
+        try:
+            return read(f"{directory}/round-{number}.pt")
+        except OSError:
+            raise  # a store that does not answer says nothing about the file
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            warnings.warn(f"skipping {directory}/round-{number}.pt, which is damaged: {reason}", stacklevel=2)
+    if rounds:
+        raise ValueError(
+            f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
+            "another folder, or removing the files, would do"
+        )
+    return None
+
+
+def read(url: str) -> dict:
+    """Read one checkpoint: `round`, `server` (`weights` by name, `optimiser`), `history`, `settings`.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    with fsspec.open(url, "rb") as file:
+        state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.pop("sha256", None) != _sha256(state):
+        raise ValueError("its contents do not match their checksum")
+    return state
+
+
+def _rounds(filesystem: fsspec.AbstractFileSystem, path: str) -> list[int]:
+    """Return the rounds that have a checkpoint, the last one first."""
+    if not filesystem.isdir(path):
+        return []
+    names = (found.rsplit("/", 1)[-1] for found in filesystem.ls(path, detail=False, refresh=True))
+    return sorted((int(match[1]) for name in names if (match := NAME.fullmatch(name))), reverse=True)
+
+
+def _compare(directory: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = [
+        f"{key} was {saved.get(key)!r} and is {ours.get(key)!r}"
+        for key in {**saved, **ours}
+        if saved.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"checkpoints_dir={directory!r} belongs to a run with other settings: {'; '.join(changed)}. "
+            "The same settings, or another folder, would do"
+        )
+
+
+def _sha256(state: dict) -> str:
+    """Return the SHA-256 of all that a state holds, its tensors byte by byte."""
+    digest = hashlib.sha256()
+
+    def parts(value: Any) -> Iterator[bytes | memoryview]:
+        if isinstance(value, Tensor):
+            yield f"{value.dtype}{tuple(value.shape)}".encode()
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield repr(key).encode()
+                yield from parts(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from parts(item)
+        else:
+            yield json.dumps(value).encode()
+
+    for part in parts(state):
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""Ranks, how they start, and what they tell each other: the only user of `torch.distributed`."""
+
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# A collective waits for the slowest site of the federation, and that one may need hours.
+TIMEOUT = timedelta(hours=24)
+
+_bytes_sent = 0
+
+
+@contextmanager
+def world() -> Iterator[None]:
+    """Join the ranks that the environment names; an unlaunched process is a world of one.
+
+    The environment is that of torchrun (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`). A rank
+    computes with one CPU thread unless `OMP_NUM_THREADS` says otherwise: one thread a rank is the
+    fastest way to fill a machine, and another number gives other bits.
+    """
+    torch.set_num_threads(num_threads())
+    if launched():
+        dist.init_process_group(timeout=TIMEOUT)
+    else:
+        dist.init_process_group(timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Tell whether a launcher started this process as one rank of several."""
+    return "RANK" in os.environ
+
+
+def num_threads() -> int:
+    """Return the number of CPU threads that this rank computes with."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 1)
+
+
+def rank() -> int:
+    """Return this process's number among all ranks."""
+    return dist.get_rank()
+
+
+def bytes_sent() -> int:
+    """Return how many bytes this rank has handed to collectives so far (0 in a world of one)."""
+    return _bytes_sent
+
+
+def _count(num_bytes: int) -> None:
+    global _bytes_sent
+    if dist.get_world_size() > 1:
+        _bytes_sent += num_bytes
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's `value`, in the order of the ranks, on every rank."""
+    _count(len(pickle.dumps(value)))
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(value: T) -> T:
+    """Return rank 0's `value` on every rank."""
+    values = [value]
+    _count(len(pickle.dumps(value)) if rank() == 0 else 0)
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def share_(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` with rank 0's, which has the same shape and type."""
+    _count(tensor.nbytes if rank() == 0 else 0)
+    dist.broadcast(tensor, 0)
+    return tensor
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` with its sum over all ranks."""
+    _count(tensor.nbytes)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def share_state(state: object) -> object:
+    """Return rank 0's nest of dicts, lists and tensors on every rank, its tensors sent one by one."""
+
+    def skeleton(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to("meta")
+        if isinstance(value, dict):
+            return {key: skeleton(item) for key, item in value.items()}
+        return [skeleton(item) for item in value] if isinstance(value, list) else value
+
+    def fill(value: object, own: object) -> object:
+        if isinstance(value, Tensor):
+            return share_(own.contiguous() if isinstance(own, Tensor) else torch.empty_like(value, device="cpu"))
+        if isinstance(value, dict):
+            return {key: fill(item, own[key] if isinstance(own, dict) else None) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item, own[i] if isinstance(own, list) else None) for i, item in enumerate(value)]
+        return value
+
+    return fill(share(skeleton(state)), state if rank() == 0 else None)
+
+
+def together(work: Callable[[], T]) -> T:
+    """Return `work()` once it has succeeded on every rank.
+
+    Raises on every rank what was raised on any: the `ValueError` of the first rank that has one, or
+    else a `RuntimeError` that names the rank. So no rank is left waiting in a collective.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    outcomes = gather(None if error is None else (isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
+    failures = [(number, outcome) for number, outcome in enumerate(outcomes) if outcome is not None]
+    if error is not None:
+        raise error
+    for number, (is_refusal, message) in failures:
+        if is_refusal:
+            raise ValueError(message.removeprefix("ValueError: "))
+        raise RuntimeError(f"rank {number} failed with {message}")
+    return result  # type: ignore[return-value]
+
+
+def first_of_node_first(work: Callable[[], T]) -> T:
+    """Call `work` on each node's first rank, then on the others, which find its caches filled."""
+    is_first = local_rank() == 0
+    first = together(work if is_first else lambda: None)
+    rest = together(work if not is_first else lambda: None)
+    return first if is_first else rest  # type: ignore[return-value]
+
+
+def local_rank() -> int:
+    """Return this rank's number within its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def accelerator() -> str | None:
+    """Return the kind of accelerator here; MPS does not count, as the exact mean needs float64."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None or device.type == "mps" else device.type
+
+
+def num_ranks(num_sites: int) -> int:
+    """Return how many local ranks the environment asks for: RANKS, or 1 without it.
+
+    RANKS=auto is one where there is an accelerator, whose devices one rank can drive all, and otherwise
+    as many as there are cores, or sites if these are fewer.
+
+    Raises:
+        ValueError: RANKS is not a whole number from 1.
+    """
+    wanted = os.environ.get("RANKS") or "1"
+    if wanted == "auto":
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 1 if accelerator() else min(num_cores, num_sites)
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise ValueError(f"RANKS={wanted!r} was given: a whole number from 1, or auto, would do")
+    return int(wanted)
+
+
+def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
+    """Run `function(*args)` on `num_ranks` local ranks and return what each returned.
+
+    The ranks are the work of torchrun's own agent, forked from this process so that they share what
+    it has imported (spawned where there is an accelerator, which does not survive a fork). They
+    talk over the loopback interface alone.
+
+    Raises:
+        SystemExit: a rank failed, with that rank's exit status, or a signal ended the ranks, with
+            128 plus its number. The rank has said what was wrong.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id="scaling_fl",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="fork" if accelerator() is None else "spawn",
+    )
+    try:
+        results = elastic_launch(config, function)(*args)
+    except ChildFailedError as error:
+        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval.value) from None
+    return [results[number] for number in range(num_ranks)]

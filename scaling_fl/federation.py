@@ -1,0 +1,179 @@
+"""A round over the sites of this rank: each trains the global model in turn on its own data."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scaling_fl.distributed import gather, together
+from scaling_fl.metrics import Means
+from scaling_fl.placement import Topology
+from scaling_fl.server import Server, flatten_, trained_weights
+from scaling_fl.training import Batch, Score, evaluate, pull_towards, train
+
+
+@dataclass(frozen=True)
+class Site:
+    """A holder of data.
+
+    Args:
+        index: the site's number in the federation.
+        device: where it trains.
+        share: its part of all training examples.
+        batches: one epoch of its batches, in an order drawn by the seed given.
+    """
+
+    index: int
+    device: torch.device
+    share: float
+    batches: Callable[[int], Iterable[Batch]]
+
+
+class _Replica:
+    """A device's model, which the sites of that device take turns to train."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.vector = flatten_(model)
+        start, end = self.vector.data_ptr(), self.vector.data_ptr() + self.vector.nbytes
+        own = [buffer for buffer in model.buffers() if not start <= buffer.data_ptr() < end]
+        self._own = [(buffer, buffer.clone()) for buffer in own]
+
+    def reset(self, server: Server) -> None:
+        """Take the global weights, and forget what else the last site may have left in the model."""
+        server.send(self.vector)
+        for buffer, first in self._own:
+            buffer.copy_(first)
+
+
+class Federation:
+    """The sites of this rank, the models of its devices, and the server that all ranks share.
+
+    Args:
+        topology: where this rank's sites run.
+        sites: this rank's sites.
+        model: the model to train; it is moved to this rank's first device.
+        server: holds the global weights.
+        make_optimiser: takes the trained weights and returns a site's optimiser, made anew each round.
+        score: adds a batch's output to the means.
+        test_batches: the batches of the test set whose numbers are given.
+        seed: of all randomness in training.
+        proximal_mu: the strength of FedProx's pull towards the global weights.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        sites: Sequence[Site],
+        model: nn.Module,
+        server: Server,
+        *,
+        make_optimiser: Callable[[Iterable[Tensor]], Optimizer],
+        score: Score,
+        test_batches: Callable[[slice], Iterable[Batch]],
+        seed: int,
+        proximal_mu: float = 0.0,
+    ) -> None:
+        self._topology = topology
+        self._sites = sites
+        self._server = server
+        self._make_optimiser = make_optimiser
+        self._score = score
+        self._test_batches = test_batches
+        self._seed = seed
+        self._proximal_mu = proximal_mu
+        copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
+        self._replicas = {
+            device: _Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of this rank's first device, with the global weights."""
+        replica = self._replicas[self._topology.devices[0]]
+        replica.reset(self._server)
+        return replica.model
+
+    def train(self, round_: int, num_epochs: int) -> dict[str, float]:
+        """Let every site train the global weights, and collect the drifts.
+
+        Returns:
+            The means of the scores over all examples of all ranks.
+
+        Raises:
+            ValueError: a site's loss or weights are not finite.
+        """
+
+        def train_sites(device: torch.device) -> Means:
+            turns = [site for site in self._sites if site.device == device]
+            return Means().merge(self._train_site(site, round_, num_epochs) for site in turns)
+
+        return self._on_devices("train", train_sites)
+
+    def _train_site(self, site: Site, round_: int, num_epochs: int) -> Means:
+        replica = self._replicas[site.device]
+        replica.reset(self._server)
+        optimiser = self._make_optimiser(trained_weights(replica.model).values())
+        if self._proximal_mu:
+            pull_towards(self._server.trained(site.device), self._proximal_mu, optimiser)
+        _seed_device(site.device, derive_seed(self._seed, "dropout", round_, site.index))
+
+        def batches() -> Iterator[Batch]:
+            for epoch in range(num_epochs):
+                yield from site.batches(derive_seed(self._seed, "order", round_, site.index, epoch))
+
+        try:
+            means = train(replica.model, batches(), optimiser, self._score)
+            self._server.collect(replica.vector, site.share)
+        except FloatingPointError as error:
+            raise ValueError(
+                f"site {site.index} diverged in round {round_}: {error}; a lower learning_rate would do"
+            ) from error
+        return means
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the means of the scores of the global weights over the whole test set.
+
+        The batches are the same however many devices share them, and so are the means.
+        """
+        first, stride = self._topology.first_device, self._topology.num_devices
+
+        def evaluate_batches(device: torch.device) -> Means:
+            replica = self._replicas[device]
+            replica.reset(self._server)
+            own = slice(first + self._topology.devices.index(device), None, stride)
+            return evaluate(replica.model, self._test_batches(own), self._score)
+
+        return self._on_devices("validation", evaluate_batches)
+
+    def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> dict[str, float]:
+        """Do `work` on each device of each rank, a thread a device, and return the means of all."""
+
+        def on_this_rank() -> Means:
+            if len(self._topology.devices) == 1:
+                return work(self._topology.devices[0])
+            with ThreadPoolExecutor(len(self._topology.devices)) as pool:
+                return Means().merge(pool.map(work, self._topology.devices))
+
+        means = Means().merge(gather(together(on_this_rank))).result()
+        return {f"{name}.{key}": value for key, value in means.items()}
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Return a seed that depends on all its arguments: 63 bits of a hash."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _seed_device(device: torch.device, seed: int) -> None:
+    """Seed one device's own generator, so that a thread of another device is not disturbed."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        with torch.accelerator.device_index(device.index):
+            torch.get_device_module(device).manual_seed(seed)

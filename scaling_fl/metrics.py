@@ -1,0 +1,55 @@
+"""Weighted means that do not depend on the order of adding: sums and counts, divided once, last."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from fractions import Fraction
+
+from torch import Tensor
+
+
+class Means:
+    """Means of named quantities, each kept as the exact sum of what was added and its count.
+
+    Sums are fractions, so they are the same bit for bit however the terms are grouped.
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, Fraction] = defaultdict(Fraction)
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._pending: list[tuple[str, Tensor, int]] = []
+
+    def add(self, name: str, total: Tensor, count: int) -> None:
+        """Add `total`, a scalar tensor that is a sum over `count` things.
+
+        The tensor is read at `settle`, so that an accelerator need not be waited for at every batch.
+        """
+        self._pending.append((name, total.detach(), count))
+
+    def settle(self) -> "Means":
+        """Read the tensors added so far.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
+        for name, tensor, count in self._pending:
+            total = tensor.item()
+            if total - total != 0:
+                raise FloatingPointError(f"{name} is {total}")
+            self._sums[name] += Fraction(total)
+            self._counts[name] += count
+        self._pending.clear()
+        return self
+
+    def merge(self, others: Iterable["Means"]) -> "Means":
+        """Add all that `others` have."""
+        for other in others:
+            other.settle()
+            for name, total in other._sums.items():
+                self._sums[name] += total
+                self._counts[name] += other._counts[name]
+        return self
+
+    def result(self) -> dict[str, float]:
+        """Return each mean, correctly rounded."""
+        self.settle()
+        return {name: float(total / self._counts[name]) for name, total in self._sums.items()}

@@ -1,0 +1,156 @@
+"""Sacred's record of a run: in files always, in MongoDB where there is one."""
+
+import logging
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+from urllib.parse import quote_plus
+
+import pymongo
+from sacred.observers import FileStorageObserver, MongoObserver
+from sacred.run import Run
+
+Config = dict[str, Any]
+
+
+class Files(FileStorageObserver):
+    """A folder a run, numbered on its own whatever number MongoDB gives the run."""
+
+    def started_event(self, **event: Any) -> Any:
+        """Make the folder."""
+        return super().started_event(**{**event, "_id": None})
+
+
+# Of the document of a run that goes on.
+KEPT = ("start_time", "info", "captured_out", "artifacts", "resources")
+ENDED = ("stop_time", "fail_trace", "result")
+
+
+class Mongo(MongoObserver):
+    """A document a run. A run that goes on keeps its document, and no step of a metric is there twice.
+
+    Args:
+        url: of the server, credentials included.
+        database: where Sacred's collections are.
+        goes_on: tells from its configuration whether a run goes on from a checkpoint.
+        failure_dir: where the document is saved if MongoDB cannot take it at the end.
+    """
+
+    def __init__(self, url: str, database: str, goes_on: Callable[[Config], bool], failure_dir: str) -> None:
+        super().__init__(url, database, failure_dir=failure_dir, serverSelectionTimeoutMS=5_000)
+        self._goes_on = goes_on
+        self._before: dict[str, Any] = {}
+        self._waiting: dict[str, dict[int, tuple[Any, Any]]] = {}  # name -> step -> value and time
+
+    def started_event(self, **event: Any) -> int:
+        """Open the run's document, or a new one. The process ends here if that cannot be."""
+        try:
+            self._before = self._find(event["config"])
+            self.overwrite = deepcopy(self._before) or None
+            super().started_event(**{**event, "_id": None})
+        except (pymongo.errors.PyMongoError, ValueError) as error:
+            # Sacred would print a stack trace for anything but an exit.
+            raise SystemExit(f"error: the run cannot be recorded in MongoDB (SACRED_HOST): {_brief(error)}") from None
+        return self.run_entry["_id"]
+
+    def insert(self) -> None:
+        """Write the document as it opens: what a run had before it went on, and no end."""
+        kept = {key: value for key, value in self._before.items() if key in KEPT}
+        self.run_entry = {key: value for key, value in self.run_entry.items() if key not in ENDED} | kept
+        super().insert()
+        if self._before:
+            self.runs.update_one({"_id": self.run_entry["_id"]}, {"$unset": dict.fromkeys(ENDED, "")})
+
+    def _find(self, config: Config) -> dict[str, Any]:
+        """Return the document of the job that goes on, or an empty one."""
+        if config["job_name"] is None or not self._goes_on(config):
+            return {}
+        found = list(self.runs.find({"config.job_name": config["job_name"]}))
+        if len(found) > 1:
+            ids = ", ".join(str(run["_id"]) for run in found)
+            raise ValueError(f"job_name={config['job_name']!r} is the name of several runs ({ids}): remove all but one")
+        return found[0] if found else {}
+
+    def heartbeat_event(self, **event: Any) -> None:
+        """Save what changed, after what the run had before it went on."""
+        info = {**self._before.get("info", {}), **event["info"]}
+        output = self._before.get("captured_out", "") + event["captured_out"]
+        super().heartbeat_event(**{**event, "info": info, "captured_out": output})
+
+    def log_metrics(self, metrics_by_name: dict[str, dict[str, list]], info: dict[str, Any]) -> None:
+        """Save values by their steps; while MongoDB is away they wait."""
+        for name, new in metrics_by_name.items():
+            steps = zip(new["steps"], zip(new["values"], new["timestamps"], strict=True), strict=True)
+            self._waiting.setdefault(name, {}).update(steps)
+        try:
+            for name in list(self._waiting):
+                metric_id = self._save_metric(name, self._waiting[name])
+                del self._waiting[name]
+                known = [*self._before.get("info", {}).get("metrics", []), *info.get("metrics", [])]
+                if name not in [metric["name"] for metric in known]:
+                    info["metrics"] = [*known, {"name": name, "id": metric_id}]
+        except pymongo.errors.ConnectionFailure:
+            pass  # the next heartbeat tries again
+
+    def _save_metric(self, name: str, new: dict[int, tuple[Any, Any]]) -> str:
+        query = {"run_id": self.run_entry["_id"], "name": name}
+        old = self.metrics.find_one(query) or {"steps": [], "values": [], "timestamps": []}
+        steps = dict(zip(old["steps"], zip(old["values"], old["timestamps"], strict=True), strict=True))
+        steps |= {step: point for step, point in new.items() if step not in steps or steps[step][0] != point[0]}
+        points = [(step, *steps[step]) for step in sorted(steps)]
+        columns = dict(zip(("steps", "values", "timestamps"), map(list, zip(*points, strict=True)), strict=True))
+        result = self.metrics.update_one(query, {"$set": columns}, upsert=True)
+        return str(result.upserted_id or old.get("_id"))
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def mongo_url(host: str, user: str | None = None, password: str | None = None) -> str:
+    """Return the URL of a MongoDB server.
+
+    Args:
+        host: a host, host:port, or a mongodb:// or mongodb+srv:// URL.
+        user: put into the URL, escaped, unless it names one itself.
+        password: the same.
+    """
+    scheme, _, address = host.rpartition("://")
+    if user and "@" not in address:
+        address = f"{quote_plus(user)}:{quote_plus(password or '')}@{address}"
+    return f"{scheme or 'mongodb'}://{address}"
+
+
+def make_observers(goes_on: Callable[[Config], bool]) -> list[FileStorageObserver | MongoObserver]:
+    """Return the observers that the environment asks for.
+
+    Files always, under `SACRED_RUNS_DIR` (default: runs); MongoDB where `SACRED_HOST` is set, with
+    `SACRED_USER`, `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
+    """
+    env = os.environ
+    runs_dir = env.get("SACRED_RUNS_DIR") or "runs"
+    observers: list[FileStorageObserver | MongoObserver] = [Files(runs_dir)]
+    if env.get("SACRED_HOST"):
+        url = mongo_url(env["SACRED_HOST"], env.get("SACRED_USER"), env.get("SACRED_PASSWORD"))
+        observers.append(Mongo(url, env.get("SACRED_DATABASE") or "sacred", goes_on, failure_dir=runs_dir))
+    return observers
+
+
+def run_folder(run: Run) -> str | None:
+    """Return the folder of a run's files, None for a run that nobody observes."""
+    return next((observer.dir for observer in run.observers if isinstance(observer, Files)), None)
+
+
+# What Sacred logs that we say better, or that is no news.
+NOISE = ("Changed type of config entry", "No observers have been added", "Failed after", "Aborted after")
+
+
+def make_logger() -> logging.Logger:
+    """Return the logger that Sacred writes its warnings to."""
+    logger = logging.getLogger("scaling_fl")
+    logger.setLevel(logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not record.getMessage().startswith(NOISE))
+    logger.handlers = [handler]
+    return logger

@@ -1,0 +1,91 @@
+"""Where sites run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from scaling_fl.distributed import accelerator, gather, local_rank, rank, together
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank's sites run. After it nobody sees a GPU id."""
+
+    sites: dict[int, torch.device]  # of this rank: number in the federation -> device
+    num_sites: int  # in the whole federation
+    devices: tuple[torch.device, ...]  # of this rank, each once; never empty
+    first_device: int  # this rank's first, counted over all ranks
+    num_devices: int  # of all ranks
+
+
+def place(site_ids: Sequence[int]) -> Topology:
+    """Share this node's `site_ids` out to the node's ranks: by device, then by turn.
+
+    Site numbers count through the nodes' lists in the order of the ranks, so a site's number does
+    not depend on how many ranks its node runs. Without an accelerator the ids name CPU slots.
+
+    Raises:
+        ValueError: `site_ids` names a GPU that is not here, or there are more ranks than GPUs.
+    """
+    kind = accelerator()
+    together(lambda: _check_devices(site_ids, kind))
+    nodes: list[tuple[int, list[int]]] = gather((local_rank(), list(site_ids)))
+    assignments = assign(nodes)
+    mine = assignments[rank()]
+    device_ids = sorted(set(mine.values()))
+    if kind is None:
+        sites = dict.fromkeys(mine, torch.device("cpu"))
+        devices: tuple[torch.device, ...] = (torch.device("cpu"),)
+    else:
+        sites = {site: torch.device(kind, gpu) for site, gpu in mine.items()}
+        devices = tuple(torch.device(kind, gpu) for gpu in device_ids)
+        torch.accelerator.set_device_index(device_ids[0])
+    num_devices = gather(len(devices))
+    return Topology(
+        sites=sites,
+        num_sites=sum(map(len, assignments)),
+        devices=devices,
+        first_device=sum(num_devices[: rank()]),
+        num_devices=sum(num_devices),
+    )
+
+
+def assign(nodes: Sequence[tuple[int, Sequence[int]]]) -> list[dict[int, int]]:
+    """Return each rank's sites, as site number -> device id.
+
+    Args:
+        nodes: for each rank its number within its node, and its node's list of device ids.
+    """
+    starts = [index for index, (local_rank, _) in enumerate(nodes) if local_rank == 0] + [len(nodes)]
+    assignments: list[dict[int, int]] = [{} for _ in nodes]
+    first_site = 0
+    for start, end in pairwise(starts):
+        site_ids, num_ranks = nodes[start][1], end - start
+        device_ids = sorted(set(site_ids))
+        turns = dict.fromkeys(device_ids, 0)
+        for site, device_id in enumerate(site_ids, first_site):
+            position = device_ids.index(device_id)
+            # With fewer devices than ranks (CPU slots only), the ranks of a device take turns.
+            owners = range(position % num_ranks, num_ranks, len(device_ids))
+            assignments[start + owners[turns[device_id] % len(owners)]][site] = device_id
+            turns[device_id] += 1
+        first_site += len(site_ids)
+    return assignments
+
+
+def _check_devices(site_ids: Sequence[int], kind: str | None) -> None:
+    if kind is None:
+        return
+    count = torch.accelerator.device_count()
+    missing = sorted(set(site_ids) - set(range(count)))
+    if missing:
+        raise ValueError(f"site_ids names GPUs {missing}, but this node has {count}: ids 0 to {count - 1} would do")
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_ranks > len(set(site_ids)):
+        raise ValueError(
+            f"{num_ranks} ranks were started for the {len(set(site_ids))} GPUs that site_ids names: "
+            f"at most one rank a GPU would do (RANKS={len(set(site_ids))})"
+        )

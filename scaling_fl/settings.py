@@ -1,0 +1,72 @@
+"""The kinds of values that a setting takes, and the sentence for one that it does not."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A test of a value, and in words what passes it."""
+
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+TEXT = Kind(lambda value: isinstance(value, str) and value != "", "a text")
+FLAG = Kind(lambda value: isinstance(value, bool), "True or False")
+DEVICE_IDS = Kind(
+    lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(type(i) is int and i >= 0 for i in value),
+    "a list of GPU ids such as [0,0,1,1]",
+)
+
+
+def whole_number(least: int) -> Kind:
+    """Accept whole numbers from `least`."""
+    return Kind(lambda value: type(value) is int and value >= least, f"a whole number from {least}")
+
+
+def number(*, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> Kind:
+    """Accept finite numbers within bounds."""
+    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("from", least), ("below", below))]
+    wanted = " ".join(["a number", *(bound for bound in bounds if "inf" not in bound)])
+    return Kind(
+        lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value > above and value < below,
+        wanted,
+    )
+
+
+def one_of(names: Iterable[str]) -> Kind:
+    """Accept some names."""
+    names = tuple(names)
+    return Kind(lambda value: isinstance(value, str) and value in names, ", ".join(names))
+
+
+def optional(kind: Kind) -> Kind:
+    """Accept None too."""
+    return Kind(lambda value: value is None or kind.accepts(value), f"{kind.wanted} or None")
+
+
+def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Compare settings with their kinds.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not of its kind.
+    """
+    for key in settings:
+        if key not in kinds:
+            near = get_close_matches(key, kinds, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{', '.join(kinds)} would do"
+            raise ValueError(f"there is no setting {key!r}: {hint}")
+    for key, kind in kinds.items():
+        if not kind.accepts(settings[key]):
+            raise ValueError(f"{key}={settings[key]!r} was given: {kind.wanted} would do")
+
+
+def literal(argument: str, text_keys: Iterable[str]) -> str:
+    """Quote the value of a `key=value` that is a text: Sacred would take 20261121_0900 for a number."""
+    key, equals, value = argument.partition("=")
+    is_bare_text = equals and key in text_keys and value not in ("", "None") and value[0] not in "'\""
+    return f"{key}={value!r}" if is_bare_text else argument

@@ -1,0 +1,41 @@
+"""Any labelled texts: a CSV, JSON Lines or parquet file, or a data set of the hub."""
+
+from pathlib import PurePosixPath
+
+from datasets import Dataset, load_dataset
+
+from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_table, require_paths
+from scaling_fl.tasks.task import Corpus, Source
+
+
+def _read(train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None) -> Corpus:
+    if train_path is not None and test_path is None and not _is_table(train_path):
+        test_path = train_path
+    paths = require_paths("text", train_path, test_path)
+    train, test = (
+        pick(
+            read_table(path) if _is_table(path) else _load_hub(path, split),
+            path,
+            text_column or "text",
+            label_column or "label",
+        )
+        for path, split in zip(paths, ("train", "test"), strict=True)
+    )
+    return make_corpus(train, test)
+
+
+def _is_table(path: str) -> bool:
+    return PurePosixPath(path).suffix.lower() in FORMATS or "://" in path
+
+
+def _load_hub(name: str, split: str) -> Dataset:
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is neither a file that ends in {', '.join(FORMATS)} nor a data set of the hub "
+            f"with a split {split!r} that can be loaded ({type(error).__name__})"
+        ) from error
+
+
+SOURCE = Source(_read)

@@ -1,0 +1,65 @@
+"""Train and evaluate one model on one device, in plain PyTorch; knows nothing of federations."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from scaling_fl.metrics import Means
+
+Batch = dict[str, Tensor]  # the model's keyword arguments, labels included
+Score = Callable[[Any, Batch, Means], None]  # adds a batch's output to the means
+
+# `fused` updates a weight in one pass over memory instead of one a term: four times faster on a CPU.
+OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": partial(SGD, fused=True),
+    "adamw": partial(AdamW, fused=True),
+}
+
+
+def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, score: Score) -> Means:
+    """Take one optimiser step a batch and return the scores of the batches as they were trained on."""
+    model.train()
+    means = Means()
+    for batch in batches:
+        batch = _to_device(batch, model)
+        output = model(**batch)
+        optimiser.zero_grad()
+        output.loss.backward()
+        optimiser.step()
+        score(output, batch, means)
+    return means.settle()
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
+    """Return the scores of the batches, dropout off."""
+    model.eval()
+    means = Means()
+    for batch in batches:
+        batch = _to_device(batch, model)
+        score(model(**batch), batch, means)
+    return means.settle()
+
+
+def _to_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def pull_towards(anchors: list[Tensor], strength: float, optimiser: Optimizer) -> None:
+    """Add the gradient of `strength / 2 * |weights - anchors|**2` at every step of `optimiser`.
+
+    With the global weights as anchors this is FedProx (Li et al. 2020, arXiv 1812.06127, eq. 2).
+    """
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+
+    def add_pull(*_: object) -> None:
+        for weight, anchor in zip(weights, anchors, strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach() - anchor, alpha=strength)
+
+    optimiser.register_step_pre_hook(add_pull)
