@@ -1,0 +1,170 @@
+"""What the tests share: a tiny model, a tiny federation, and the real data where it is."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from scaling_fl import checkpoint
+from scaling_fl.distributed import launch, world
+from scaling_fl.federation import Federation, Site
+from scaling_fl.partition import deal, iid
+from scaling_fl.placement import place
+from scaling_fl.server import Server, make_strategy
+from scaling_fl.tasks.task import Examples, score_classes
+from scaling_fl.training import OPTIMISERS
+
+ROOT = Path(__file__).parent.parent
+LABELS = ("sport", "tech", "food")
+WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
+torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> Iterator[None]:
+    """Hide what the caller's environment says about ranks, threads, observers and the hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANKS", "OMP_NUM_THREADS", "SACRED_HOST", "SACRED_RUNS_DIR"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and a real small model, which only some machines have."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"there is no real data: {folder.name}/data is not beside the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random BERT of two layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "words.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    make_bert(vocab_size=len(tokenizer)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A training and a test CSV, `text,label`, that a model can learn."""
+    folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+
+    def write(name: str, count: int) -> Path:
+        rows = ["text,label"]
+        for row in range(count):
+            label = row % len(LABELS)
+            words = [*random.choice(WORDS[3 * label : 3 * label + 3], 4), *random.choice(WORDS[9:], random.integers(9))]
+            rows.append(f"{' '.join(random.permutation(words))},{LABELS[label]}")
+        (folder / name).write_text("\n".join(rows) + "\n")
+        return folder / name
+
+    return write("train.csv", 61), write("test.csv", 31)
+
+
+def make_bert(seed: int = 0, dropout: float = 0.1, vocab_size: int = 50) -> BertForSequenceClassification:
+    """A random BERT of two layers, 32 wide."""
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=len(LABELS),
+        )
+    )
+
+
+def make_examples(count: int, seed: int = 0) -> Examples:
+    """Random tokens, 3 to 12 a text, with random labels."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 13, count)
+    tokens = random.integers(5, 50, lengths.sum()).astype(np.int32)
+    return Examples({"input_ids": tokens}, lengths, random.integers(0, len(LABELS), count), {"input_ids": 0})
+
+
+@dataclass(frozen=True)
+class Play:
+    """A small federation: what it is made of, and `play` to let it run."""
+
+    site_ids: tuple[int, ...] = (0, 0, 0, 0, 0)
+    num_rounds: int = 2
+    num_epochs: int = 1
+    num_examples: int = 47  # shared unevenly by five sites
+    batch_size: int = 4
+    val_batch_size: int = 6
+    strategy: str = "fedavg"
+    comm_dtype: str = "exact"
+    optimiser: str = "adamw"
+    learning_rate: float = 1e-2
+    proximal_mu: float = 0.0
+    make_model: Callable[[], nn.Module] = make_bert
+    checkpoints_dir: str | None = None
+    watch: Callable[[Server, Federation], Any] = field(default=lambda server, federation: server.sha256())
+
+    def but(self, **changes: Any) -> "Play":
+        """The same federation but for some changes."""
+        return replace(self, **changes)
+
+    def on_ranks(self, num_ranks: int) -> tuple[list[dict[str, float]], list[Any]]:
+        """Play on forked local ranks; all must agree. Returns the metrics and what was watched, by round."""
+        results = launch(self.play, num_ranks=num_ranks)
+        assert all(repr(result) == repr(results[0]) for result in results)
+        return results[0]
+
+    def play(self) -> tuple[list[dict[str, float]], list[Any]]:
+        """Play on this rank."""
+        with world():
+            topology = place(self.site_ids)
+            train, test = make_examples(self.num_examples), make_examples(23, seed=1)
+            parts = deal(train.labels, topology.num_sites, iid, seed=0)
+            model = self.make_model()
+            server = Server(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0])
+            settings = {"strategy": self.strategy}
+            history = checkpoint.restore(self.checkpoints_dir, server, settings)
+            test_batches = test.fixed_batches(self.val_batch_size)
+            federation = Federation(
+                topology,
+                [
+                    Site(
+                        index,
+                        device,
+                        len(parts[index]) / len(train),
+                        partial(train.shuffled_batches, parts[index], self.batch_size),
+                    )
+                    for index, device in topology.sites.items()
+                ],
+                model,
+                server,
+                make_optimiser=partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
+                score=score_classes,
+                test_batches=lambda own: map(test.batch, test_batches[own]),
+                seed=3,
+                proximal_mu=self.proximal_mu,
+            )
+            watched = [self.watch(server, federation)]
+            for round_ in range(len(history), self.num_rounds + 1):
+                metrics = federation.train(round_, self.num_epochs) if round_ > 0 else {}
+                if round_ > 0:
+                    server.step()
+                history.append(metrics | federation.evaluate())
+                watched.append(self.watch(server, federation))
+                checkpoint.save(self.checkpoints_dir, server, history, settings, keep=None)
+            return history, watched

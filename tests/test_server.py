@@ -1,0 +1,219 @@
+"""The exact mean, and every strategy against its formula."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import make_bert
+from torch import Tensor, nn
+
+from scaling_fl.distributed import world
+from scaling_fl.server import COMM_DTYPES, STRATEGIES, Server, flatten_, make_strategy
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with world():
+        yield
+
+
+def make_server(strategy: str = "fedavg", comm_dtype: str = "exact", weights: Tensor | None = None) -> Server:
+    model = nn.Linear(1, 100_003, bias=False)  # not a multiple of the pieces
+    if weights is not None:
+        model.weight.data.copy_(weights[:, None])
+    return Server(model, make_strategy(strategy), comm_dtype)
+
+
+def shares(counts: list[int]) -> list[float]:
+    return [count / sum(counts) for count in counts]
+
+
+COUNTS = [17, 1, 250, 33, 8]
+
+
+def test_the_order_of_the_sites_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(100_003)
+    locals_ = [start + 1e-3 * torch.randn_like(start) for _ in COUNTS]
+    hashes = set()
+    for order in itertools.permutations(range(len(COUNTS))):
+        server = make_server(weights=start)
+        for site in order:
+            server.collect(locals_[site], shares(COUNTS)[site])
+        server.step()
+        hashes.add(server.sha256())
+    assert len(hashes) == 1
+
+
+def test_the_sum_is_within_1e_12_of_exact_arithmetic() -> None:
+    torch.manual_seed(0)
+    server = make_server()
+    start = server.weights.clone()
+    locals_ = [start + torch.randn_like(start) for _ in COUNTS]
+    for local, share in zip(locals_, shares(COUNTS), strict=True):
+        server.collect(local, share)
+    for index in range(0, 100_003, 9_091):
+        exact = sum(
+            Fraction(count, sum(COUNTS)) * (Fraction(start[index].item()) - Fraction(local[index].item()))
+            for local, count in zip(locals_, COUNTS, strict=True)
+        )
+        assert abs(Fraction(server._sum[index].item()) - exact) < Fraction(1, 10**12)
+
+
+def test_the_mean_is_weighted_by_examples() -> None:
+    server = make_server(weights=torch.zeros(100_003))
+    server.collect(torch.full((100_003,), 1.0), 3 / 4)
+    server.collect(torch.full((100_003,), 5.0), 1 / 4)
+    server.step()
+    assert torch.equal(server.weights, torch.full((100_003,), 2.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 200.0])
+@pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
+def test_a_weight_that_is_not_finite_or_far_off_is_refused(value: float, comm_dtype: str) -> None:
+    server = make_server(comm_dtype=comm_dtype)
+    local = server.weights.clone()
+    local[-1] += value
+    with pytest.raises(FloatingPointError):
+        server.collect(local, 0.5)
+
+
+@pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
+def test_every_comm_dtype_gives_the_mean_to_its_precision(comm_dtype: str) -> None:
+    torch.manual_seed(0)
+    server = make_server(comm_dtype=comm_dtype)
+    start = server.weights.clone()
+    drift = 1e-4 * torch.randn_like(start)
+    drift[:1000] *= 1e-5  # float16 alone would make nothing of these
+    server.collect(start - drift, 0.25)
+    server.collect(start - 3 * drift, 0.75)
+    server.step()
+    relative = {"exact": 0, "float32": 0, "float16": 2**-10, "bfloat16": 2**-8}[comm_dtype]
+    error = (server.weights - (start - 2.5 * drift)).abs()
+    assert (error <= relative * 2.5 * drift.abs() + 2e-7).all()
+    small = server.weights[:1000] - start[:1000]
+    if comm_dtype != "exact":
+        assert server._wire == COMM_DTYPES[comm_dtype]
+    assert small.shape == (1000,)
+
+
+def play_rounds(strategy: str, drifts: list[Tensor], **options: float) -> list[Tensor]:
+    server = Server(nn.Linear(1, 5, bias=False), make_strategy(strategy, **options))
+    server.weights.zero_()
+    seen = [server.weights.clone()]
+    for drift in drifts:
+        server.collect(server.weights - drift, 1.0)
+        server.step()
+        seen.append(server.weights.clone())
+    return seen
+
+
+def by_formula(strategy: str, drifts: list[Tensor], rate: float, beta: float) -> Tensor:
+    """The papers' equations, one term at a time, in float64; the gradient is the drift."""
+    weights, m, v = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
+    for t, drift in enumerate(drifts, 1):
+        g = drift.double()
+        if strategy == "fedavg":
+            weights -= rate * g
+        elif strategy == "fedavgm":
+            m = beta * m + g
+            weights -= rate * m
+        elif strategy == "diloco":
+            m = beta * m + g
+            weights -= rate * (g + beta * m)
+        elif strategy == "fedadagrad":
+            v = v + g**2
+            weights -= rate * g / (v.sqrt() + 1e-3)
+        else:
+            m, v = beta * m + (1 - beta) * g, 0.99 * v + 0.01 * g**2
+            weights -= rate * (m / (1 - beta**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-3)
+    return weights
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_follows_its_formula_and_its_options_act(strategy: str) -> None:
+    torch.manual_seed(0)
+    drifts = [torch.randn(5) for _ in range(4)]
+    takes_momentum = strategy in ("fedavgm", "fedadam", "diloco")
+    options = {"learning_rate": 0.3} | ({"momentum": 0.6} if takes_momentum else {})
+    final = play_rounds(strategy, drifts, **options)[-1]
+    assert torch.allclose(final.double(), by_formula(strategy, drifts, 0.3, 0.6), atol=1e-6)
+    assert not torch.allclose(final, play_rounds(strategy, drifts)[-1], atol=1e-3)
+
+
+def test_fedavg_sets_the_weights_to_the_mean() -> None:
+    drifts = [torch.randn(5) for _ in range(3)]
+    seen = play_rounds("fedavg", drifts)
+    for before, after, drift in zip(seen, seen[1:], drifts, strict=False):
+        assert torch.allclose(after, before - drift, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadagrad"])
+def test_a_momentum_that_would_be_ignored_is_refused(strategy: str) -> None:
+    with pytest.raises(ValueError, match=f"strategy='{strategy}' takes no server_momentum, but 0.5 was given"):
+        make_strategy(strategy, momentum=0.5)
+
+
+class WithBuffers(nn.Module):
+    """Frozen weights, trained ones, and the buffers of a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.trained = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
+
+
+def test_buffers_are_averaged_and_frozen_weights_stay_at_home() -> None:
+    model = WithBuffers()
+    server = Server(model, make_strategy("fedadam"))
+    vector = flatten_(model)
+    assert list(server.state_dict()["weights"]) == [
+        "trained.weight",
+        "trained.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+    ]
+    for mean, share in ((2.0, 0.25), (6.0, 0.75)):
+        server.send(vector)
+        model.norm.running_mean.fill_(mean)
+        server.collect(vector, share)
+    server.step()
+    server.send(vector)
+    assert torch.equal(model.norm.running_mean, torch.tensor([5.0, 5.0])), "their mean, whatever the strategy"
+
+
+def test_flattening_keeps_the_model_and_makes_its_weights_views() -> None:
+    plain, flat = make_bert(), make_bert()
+    vector = flatten_(flat)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), flat.parameters(), strict=True))
+    vector.zero_()
+    assert all(not weight.any() for weight in flat.parameters())
+
+
+def test_weights_that_are_not_float32_and_models_with_nothing_to_train_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16: trained weights must be torch\.float32"):
+        flatten_(nn.Linear(2, 2).bfloat16())
+    with pytest.raises(ValueError, match="nothing to train"):
+        flatten_(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_a_state_is_taken_over_whole_and_another_models_is_refused_by_name() -> None:
+    drifts = [torch.randn(5) for _ in range(2)]
+    server, other = (Server(nn.Linear(1, 5, bias=False), make_strategy("diloco")) for _ in range(2))
+    for drift in drifts:
+        server.collect(server.weights - drift, 1.0)
+        server.step()
+    other.load_state_dict(deepcopy(server.state_dict()))
+    for each in (server, other):
+        each.collect(each.weights - drifts[0], 1.0)
+        each.step()
+    assert server.sha256() == other.sha256()
+    with pytest.raises(ValueError, match=r"its weight is \[5, 1\], this model's is \[7, 1\]"):
+        Server(nn.Linear(1, 7, bias=False), make_strategy("diloco")).load_state_dict(server.state_dict())
