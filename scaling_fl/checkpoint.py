@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
+import logging
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from scaling_fl.distributed import rank, share_state, together
 from scaling_fl.server import Server
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"round-(\d+)\.pt")
 
@@ -81,7 +83,7 @@ def _read_last(directory: str) -> dict | None:
             raise  # a store that does not answer says nothing about the file
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(f"skipping {directory}/round-{number}.pt, which is damaged: {reason}", stacklevel=2)
+            log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, reason)
     if rounds:
         raise ValueError(
             f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "

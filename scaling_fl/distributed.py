@@ -1,8 +1,10 @@
 """Ranks, how they start, and what they tell each other: the only user of `torch.distributed`."""
 
+import logging
 import os
 import pickle
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,8 +47,12 @@ def launched() -> bool:
 
 
 def num_threads() -> int:
-    """Return the number of CPU threads that this rank computes with."""
-    return int(os.environ.get("OMP_NUM_THREADS") or 1)
+    """Return the number of CPU threads that this rank computes with.
+
+    Raises:
+        ValueError: OMP_NUM_THREADS is not a whole number from 1.
+    """
+    return _whole_number("OMP_NUM_THREADS", "1")
 
 
 def rank() -> int:
@@ -107,7 +113,7 @@ def share_state(state: object) -> object:
 
     def fill(value: object, own: object) -> object:
         if isinstance(value, Tensor):
-            return share_(own.contiguous() if isinstance(own, Tensor) else torch.empty_like(value, device="cpu"))
+            return share_(own.contiguous() if isinstance(own, Tensor) else torch.empty(value.shape, dtype=value.dtype))
         if isinstance(value, dict):
             return {key: fill(item, own[key] if isinstance(own, dict) else None) for key, item in value.items()}
         if isinstance(value, list):
@@ -171,9 +177,14 @@ def num_ranks(num_sites: int) -> int:
     if wanted == "auto":
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return 1 if accelerator() else min(num_cores, num_sites)
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise ValueError(f"RANKS={wanted!r} was given: a whole number from 1, or auto, would do")
-    return int(wanted)
+    return _whole_number("RANKS", wanted)
+
+
+def _whole_number(name: str, default: str) -> int:
+    value = os.environ.get(name) or default
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name}={value!r} was given: a whole number from 1 would do")
+    return int(value)
 
 
 def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
@@ -191,6 +202,10 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The rank has said what was wrong; the agent's stack trace of itself would bury it.
+    elastic = "torch.distributed.elastic"
+    for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -206,9 +221,18 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         start_method="fork" if accelerator() is None else "spawn",
     )
     try:
-        results = elastic_launch(config, function)(*args)
+        results = elastic_launch(config, _rank_main)(function, *args)
     except ChildFailedError as error:
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval.value) from None
     return [results[number] for number in range(num_ranks)]
+
+
+def _rank_main(function: Callable[..., object], *args: object) -> object:
+    """Call `function` and print what it raises, which the agent would keep to itself."""
+    try:
+        return function(*args)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None

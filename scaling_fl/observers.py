@@ -151,6 +151,7 @@ def make_logger() -> logging.Logger:
     logger = logging.getLogger("scaling_fl")
     logger.setLevel(logging.WARNING)
     handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.addFilter(lambda record: not record.getMessage().startswith(NOISE))
     logger.handlers = [handler]
     return logger

@@ -50,8 +50,18 @@ def record(log_scalar: Callable[[str, float, int], None], round_: int, metrics: 
     say(" | ".join(cells))
 
 
-def finish(folder: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, history: History) -> None:
-    """Save the model beside the run's files, from rank 0, and print where it is and what it can do."""
+def finish(
+    folder: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sha256: str, history: History
+) -> None:
+    """Save the model beside the run's files, from rank 0, and print where it is and what it can do.
+
+    Args:
+        folder: of the run's files; None saves nothing.
+        model: with the final weights.
+        tokenizer: of the model.
+        sha256: of the final weights.
+        history: the metrics of all rounds.
+    """
     if rank() != 0:
         return
     if folder is not None:
@@ -59,6 +69,7 @@ def finish(folder: str | None, model: PreTrainedModel, tokenizer: PreTrainedToke
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         say(f"model     {path}")
+    say(f"weights   SHA-256 {sha256}")
     last = history[-1]
     say(
         f"final     validation accuracy {last['validation.accuracy']:.4f}, loss {last['validation.loss']:.4f}, "

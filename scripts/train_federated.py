@@ -10,9 +10,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import numpy as np
 import transformers
-from datasets import disable_progress_bars
 from sacred import SETTINGS, Experiment
 from sacred.run import Run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     comm_dtype = "exact"  # what ranks send: exact (float64), or float32, bfloat16, float16, which depend on placement
 
     train_path = None  # the training file, for tasks that need one: a local path or any fsspec URL
-    test_path = None  # the test file
+    test_path = None  # the test file, which is evaluated whole after every round
     text_column = None  # the column of the text; None takes the task's own
     label_column = None  # the column of the label; None takes the task's own
     max_train_examples = _own.get("max_train_examples")  # train on a random sample of so many
@@ -120,6 +121,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
         check(config, KINDS)
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
         num_ranks(len(config["site_ids"]))
+        num_threads()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return {}
@@ -166,7 +168,7 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         history.append(metrics)
         if round_ > 0:
             checkpoint.save(config.checkpoints_dir, server, history, settings, config.keep_checkpoints)
-    tracking.finish(observers.run_folder(run), federation.model, task.tokenizer, history)
+    tracking.finish(observers.run_folder(run), federation.model, task.tokenizer, server.sha256(), history)
     return history[-1]["validation.accuracy"]
 
 
@@ -271,10 +273,13 @@ def main() -> None:
     elif not {"-u", "--unobserved"}.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()
-    disable_progress_bars()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, terminate)
+    for number, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         experiment.run_commandline(argv)
     except KeyboardInterrupt as interrupt:

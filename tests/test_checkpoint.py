@@ -1,0 +1,148 @@
+"""Checkpoints: whole or not there, and taken over only where they belong."""
+
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from torch import nn
+
+from scaling_fl import checkpoint
+from scaling_fl.distributed import world
+from scaling_fl.server import Server, make_strategy
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with world():
+        yield
+
+
+def make_server(strategy: str = "fedadam", num_weights: int = 5, rounds: int = 0) -> Server:
+    torch.manual_seed(0)
+    server = Server(nn.Linear(1, num_weights), make_strategy(strategy))
+    for _ in range(rounds):
+        server.collect(server.weights - 0.1, 1.0)
+        server.step()
+    return server
+
+
+def history(rounds: int) -> checkpoint.History:
+    return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
+
+
+SETTINGS = {"seed": 1, "strategy": "fedadam", "betas": None}
+
+
+@pytest.mark.parametrize("place", ["{tmp_path}/a/b", "file://{tmp_path}/a", "memory://checkpoints"])
+def test_what_was_saved_is_restored_from_any_file_system(place: str, tmp_path: Path) -> None:
+    directory = place.format(tmp_path=tmp_path)
+    assert not checkpoint.exists(directory)
+    saved = make_server(rounds=2)
+    checkpoint.save(directory, saved, history(2), SETTINGS, keep=None)
+    assert checkpoint.exists(directory)
+    restored = make_server()
+    assert checkpoint.restore(directory, restored, SETTINGS) == history(2)
+    for server in (saved, restored):
+        server.collect(server.weights - 0.3, 1.0)
+        server.step()
+    assert restored.sha256() == saved.sha256(), "the server optimiser went on too"
+
+
+def test_nothing_is_saved_or_restored_without_a_directory() -> None:
+    checkpoint.save(None, make_server(), history(0), SETTINGS, keep=None)
+    assert checkpoint.restore(None, make_server(), SETTINGS) == []
+    assert not checkpoint.exists(None)
+
+
+def test_a_file_holds_named_weights_that_torch_loads_without_running_code(tmp_path: Path) -> None:
+    server = make_server(rounds=1)
+    checkpoint.save(str(tmp_path), server, history(1), SETTINGS, keep=None)
+    state = torch.load(tmp_path / "round-1.pt", weights_only=True)
+    assert {name: tuple(weight.shape) for name, weight in state["server"]["weights"].items()} == {
+        "weight": (5, 1),
+        "bias": (5,),
+    }
+    assert (state["round"], state["history"], state["settings"]) == (1, history(1), SETTINGS)
+    assert (tmp_path / "round-1.pt").stat().st_size < 20_000
+
+
+def test_only_the_last_ones_are_kept_and_other_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "round-2.pt.bak").write_text("mine")
+    (tmp_path / "best.pt").write_text("mine")
+    for rounds in range(1, 12):
+        checkpoint.save(str(tmp_path), make_server(), history(rounds), SETTINGS, keep=3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"round-9.pt", "round-10.pt", "round-11.pt", "round-2.pt.bak", "best.pt"}
+    assert len(checkpoint.restore(str(tmp_path), make_server(), SETTINGS)) == 12, "by number, not by name"
+
+
+def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(str(tmp_path), make_server(), history(1), SETTINGS, keep=None)
+
+    def fail_midway(state: object, file: fsspec.core.OpenFile) -> None:
+        file.write(b"PK half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail_midway)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(str(tmp_path), make_server(), history(2), SETTINGS, keep=1)
+    assert len(checkpoint.restore(str(tmp_path), make_server(), SETTINGS)) == 2
+    assert [path.name for path in tmp_path.glob("round-*")] == ["round-1.pt"]
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "a flipped bit in a weight":
+        where = data.index(make_server(rounds=2).weights[:5].numpy().tobytes())
+        data[where] ^= 1
+    elif how == "a pickle that runs code":
+        data = bytearray(pickle.dumps(Trap()))
+    elif how == "something else that torch loads":
+        torch.save({"epoch": 3}, path)
+        return
+    path.write_bytes(data)
+
+
+class Trap:
+    """Unpickling it would run code."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("the trap was sprung",))
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "empty", "a flipped bit in a weight", "a pickle that runs code", "something else that torch loads"]
+)
+def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_error(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rounds in (1, 2):
+        checkpoint.save(str(tmp_path), make_server(rounds=rounds), history(rounds), SETTINGS, keep=None)
+    damage(tmp_path / "round-2.pt", how)
+    server = make_server()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.restore(str(tmp_path), server, SETTINGS) == history(1)
+    assert "round-2.pt, which is damaged" in caplog.text
+    assert server.sha256() == make_server(rounds=1).sha256()
+    (tmp_path / "round-1.pt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in checkpoints_dir=.* is whole"):
+        checkpoint.restore(str(tmp_path), make_server(), SETTINGS)
+    assert "sprung" not in capsys.readouterr().out
+
+
+def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), make_server(), history(1), SETTINGS, keep=None)
+    with pytest.raises(ValueError, match="other settings: seed was 1 and is 2; alpha was None and is 3"):
+        checkpoint.restore(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
+    with pytest.raises(ValueError, match=r"another model: its weight is \[5, 1\], this model's is \[6, 1\]"):
+        checkpoint.restore(str(tmp_path), make_server(num_weights=6), SETTINGS)

@@ -1,0 +1,175 @@
+"""Ranks: that they tell each other what they should, and that an error on one is known to all."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scaling_fl.distributed import (
+    bytes_sent,
+    first_of_node_first,
+    gather,
+    launch,
+    num_ranks,
+    num_threads,
+    rank,
+    share,
+    share_,
+    share_state,
+    sum_,
+    together,
+    world,
+)
+
+
+def on_ranks(num_ranks: int, work: object) -> list:
+    def rank_main() -> object:
+        with world():
+            return work()  # type: ignore[operator]
+
+    return launch(rank_main, num_ranks=num_ranks)
+
+
+def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
+    before = bytes_sent()
+    with world():
+        assert (rank(), gather("x"), share("y")) == (0, ["x"], "y")
+        assert sum_(torch.ones(3)).tolist() == [1, 1, 1]
+        assert torch.get_num_threads() == 1
+    assert bytes_sent() == before
+    assert not dist.is_initialized()
+
+
+def test_ranks_gather_share_and_sum() -> None:
+    def work() -> tuple:
+        mine = torch.full((3,), float(rank() + 1))
+        return gather(f"rank {rank()}"), share(rank() + 5), share_(mine.clone()).tolist(), sum_(mine).tolist()
+
+    assert on_ranks(3, work) == [(["rank 0", "rank 1", "rank 2"], 5, [1, 1, 1], [6, 6, 6])] * 3
+
+
+def test_every_byte_handed_to_a_collective_is_counted() -> None:
+    def work() -> tuple[int, int]:
+        start = bytes_sent()
+        sum_(torch.zeros(10, dtype=torch.float64))
+        after_sum = bytes_sent()
+        share_(torch.zeros(7, dtype=torch.float32))
+        return after_sum - start, bytes_sent() - after_sum
+
+    assert on_ranks(2, work) == [(80, 28), (80, 0)], "a broadcast is sent by rank 0 alone"
+
+
+def test_a_state_of_tensors_arrives_everywhere_as_it_is() -> None:
+    state = {
+        "weights": {"a": torch.arange(6).view(2, 3).t(), "b": torch.tensor(1.5, dtype=torch.float64)},
+        "optimiser": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "round": 4,
+        "none": None,
+    }
+
+    def work() -> bool:
+        got: dict = share_state(state if rank() == 0 else None)  # type: ignore[assignment]
+        assert torch.equal(got["weights"]["a"], state["weights"]["a"])  # type: ignore[index]
+        assert got["weights"]["b"].dtype == torch.float64
+        assert got["optimiser"]["state"][0]["step"] == 3
+        return (got["optimiser"]["param_groups"], got["round"]) == ([{"lr": 0.1, "betas": (0.9, 0.99)}], 4)
+
+    assert on_ranks(3, work) == [True] * 3
+
+
+def raise_on(number: int, error: Exception) -> None:
+    if rank() == number:
+        raise error
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_refusal_on_one_rank_is_the_same_refusal_on_all(number: int) -> None:
+    def work() -> str:
+        with pytest.raises(ValueError, match=r"^no such file$"):
+            together(lambda: raise_on(number, ValueError("no such file")))
+        return "ended"
+
+    assert on_ranks(3, work) == ["ended"] * 3
+
+
+def test_an_unforeseen_error_keeps_its_own_type_on_its_rank_and_is_named_on_the_others() -> None:
+    def work() -> str:
+        with pytest.raises(KeyError if rank() == 1 else RuntimeError) as caught:
+            together(lambda: raise_on(1, KeyError("weight")))
+        return str(caught.value)
+
+    assert on_ranks(2, work) == ["rank 1 failed with KeyError: 'weight'", "'weight'"]
+
+
+def test_the_first_rank_of_a_node_goes_first() -> None:
+    path = f"/tmp/scaling-fl-test-{os.getpid()}"
+
+    def work() -> bool:
+        def fill_cache() -> bool:
+            was_there = os.path.exists(path)
+            with open(path, "a"):
+                return was_there
+
+        return first_of_node_first(fill_cache)
+
+    try:
+        assert on_ranks(3, work) == [False, True, True]
+    finally:
+        os.remove(path)
+
+
+@pytest.mark.parametrize("status", [1, 3])
+def test_launch_ends_with_the_status_of_the_rank_that_failed(status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        if rank() == 1:
+            print("what was wrong", file=sys.stderr)
+            sys.exit(status)
+
+    with pytest.raises(SystemExit) as end:
+        on_ranks(2, work)
+    assert end.value.code == status
+    assert capfd.readouterr().err.strip() == "what was wrong", "and says nothing more"
+
+
+def test_a_rank_that_raises_prints_its_own_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        on_ranks(2, lambda: raise_on(1, KeyError("weight")))
+    printed = capfd.readouterr().err
+    assert printed.count("Traceback") == 1
+    assert printed.rstrip().endswith("KeyError: 'weight'")
+
+
+def test_a_rank_that_is_killed_ends_the_others() -> None:
+    def work() -> None:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        gather("rank 0 waits here")
+
+    with pytest.raises(SystemExit) as end:
+        on_ranks(2, work)
+    assert end.value.code not in (0, None)
+
+
+def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_ranks(4) == 1
+    monkeypatch.setenv("RANKS", "3")
+    assert num_ranks(2) == 3
+    monkeypatch.setenv("RANKS", "auto")
+    monkeypatch.setattr("scaling_fl.distributed.accelerator", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert [num_ranks(num_sites) for num_sites in (1, 2, 100)] == [1, 2, 3]
+    monkeypatch.setattr("scaling_fl.distributed.accelerator", lambda: "cuda")
+    assert num_ranks(100) == 1, "one rank drives all devices"
+    for bad in ("0", "-1", "two"):
+        monkeypatch.setenv("RANKS", bad)
+        with pytest.raises(ValueError, match=f"RANKS='{bad}' was given: a whole number from 1 would do"):
+            num_ranks(4)
+
+
+def test_the_number_of_threads_is_one_unless_the_environment_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert num_threads() == 2

@@ -1,0 +1,75 @@
+"""Which rank hosts which site, and on which device."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaling_fl import placement
+from scaling_fl.distributed import launch, world
+from scaling_fl.placement import Topology, assign, place
+
+
+def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
+    return [(local_rank, site_ids) for local_rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "assignments"),
+    [
+        (node(1, [0, 0, 1, 1]), [{0: 0, 1: 0, 2: 1, 3: 1}]),
+        (node(2, [0, 0, 1, 1]), [{0: 0, 1: 0}, {2: 1, 3: 1}]),
+        (node(2, [1, 0, 1, 0]), [{1: 0, 3: 0}, {0: 1, 2: 1}]),
+        (node(2, [0, 1, 2]), [{0: 0, 2: 2}, {1: 1}]),
+        (node(2, [0, 0, 0]), [{0: 0, 2: 0}, {1: 0}]),
+        (node(3, [0, 0, 1]), [{0: 0}, {2: 1}, {1: 0}]),
+        (node(3, [7]), [{0: 7}, {}, {}]),
+        (node(2, [0, 1]) + node(1, [0, 0]), [{0: 0}, {1: 1}, {2: 0, 3: 0}]),
+        # Managed platforms that start one process a machine say nothing of local ranks.
+        (node(1, [0]) + node(1, [0, 1]) + node(1, [0]), [{0: 0}, {1: 0, 2: 1}, {3: 0}]),
+    ],
+)
+def test_sites_are_shared_out_by_device_and_then_by_turn(ranks: list, assignments: list[dict[int, int]]) -> None:
+    assert assign(ranks) == assignments
+
+
+site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), site_id_lists), min_size=1, max_size=3))
+def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(nodes: list[tuple[int, list[int]]]) -> None:
+    assignments = assign([rank for count, site_ids in nodes for rank in node(count, site_ids)])
+    merged = {site: device for assignment in assignments for site, device in assignment.items()}
+    assert sum(map(len, assignments)) == len(merged)
+    assert [merged[site] for site in range(len(merged))] == [device for _, site_ids in nodes for device in site_ids]
+
+
+@given(st.integers(1, 4), site_id_lists)
+def test_a_gpu_belongs_to_one_rank_where_there_are_enough(num_ranks: int, site_ids: list[int]) -> None:
+    if num_ranks <= len(set(site_ids)):
+        devices = [set(assignment.values()) for assignment in assign(node(num_ranks, site_ids))]
+        assert sum(map(len, devices)) == len(set(site_ids))
+        assert all(devices)
+
+
+def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
+    def topology() -> Topology:
+        with world():
+            return place([5, 5, 9])
+
+    cpu = torch.device("cpu")
+    assert launch(topology, num_ranks=2) == [
+        Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2),
+        Topology({2: cpu}, 3, (cpu,), 1, 2),
+    ]
+
+
+def test_a_gpu_that_is_not_there_and_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with world():
+        with pytest.raises(ValueError, match=r"site_ids names GPUs \[2, 7\], but this node has 2: ids 0 to 1 would do"):
+            place([0, 7, 2])
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match=r"2 ranks were started for the 1 GPUs .* \(RANKS=1\)"):
+            place([0, 0])

@@ -1,0 +1,352 @@
+"""The main job as a user meets it: its command line, from a folder of the user's own."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LABELS, ROOT
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from scaling_fl import checkpoint
+
+SCRIPT = ROOT / "scripts" / "train_federated.py"
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Command:
+    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
+    base = {
+        "task_name": "text",
+        "train_path": corpus[0],
+        "test_path": corpus[1],
+        "model": tiny_model,
+        "max_seq_len": 32,
+        "optimiser": "adamw",
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "num_local_epochs": 1,
+        "num_rounds": 2,
+    }
+
+    def run(*options: str, ranks: int = 1, env: dict[str, str] | None = None, **settings: object) -> tuple[int, str]:
+        output = tmp_path / "output.txt"
+        arguments = [*options, "with", *(f"{key}={value}" for key, value in {**base, **settings}.items())]
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+                sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+                os.chdir(tmp_path)
+                os.environ.update({"RANKS": str(ranks), **(env or {})})
+                sys.argv = [str(SCRIPT), *arguments]
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return status, output.read_text()
+
+    return run
+
+
+def succeed(result: tuple[int, str]) -> str:
+    status, output = result
+    assert status == 0, output
+    return output
+
+
+def weights_hash(output: str) -> str:
+    (found,) = re.findall(r"^weights +SHA-256 (\w{64})$", output, re.MULTILINE)
+    return found
+
+
+def accuracies(output: str) -> list[float]:
+    """The validation accuracy of each line of the table."""
+    return [float(line.split("|")[4]) for line in output.splitlines() if re.match(r" +\d+ \|", line)]
+
+
+def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:
+    output = succeed(command(ranks=2, num_rounds=12, site_ids="[0,0,1,1]", author="somebody"))
+    assert "4 with 15 to 16 examples each" in output
+    assert len(accuracies(output)) == 13
+    assert accuracies(output)[-1] > 0.9
+
+    (run,) = [folder for folder in (tmp_path / "runs").iterdir() if folder.name.isdecimal()]
+    assert json.loads((run / "run.json").read_text())["status"] == "COMPLETED"
+    assert json.loads((run / "config.json").read_text())["author"] == "somebody"
+    assert output.strip() == (run / "cout.txt").read_text().strip(), "what was printed is on record"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["validation.accuracy"]["steps"] == list(range(13))
+    assert [round(value, 4) for value in metrics["validation.accuracy"]["values"]] == accuracies(output)
+    for name in ("train.loss", "train.accuracy", "time.train_s", "time.aggregate_s"):
+        assert metrics[name]["steps"] == list(range(1, 13))
+    for name in ("validation.loss", "time.round_s", "time.evaluate_s", "comm.bytes"):
+        assert metrics[name]["steps"] == list(range(13))
+    seconds = {name: metrics[f"time.{name}_s"]["values"] for name in ("round", "train", "aggregate", "evaluate")}
+    parts = (sum(seconds[name]) for name in ("train", "aggregate", "evaluate"))
+    assert sum(parts) == pytest.approx(sum(seconds["round"]), rel=0.2)
+
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert model.config.id2label == dict(enumerate(sorted(LABELS)))
+    tokens = AutoTokenizer.from_pretrained(run / "model")(["goal match team", "bread salt soup"], return_tensors="pt")
+    with torch.inference_mode():
+        guesses = model.eval()(**tokens).logits.argmax(-1).tolist()
+    assert [model.config.id2label[guess] for guess in guesses] == ["sport", "food"]
+
+
+def test_every_byte_that_ranks_send_is_on_record(command: Command, tmp_path: Path) -> None:
+    succeed(command(ranks=2, num_rounds=1))
+    sent = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())["comm.bytes"]["values"][1]
+    num_weights = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "1" / "model").num_parameters()
+    assert 2 * 8 * num_weights < sent < 2 * 8 * num_weights + 5_000, "float64 from two ranks, and the metrics"
+    succeed(command(ranks=1, num_rounds=1))
+    alone = json.loads((tmp_path / "runs" / "2" / "metrics.json").read_text())["comm.bytes"]["values"]
+    assert alone == [0, 0], "a world of one sends nothing"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "fedadam", "proximal_mu": 0.1},
+        {"strategy": "diloco", "partition": "dirichlet", "dirichlet_alpha": 0.3, "num_local_epochs": 2},
+        {"iid_split": False, "optimiser": "sgd", "server_learning_rate": 0.5},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_number_of_ranks_changes_no_bit(command: Command, settings: dict[str, object]) -> None:
+    outputs = [succeed(command(ranks=ranks, site_ids="[0,0,1,1,0]", **settings)) for ranks in (1, 2, 3)]
+    assert len({weights_hash(output) for output in outputs}) == 1
+    assert len({tuple(accuracies(output)) for output in outputs}) == 1
+
+
+def test_every_setting_of_the_training_acts(command: Command) -> None:
+    changes: list[dict[str, object]] = [
+        {},
+        {"seed": 2},
+        {"data_seed": 2},
+        {"batch_size": 5},
+        {"num_local_epochs": 2},
+        {"learning_rate": 2e-3},
+        {"max_seq_len": 4},
+        {"optimiser": "sgd"},
+        {"strategy": "fedavgm"},
+        {"strategy": "fedavgm", "server_momentum": 0.5},
+        {"server_learning_rate": 0.5},
+        {"proximal_mu": 1.0},
+        {"iid_split": False},
+        {"partition": "dirichlet"},
+        {"partition": "dirichlet", "dirichlet_alpha": 5},
+        {"max_train_examples": 50},
+        {"comm_dtype": "bfloat16"},
+        {"site_ids": "[0,0,0]"},
+    ]
+    hashes = [weights_hash(succeed(command("--unobserved", **change))) for change in changes]
+    assert len(set(hashes)) == len(changes), [change for i, change in enumerate(changes) if hashes[i] in hashes[:i]]
+
+
+def test_settings_of_the_evaluation_alone_change_no_weight(command: Command) -> None:
+    outputs = [
+        succeed(command("--unobserved", **change))
+        for change in ({}, {"val_batch_size": 3}, {"max_test_examples": 7}, {"partition": "iid", "iid_split": False})
+    ]
+    assert len({weights_hash(output) for output in outputs}) == 1
+    assert accuracies(outputs[0]) == accuracies(outputs[1])
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(command: Command, tmp_path: Path) -> None:
+    whole = succeed(command(ranks=1, num_rounds=4, strategy="fedadam"))
+    settings = {"strategy": "fedadam", "checkpoints_dir": tmp_path / "checkpoints"}
+    succeed(command(ranks=2, num_rounds=1, **settings))
+    succeed(command(ranks=1, num_rounds=3, **settings))
+    resumed = succeed(command(ranks=3, num_rounds=4, keep_checkpoints=2, **settings))
+    assert weights_hash(resumed) == weights_hash(whole)
+    assert accuracies(resumed) == accuracies(whole), "the table of a resumed run is whole"
+    files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert files == ["round-3.pt", "round-4.pt"]
+    first, last = (json.loads((tmp_path / "runs" / run / "metrics.json").read_text()) for run in ("1", "4"))
+    assert last["validation.loss"]["values"] == first["validation.loss"]["values"]
+    assert last["train.loss"]["steps"] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_started_again_says_where_it_stands(command: Command, tmp_path: Path) -> None:
+    outputs = [succeed(command(checkpoints_dir=tmp_path / "checkpoints")) for _ in range(2)]
+    assert weights_hash(outputs[0]) == weights_hash(outputs[1])
+    assert accuracies(outputs[0]) == accuracies(outputs[1])
+
+
+REFUSED = {
+    "learning_rat=1": "there is no setting 'learning_rat': did you mean learning_rate?",
+    "learning_rate=fast": "learning_rate='fast' was given: a number above 0 would do",
+    "learning_rate=-1": "a number above 0",
+    "num_rounds=1.5": "a whole number from 0",
+    "batch_size=0": "a whole number from 1",
+    "iid_split=false": "iid_split='false' was given: True or False would do",
+    "site_ids=[]": "a list of GPU ids",
+    "site_ids=[0,0": "a list of GPU ids",
+    "site_ids=[0,-1]": "a list of GPU ids",
+    "site_ids=" + str([0] * 62).replace(" ", ""): "62 sites cannot share 61 training examples",
+    "task_name=foo": "task_name='foo' was given: bbcnews, agnews",
+    "optimiser=lion": "optimiser='lion' was given: sgd, adamw would do",
+    "strategy=median": "strategy='median' was given: fedavg, fedavgm",
+    "server_momentum=0.9": "strategy='fedavg' takes no server_momentum",
+    "partition=shards": "partition='shards' was given: iid, by_label, dirichlet would do",
+    "comm_dtype=int8": "comm_dtype='int8' was given: exact, float32, bfloat16, float16 would do",
+    "model=no/model": "model='no/model' cannot be loaded: a nickname (minilm",
+    "train_path=None": "needs train_path",
+    "train_path=missing.csv": "missing.csv",
+    "text_column=body": "text_column='body'",
+    "label_column=class": "label_column='class'",
+    "max_seq_len=65": "max_seq_len=65 is too long for model=",
+    "learning_rate=1e30": "diverged in round 1: ",
+    "keep_checkpoints=0": "a whole number from 1 or None",
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
+    key, value = setting.split("=", 1)
+    status, output = command("--unobserved", ranks=ranks, **{key: value})
+    head = re.compile(r"(model|data|sites|strategy) |round \|| +0 \|")
+    lines = [line for line in output.splitlines() if not head.match(line)]
+    assert status == 1
+    assert len(lines) == 1, output
+    assert lines[0].startswith("error: ")
+    assert REFUSED[setting] in lines[0]
+
+
+def test_a_bad_setting_leaves_no_run_behind(command: Command, tmp_path: Path) -> None:
+    assert command(optimiser="lion")[0] == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_diverged_run_is_on_record_as_failed_with_its_reason(command: Command, tmp_path: Path, ranks: int) -> None:
+    assert command(ranks=ranks, learning_rate=1e30)[0] == 1
+    record = json.loads((tmp_path / "runs" / "1" / "run.json").read_text())
+    assert record["status"] == "FAILED"
+    assert "site 0 diverged in round 1" in "".join(record["fail_trace"])
+
+
+@pytest.mark.parametrize("variable", ["RANKS=0", "RANKS=many", "OMP_NUM_THREADS=x"])
+def test_a_bad_environment_is_one_clear_sentence(command: Command, variable: str) -> None:
+    name, value = variable.split("=")
+    status, output = command("--unobserved", env={name: value})
+    assert status == 1
+    assert output.startswith(f"error: {name}='{value}' was given: a whole number from 1")
+    assert len(output.splitlines()) == 1
+
+
+def test_a_changed_setting_or_another_model_is_not_resumed(command: Command, tmp_path: Path) -> None:
+    settings = {"checkpoints_dir": tmp_path / "checkpoints", "num_rounds": 1}
+    succeed(command(**settings))
+    before = (tmp_path / "checkpoints" / "round-1.pt").read_bytes()
+    changes = {
+        "learning_rate": (1e-4, "learning_rate was 0.003 and is 0.0001"),
+        "site_ids": ("[0,0]", "number of sites was 4 and is 2"),
+        "max_train_examples": (30, "training data (SHA-256) was"),
+        "seed": (5, "seed was 1 and is 5"),
+    }
+    for key, (value, sentence) in changes.items():
+        status, output = command("--unobserved", **{**settings, "num_rounds": 2, key: value})
+        assert status == 1
+        assert sentence in output
+    assert (tmp_path / "checkpoints" / "round-1.pt").read_bytes() == before
+    status, output = command("--unobserved", env={"OMP_NUM_THREADS": "2"}, **settings)
+    assert "OMP_NUM_THREADS was 1 and is 2" in output
+
+
+def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, tmp_path: Path) -> None:
+    settings = {"checkpoints_dir": tmp_path / "checkpoints"}
+    whole = succeed(command(num_rounds=3, **settings))
+    last = tmp_path / "checkpoints" / "round-3.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    resumed = succeed(command(num_rounds=3, **settings))
+    assert "round-3.pt, which is damaged" in resumed
+    assert weights_hash(resumed) == weights_hash(whole)
+    assert checkpoint.read(str(last))["round"] == 3, "and it is written anew"
+
+
+def start(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path], ranks: int) -> subprocess.Popen[str]:
+    """Starts the command for real, in a process group of its own, and waits for its first rounds."""
+    settings = f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=100000"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "with", *settings.split(), "max_seq_len=32"],
+        cwd=tmp_path,
+        env={**os.environ, "RANKS": str(ranks)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(r" +2 \|", line):
+            break
+    return process
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_at_once_and_its_record_says_so(
+    tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path], ranks: int, number: signal.Signals, status: int
+) -> None:
+    process = start(tmp_path, tiny_model, corpus, ranks)
+    asked = time.monotonic()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == status, output
+    assert time.monotonic() - asked < 30
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "INTERRUPTED"
+
+
+def test_print_config_explains_every_setting(command: Command) -> None:
+    output = succeed(command("print_config", ranks=2))
+    lines = re.findall(r"^  (\w+) = .*# (.+)$", re.sub(r"\x1b\[\d*m", "", output), re.MULTILINE)
+    namespace = runpy.run_path(str(SCRIPT))
+    assert {key for key, _ in lines} == set(namespace["KINDS"])
+    assert all(len(text) > 15 for _, text in lines)
+    assert namespace["FREE"] < set(namespace["KINDS"])
+
+
+def test_a_task_and_a_model_bring_their_own_defaults_and_the_command_line_wins(command: Command) -> None:
+    namespace = runpy.run_path(str(SCRIPT))
+
+    def config(*updates: str) -> dict[str, object]:
+        run = namespace["experiment"]._create_run(config_updates=dict(update.split("=") for update in updates))
+        return dict(run.config)
+
+    default, plain = config(), config("task_name=agnews", "model=distilbert")
+    assert (default["max_train_examples"], default["optimiser"]) == (480, "adamw")
+    assert (plain["max_train_examples"], plain["optimiser"], plain["learning_rate"]) == (None, "sgd", 2e-5)
+    assert (plain["num_local_epochs"], plain["batch_size"], plain["val_batch_size"], plain["max_seq_len"]) == (
+        2,
+        32,
+        512,
+        128,
+    )
+    assert config("optimiser=sgd")["optimiser"] == "sgd"
+
+
+def test_a_job_name_of_digits_stays_the_text_that_it_is(command: Command, tmp_path: Path) -> None:
+    succeed(command(job_name="20261121_090000", num_rounds=0))
+    assert json.loads((tmp_path / "runs" / "1" / "config.json").read_text())["job_name"] == "20261121_090000"

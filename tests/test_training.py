@@ -1,0 +1,54 @@
+"""Training one model, against the same thing written out."""
+
+import pytest
+import torch
+from conftest import make_bert, make_examples
+
+from scaling_fl.tasks.task import score_classes
+from scaling_fl.training import OPTIMISERS, evaluate, pull_towards, train
+
+
+def one_batch() -> list[dict[str, torch.Tensor]]:
+    return [make_examples(8).batch(range(8))]
+
+
+def test_training_scores_what_it_trained_on_and_evaluation_turns_dropout_off() -> None:
+    model = make_bert(dropout=0.5)
+    scores = [train(model, one_batch(), OPTIMISERS["sgd"](model.parameters(), lr=0.0), score_classes) for _ in range(2)]
+    assert scores[0].result()["loss"] != scores[1].result()["loss"], "dropout is on"
+    quiet = [evaluate(model, one_batch(), score_classes).result() for _ in range(2)]
+    assert quiet[0] == quiet[1]
+
+
+def test_evaluation_changes_nothing() -> None:
+    model = make_bert()
+    before = [weight.clone() for weight in model.parameters()]
+    evaluate(model, one_batch(), score_classes)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_an_optimiser_is_torchs_own(optimiser: str) -> None:
+    ours, plain = make_bert(dropout=0.0), make_bert(dropout=0.0)
+    train(ours, one_batch() * 3, OPTIMISERS[optimiser](ours.parameters(), lr=1e-2), score_classes)
+    reference = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimiser](plain.parameters(), lr=1e-2)
+    for batch in one_batch() * 3:
+        reference.zero_grad()
+        plain(**batch).loss.backward()
+        reference.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_proximal_pull_is_the_gradient_of_the_proximal_term() -> None:
+    torch.manual_seed(0)
+    weight, anchor = torch.randn(5, requires_grad=True), torch.randn(5)
+    expected = weight.detach().clone().requires_grad_()
+    ((expected**3).sum() + 0.7 / 2 * (expected - anchor).square().sum()).backward()
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    pull_towards([anchor], 0.7, optimiser)
+    before = weight.detach().clone()
+    (weight**3).sum().backward()
+    optimiser.step()
+    assert torch.allclose(before - weight.detach(), expected.grad, atol=1e-6)
