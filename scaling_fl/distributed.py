@@ -218,6 +218,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        shutdown_timeout=10,  # seconds from a polite signal to a kill
         start_method="fork" if accelerator() is None else "spawn",
     )
     try:

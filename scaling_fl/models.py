@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -49,27 +51,45 @@ def load_tokenizer(model: str, max_seq_len: int) -> PreTrainedTokenizerBase:
     """Load a model's own tokenizer.
 
     Raises:
-        ValueError: the model cannot be found, or does not take texts of `max_seq_len` tokens.
+        ValueError: the model cannot be found, has no vocabulary or padding, or takes no texts of `max_seq_len` tokens.
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, model)
+    # Where there are no files of a tokenizer, one without words is made up, and takes every text for unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"model={model!r} has no vocabulary: its tokenizer.json beside its weights would do")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limits = (
-        tokenizer.model_max_length,
-        getattr(_load(AutoConfig.from_pretrained, model), "max_position_embeddings", None),
-    )
-    longest = min(limit for limit in limits if limit)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"model={model!r} has no padding token: a pad_token in its tokenizer_config.json would do")
+    config = _load(AutoConfig.from_pretrained, model)
+    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), _num_positions(config)
+    longest = min(limit for limit in limits if limit and limit > 0)
+    shortest = tokenizer.num_special_tokens_to_add() + 1
     if max_seq_len > longest:
         raise ValueError(f"max_seq_len={max_seq_len} is too long for model={model!r}: at most {longest} would do")
+    if max_seq_len < shortest:
+        raise ValueError(f"max_seq_len={max_seq_len} is too short for model={model!r}: at least {shortest} would do")
     # A fast tokenizer changes with its first call, and datasets' cache goes by its state.
     tokenizer("", truncation=True, max_length=max_seq_len)
     return tokenizer
+
+
+def _num_positions(config: Any) -> int | None:
+    """Return how many tokens fit a model's table of positions: RoBERTa's kin leave its first rows to padding."""
+    with torch.device("meta"):
+        modules = dict(AutoModel.from_config(config).named_modules())
+    for name, module in modules.items():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def make_classifier(
     model: str, label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pretrained model in float32, with a head for the labels drawn at random by `seed`.
+
+    A model that has a head of this size keeps it.
 
     Returns:
         The model, and the names of the weights that were drawn and not loaded.
@@ -84,6 +104,7 @@ def make_classifier(
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
+        problem_type="single_label_classification",
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
@@ -98,7 +119,7 @@ def _load(load: Callable[..., Any], model: str, **options: Any) -> Any:
     path = MODELS[model].path() if model in MODELS else model
     try:
         return load(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ValueError(
             f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "
             f"model, or a hub id that can be reached would do ({' '.join(str(error).split())[:200]})"

@@ -13,6 +13,8 @@ from sacred.run import Run
 
 Config = dict[str, Any]
 
+PATIENCE_MS = 5_000  # a server that does not answer for so long is away
+
 
 class Files(FileStorageObserver):
     """A folder a run, numbered on its own whatever number MongoDB gives the run."""
@@ -38,39 +40,25 @@ class Mongo(MongoObserver):
     """
 
     def __init__(self, url: str, database: str, goes_on: Callable[[Config], bool], failure_dir: str) -> None:
-        super().__init__(url, database, failure_dir=failure_dir, serverSelectionTimeoutMS=5_000)
+        super().__init__(url, database, failure_dir=failure_dir, serverSelectionTimeoutMS=PATIENCE_MS)
         self._goes_on = goes_on
         self._before: dict[str, Any] = {}
         self._waiting: dict[str, dict[int, tuple[Any, Any]]] = {}  # name -> step -> value and time
 
     def started_event(self, **event: Any) -> int:
-        """Open the run's document, or a new one. The process ends here if that cannot be."""
-        try:
-            self._before = self._find(event["config"])
-            self.overwrite = deepcopy(self._before) or None
-            super().started_event(**{**event, "_id": None})
-        except (pymongo.errors.PyMongoError, ValueError) as error:
-            # Sacred would print a stack trace for anything but an exit.
-            raise SystemExit(f"error: the run cannot be recorded in MongoDB (SACRED_HOST): {_brief(error)}") from None
-        return self.run_entry["_id"]
+        """Open the document of the run that goes on, or a new one."""
+        self._before = find_run(self.runs, event["config"]) if self._goes_on(event["config"]) else {}
+        self.overwrite = deepcopy(self._before) or None
+        return super().started_event(**{**event, "_id": None})
 
     def insert(self) -> None:
         """Write the document as it opens: what a run had before it went on, and no end."""
         kept = {key: value for key, value in self._before.items() if key in KEPT}
-        self.run_entry = {key: value for key, value in self.run_entry.items() if key not in ENDED} | kept
+        entry: dict[str, Any] = self.run_entry
+        self.run_entry = {key: value for key, value in entry.items() if key not in ENDED} | kept
         super().insert()
         if self._before:
             self.runs.update_one({"_id": self.run_entry["_id"]}, {"$unset": dict.fromkeys(ENDED, "")})
-
-    def _find(self, config: Config) -> dict[str, Any]:
-        """Return the document of the job that goes on, or an empty one."""
-        if config["job_name"] is None or not self._goes_on(config):
-            return {}
-        found = list(self.runs.find({"config.job_name": config["job_name"]}))
-        if len(found) > 1:
-            ids = ", ".join(str(run["_id"]) for run in found)
-            raise ValueError(f"job_name={config['job_name']!r} is the name of several runs ({ids}): remove all but one")
-        return found[0] if found else {}
 
     def heartbeat_event(self, **event: Any) -> None:
         """Save what changed, after what the run had before it went on."""
@@ -104,8 +92,18 @@ class Mongo(MongoObserver):
         return str(result.upserted_id or old.get("_id"))
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def find_run(runs: pymongo.collection.Collection, config: Config) -> dict[str, Any]:
+    """Return the document of the job that a configuration names, or an empty one.
+
+    Raises:
+        ValueError: several runs have that name.
+    """
+    job_name = config["job_name"]
+    found = [] if job_name is None else list(runs.find({"config.job_name": job_name}))
+    if len(found) > 1:
+        ids = ", ".join(str(run["_id"]) for run in found)
+        raise ValueError(f"job_name={job_name!r} is the name of several runs ({ids}): remove all but one")
+    return found[0] if found else {}
 
 
 def mongo_url(host: str, user: str | None = None, password: str | None = None) -> str:
@@ -122,18 +120,43 @@ def mongo_url(host: str, user: str | None = None, password: str | None = None) -
     return f"{scheme or 'mongodb'}://{address}"
 
 
+def _mongo_from_environment() -> tuple[str, str]:
+    env = os.environ
+    url = mongo_url(env["SACRED_HOST"], env.get("SACRED_USER"), env.get("SACRED_PASSWORD"))
+    return url, env.get("SACRED_DATABASE") or "sacred"
+
+
+def check_mongo(config: Config, goes_on: Callable[[Config], bool]) -> None:
+    """Find out whether MongoDB, where `SACRED_HOST` names one, can record a run.
+
+    Raises:
+        ValueError: it does not answer within 5 seconds or lets nobody in, or the run to go on with is unclear.
+    """
+    if not os.environ.get("SACRED_HOST"):
+        return
+    url, database = _mongo_from_environment()
+    try:
+        client: pymongo.MongoClient
+        with pymongo.MongoClient(url, serverSelectionTimeoutMS=PATIENCE_MS) as client:
+            runs = client[database].runs
+            runs.find_one({}, {"_id": 1})
+            if goes_on(config):
+                find_run(runs, config)
+    except pymongo.errors.PyMongoError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the run cannot be recorded in MongoDB (SACRED_HOST): {reason}") from None
+
+
 def make_observers(goes_on: Callable[[Config], bool]) -> list[FileStorageObserver | MongoObserver]:
     """Return the observers that the environment asks for.
 
     Files always, under `SACRED_RUNS_DIR` (default: runs); MongoDB where `SACRED_HOST` is set, with
     `SACRED_USER`, `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
     """
-    env = os.environ
-    runs_dir = env.get("SACRED_RUNS_DIR") or "runs"
+    runs_dir = os.environ.get("SACRED_RUNS_DIR") or "runs"
     observers: list[FileStorageObserver | MongoObserver] = [Files(runs_dir)]
-    if env.get("SACRED_HOST"):
-        url = mongo_url(env["SACRED_HOST"], env.get("SACRED_USER"), env.get("SACRED_PASSWORD"))
-        observers.append(Mongo(url, env.get("SACRED_DATABASE") or "sacred", goes_on, failure_dir=runs_dir))
+    if os.environ.get("SACRED_HOST"):
+        observers.append(Mongo(*_mongo_from_environment(), goes_on, failure_dir=runs_dir))
     return observers
 
 

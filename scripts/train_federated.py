@@ -112,6 +112,7 @@ TEXT_KEYS = {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)
 # A resumed run may change these; any other setting makes another run.
 FREE = {"site_ids", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
 FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split"}
+UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 
 
 @experiment.config_hook
@@ -122,6 +123,8 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
         num_ranks(len(config["site_ids"]))
         num_threads()
+        if command_name == "train_federated" and is_observed():
+            observers.check_mongo(config, goes_on)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return {}
@@ -268,18 +271,18 @@ def terminate(*_: object) -> None:
 def main() -> None:
     """Run Sacred's command line. Of several ranks the first alone is observed."""
     argv = [literal(argument, TEXT_KEYS) for argument in sys.argv]
-    if is_rank() and os.environ.get("RANK", "0") == "0":
+    if is_observed() and is_rank():
         experiment.observers.extend(observers.make_observers(goes_on))
-    elif not {"-u", "--unobserved"}.intersection(argv):
+    elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    for number, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, signal.default_int_handler)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+    for signum, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
     try:
         experiment.run_commandline(argv)
     except KeyboardInterrupt as interrupt:
@@ -289,6 +292,11 @@ def main() -> None:
 def is_rank() -> bool:
     """Tell whether this process trains: launched as a rank, or the only one that RANKS asks for."""
     return launched() or os.environ.get("RANKS", "1") in ("", "1")
+
+
+def is_observed() -> bool:
+    """Tell whether this process, or the first of the ranks that it starts, is on record."""
+    return os.environ.get("RANK", "0") == "0" and not UNOBSERVED.intersection(sys.argv)
 
 
 def goes_on(config: dict[str, Any]) -> bool:

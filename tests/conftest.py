@@ -1,5 +1,8 @@
 """What the tests share: a tiny model, a tiny federation, and the real data where it is."""
 
+import os
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +25,8 @@ from scaling_fl.tasks.task import Examples, score_classes
 from scaling_fl.training import OPTIMISERS
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "train_federated.py"
+Command = Callable[..., tuple[int, str]]  # options and settings -> exit status and output
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
@@ -72,6 +77,57 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         return folder / name
 
     return write("train.csv", 61), write("test.csv", 31)
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Command:
+    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
+    base = {
+        "task_name": "text",
+        "train_path": corpus[0],
+        "test_path": corpus[1],
+        "model": tiny_model,
+        "max_seq_len": 32,
+        "optimiser": "adamw",
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "num_local_epochs": 1,
+        "num_rounds": 2,
+    }
+
+    def run(*options: str, ranks: int = 1, env: dict[str, str] | None = None, **settings: object) -> tuple[int, str]:
+        output = tmp_path / "output.txt"
+        arguments = [*options, "with", *(f"{key}={value}" for key, value in {**base, **settings}.items())]
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+                sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+                os.chdir(tmp_path)
+                os.environ.update({"RANKS": str(ranks), **(env or {})})
+                sys.argv = [str(SCRIPT), *arguments]
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return status, output.read_text()
+
+    return run
+
+
+def succeed(result: tuple[int, str]) -> str:
+    status, output = result
+    assert status == 0, output
+    return output
 
 
 def make_bert(seed: int = 0, dropout: float = 0.1, vocab_size: int = 50) -> BertForSequenceClassification:

@@ -8,69 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, ROOT
+from conftest import LABELS, SCRIPT, Command, succeed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaling_fl import checkpoint
-
-SCRIPT = ROOT / "scripts" / "train_federated.py"
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Command:
-    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
-    base = {
-        "task_name": "text",
-        "train_path": corpus[0],
-        "test_path": corpus[1],
-        "model": tiny_model,
-        "max_seq_len": 32,
-        "optimiser": "adamw",
-        "learning_rate": 3e-3,
-        "batch_size": 4,
-        "num_local_epochs": 1,
-        "num_rounds": 2,
-    }
-
-    def run(*options: str, ranks: int = 1, env: dict[str, str] | None = None, **settings: object) -> tuple[int, str]:
-        output = tmp_path / "output.txt"
-        arguments = [*options, "with", *(f"{key}={value}" for key, value in {**base, **settings}.items())]
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-                sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-                os.chdir(tmp_path)
-                os.environ.update({"RANKS": str(ranks), **(env or {})})
-                sys.argv = [str(SCRIPT), *arguments]
-                runpy.run_path(str(SCRIPT), run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            finally:
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return status, output.read_text()
-
-    return run
-
-
-def succeed(result: tuple[int, str]) -> str:
-    status, output = result
-    assert status == 0, output
-    return output
 
 
 def weights_hash(output: str) -> str:

@@ -33,16 +33,24 @@ def main() -> None:
         sys.exit("error: --full-path, --train-path and --test-path must be three files")
     try:
         rows = pd.read_csv(paths.full_path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {paths.full_path!r} cannot be read as CSV: {error}")
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {paths.full_path!r} cannot be read as CSV: {' '.join(str(error).split())}")
     if list(rows.columns) != ["id", "text", "author"]:
-        sys.exit(f"error: {paths.full_path!r} has the columns {list(rows.columns)}, not id, text, author")
+        sys.exit(f"error: {paths.full_path!r} has the columns {', '.join(rows.columns)}, not id, text, author")
+    # pandas completes short rows with nothing, and takes the first field for an index where rows are long.
+    if (rows["author"] == "").any() or not isinstance(rows.index, pd.RangeIndex):
+        sys.exit(f"error: {paths.full_path!r} has rows without id, text and author: quote texts that hold a comma")
+    if len(rows) < 2:
+        sys.exit(f"error: {paths.full_path!r} has {len(rows)} rows: two or more can be split")
     for path in targets:
         filesystem, inner = fsspec.core.url_to_fs(path)
         if filesystem.exists(inner):
             sys.exit(f"error: {path!r} is there already: remove it, or name another file")
     for path, indices in zip(targets, split(len(rows)), strict=True):
-        rows.iloc[indices].to_csv(path, index=False)
+        try:
+            rows.iloc[indices].to_csv(path, index=False)
+        except OSError as error:
+            sys.exit(f"error: {path!r} cannot be written: {' '.join(str(error).split())}")
         print(f"{len(indices):,} rows in {path}")
 
 
