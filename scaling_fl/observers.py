@@ -39,6 +39,8 @@ class Mongo(MongoObserver):
         failure_dir: where the document is saved if MongoDB cannot take it at the end.
     """
 
+    run_entry: dict[str, Any]
+
     def __init__(self, url: str, database: str, goes_on: Callable[[Config], bool], failure_dir: str) -> None:
         super().__init__(url, database, failure_dir=failure_dir, serverSelectionTimeoutMS=PATIENCE_MS)
         self._goes_on = goes_on
@@ -54,8 +56,7 @@ class Mongo(MongoObserver):
     def insert(self) -> None:
         """Write the document as it opens: what a run had before it went on, and no end."""
         kept = {key: value for key, value in self._before.items() if key in KEPT}
-        entry: dict[str, Any] = self.run_entry
-        self.run_entry = {key: value for key, value in entry.items() if key not in ENDED} | kept
+        self.run_entry = {key: value for key, value in self.run_entry.items() if key not in ENDED} | kept
         super().insert()
         if self._before:
             self.runs.update_one({"_id": self.run_entry["_id"]}, {"$unset": dict.fromkeys(ENDED, "")})
@@ -138,7 +139,7 @@ def check_mongo(config: Config, goes_on: Callable[[Config], bool]) -> None:
     try:
         client: pymongo.MongoClient
         with pymongo.MongoClient(url, serverSelectionTimeoutMS=PATIENCE_MS) as client:
-            runs = client[database].runs
+            runs: pymongo.collection.Collection = client[database].runs
             runs.find_one({}, {"_id": 1})
             if goes_on(config):
                 find_run(runs, config)
