@@ -1,53 +1,70 @@
 #!/usr/bin/env bash
 # Run Python on this machine with everything that it needs: ./run-local.sh scripts/train_federated.py with ...
-# In a container where a Docker engine answers, in a virtual environment where none does or RUNTIME=venv.
+# In a container where Docker answers, in a virtual environment where it does not or RUNTIME=venv.
 # Paths in the arguments are relative to this folder. Settings in .env count where the environment has none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+fail() {
+  echo "run-local: $1" >&2
+  exit 1
+}
+
+# Nothing in .env is executed, nothing but a leading ~/ expanded, and an empty value is as good as none.
 read_env() {
-  local line key value
+  local LC_ALL=C # any byte may stand in a password
+  local line key value number=0 space='[[:space:]]*'
+  local nothing="^$space(#|\$)" setting="^$space(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)\$"
+  local quoted="^$space(\"([^\"]*)\"|'([^']*)')$space(#.*)?\$" bare="^$space(.*[^[:space:]])?$space\$"
   while IFS= read -r line || [[ -n $line ]]; do
-    line=${line%$'\r'}
-    [[ $line =~ ^[[:space:]]*([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
-    key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-    case $value in
-      \"*\") value=${value:1:${#value}-2} ;;
-      \'*\') value=${value:1:${#value}-2} ;;
-      *) value=${value%%[[:space:]]#*} ;;
-    esac
-    [[ -n ${!key+set} ]] || export "$key=$value"
+    number=$((number + 1))
+    [[ ! $line =~ $nothing ]] || continue
+    [[ $line =~ $setting ]] || fail "line $number of .env is not KEY=value" # shown, it might give a secret away
+    key=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    if [[ $value =~ $quoted ]]; then
+      value=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
+    else
+      [[ ${value%%[[:space:]]#*} =~ $bare ]]
+      value=${BASH_REMATCH[1]}
+      [[ $value != \~/* ]] || value=$HOME/${value:2}
+    fi
+    [[ -z $value || -n ${!key+set} ]] || export "$key=$value"
   done <"$1"
 }
 [[ ! -f .env ]] || read_env .env
-export RANKS=${RANKS:-auto}
 
-if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1; then
+if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; then
   echo "run-local: in a container (RUNTIME=venv takes a virtual environment)" >&2
-  # Compose takes the files of COMPOSE_FILE by itself. What the container leaves belongs to this user.
-  HOST_UID=$(id -u) HOST_GID=$(id -g)
-  export HOST_UID HOST_GID
+  # What the container leaves belongs to this user.
+  HOST_UID=${HOST_UID:-$(id -u)} HOST_GID=${HOST_GID:-$(id -g)}
+  export HOST_UID HOST_GID IMAGE=${IMAGE:-scaling-fl:$HOST_UID}
   export DATA_MOUNT_DIR=${DATA_MOUNT_DIR:-./data} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
-  mkdir -p runs checkpoints "$DATA_MOUNT_DIR" "$HF_HOME"
-  project=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')-$(printf '%s\0' "$@" | cksum | cut -d' ' -f1)
-  docker compose --project-name "scaling-fl-$project" build --quiet main
-  exec docker compose --project-name "scaling-fl-$project" run --rm --service-ports main "$@"
+  export SACRED_RUNS_DIR=${SACRED_RUNS_DIR:-./runs}
+  # Docker would make a missing folder as root.
+  mkdir -p checkpoints "$SACRED_RUNS_DIR" "$DATA_MOUNT_DIR" "$HF_HOME"
+  user=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
+  # .env has been read: Compose would understand its quotes and dollars in another way.
+  project=scaling-fl-$user-$(printf '%s\0' "$@" | cksum | cut -d' ' -f1)
+  compose=(docker compose --env-file /dev/null --project-name "$project")
+  "${compose[@]}" build --quiet main >&2
+  exec "${compose[@]}" run --rm --service-ports main "$@"
 fi
 
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "run-local: Python 3.11 or newer is needed, and $python is not: PYTHON=/path/to/python3.11 would do" >&2
-  exit 1
-fi
-wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "${EXTRAS:-}") | cksum)
+export RANKS=${RANKS:-auto}
+wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)
 if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+      fail "Python 3.11 or newer is needed, and $python is not: PYTHON=/path/to/python3.11 would do"
+    [[ -x .venv/bin/python ]] || rm -f .venv/bin/python* # links to a Python that is gone
+    "$python" -m venv .venv
+  fi
   echo "run-local: installing into .venv (once, and again when pyproject.toml or a constraint changes)" >&2
-  "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --no-deps --require-hashes --requirement demo-requirements.txt
+  pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
+  "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
+  "${pip[@]}" --no-deps --require-hashes --requirement demo-requirements.txt
   echo "$wanted" >.venv/installed
 fi
-echo "run-local: in the virtual environment .venv (no Docker engine answers, or RUNTIME=venv)" >&2
+echo "run-local: in the virtual environment .venv (Docker does not answer, or RUNTIME=venv)" >&2
 exec .venv/bin/python "$@"

@@ -76,9 +76,9 @@ class Mongo(MongoObserver):
             for name in list(self._waiting):
                 metric_id = self._save_metric(name, self._waiting[name])
                 del self._waiting[name]
-                known = [*self._before.get("info", {}).get("metrics", []), *info.get("metrics", [])]
+                known = info.setdefault("metrics", list(self._before.get("info", {}).get("metrics", [])))
                 if name not in [metric["name"] for metric in known]:
-                    info["metrics"] = [*known, {"name": name, "id": metric_id}]
+                    known.append({"name": name, "id": metric_id})
         except pymongo.errors.ConnectionFailure:
             pass  # the next heartbeat tries again
 

@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, a tiny federation, and the real data where it is."""
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -128,6 +129,16 @@ def succeed(result: tuple[int, str]) -> str:
     status, output = result
     assert status == 0, output
     return output
+
+
+def weights_hash(output: str) -> str:
+    (found,) = re.findall(r"^weights +SHA-256 (\w{64})$", output, re.MULTILINE)
+    return found
+
+
+def accuracies(output: str) -> list[float]:
+    """The validation accuracy of each line of the table."""
+    return [float(line.split("|")[4]) for line in output.splitlines() if re.match(r" +\d+ \|", line)]
 
 
 def make_bert(seed: int = 0, dropout: float = 0.1, vocab_size: int = 50) -> BertForSequenceClassification:

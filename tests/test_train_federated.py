@@ -12,20 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, SCRIPT, Command, succeed
+from conftest import LABELS, SCRIPT, Command, accuracies, succeed, weights_hash
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaling_fl import checkpoint
-
-
-def weights_hash(output: str) -> str:
-    (found,) = re.findall(r"^weights +SHA-256 (\w{64})$", output, re.MULTILINE)
-    return found
-
-
-def accuracies(output: str) -> list[float]:
-    """The validation accuracy of each line of the table."""
-    return [float(line.split("|")[4]) for line in output.splitlines() if re.match(r" +\d+ \|", line)]
 
 
 def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:

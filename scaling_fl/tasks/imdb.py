@@ -2,9 +2,10 @@
 
 from pathlib import PurePosixPath
 
+import fsspec
 from datasets import Dataset, load_dataset
 
-from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_folders, read_table, require_paths
+from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_folders, read_table, reason, require_paths
 from scaling_fl.tasks.task import Corpus, Source
 
 HUB_ID = "stanfordnlp/imdb"
@@ -22,8 +23,8 @@ def _read(train_path: str | None, test_path: str | None, text_column: str | None
             pick(_read_part(path, split), path, text_column, label_column)
             for path, split in zip(paths, ("train", "test"), strict=True)
         ]
-    train, test = (part.map(_name_labels, batched=True) for part in parts)
-    return make_corpus(train, test, tuple(LABELS.values()))
+    train, test = parts
+    return make_corpus(train, test, LABELS)
 
 
 def _load_hub() -> dict[str, Dataset]:
@@ -32,25 +33,18 @@ def _load_hub() -> dict[str, Dataset]:
         return {split: load_dataset(HUB_ID, split=split) for split in ("train", "test")}
     except Exception as error:
         raise ValueError(
-            f"the data set {HUB_ID} cannot be loaded from the hub ({type(error).__name__}): "
-            "give train_path and test_path, or go online"
+            f"the data set {HUB_ID} cannot be loaded from the hub: "
+            f"give train_path and test_path, or go online ({reason(error)})"
         ) from error
 
 
 def _read_part(path: str, split: str) -> Dataset:
-    """Read a table, or the folders pos and neg of an aclImdb folder or of its part."""
+    """Read a table, or the folders neg and pos of an aclImdb folder or of its part."""
     if PurePosixPath(path).suffix.lower() in FORMATS:
         return read_table(path)
-    rows = read_folders(path if PurePosixPath(path).name == split else f"{path}/{split}")
-    return rows.filter(_is_labelled, input_columns="label")
-
-
-def _is_labelled(label: str) -> bool:
-    return label in LABELS.values()
-
-
-def _name_labels(rows: dict[str, list]) -> dict[str, list]:
-    return {"label": [LABELS.get(str(label), str(label)) for label in rows["label"]]}
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    is_part = any(filesystem.isdir(f"{inner}/{label}") for label in LABELS.values())
+    return read_folders(path if is_part else f"{path.rstrip('/')}/{split}", tuple(LABELS.values()))
 
 
 SOURCE = Source(_read)

@@ -11,7 +11,7 @@ def _read(train_path: str | None, test_path: str | None, text_column: str | None
         pick(read_table(path, COLUMNS), path, text_column or "text", label_column or "author")
         for path in require_paths("spooky_author", train_path, test_path)
     )
-    return make_corpus(train, test, ("EAP", "HPL", "MWS"))
+    return make_corpus(train, test, {author: author for author in ("EAP", "HPL", "MWS")})
 
 
 SOURCE = Source(_read)

@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 
 from datasets import Dataset, load_dataset
 
-from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_table, require_paths
+from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_table, reason, require_paths
 from scaling_fl.tasks.task import Corpus, Source
 
 
@@ -34,7 +34,7 @@ def _load_hub(name: str, split: str) -> Dataset:
     except Exception as error:
         raise ValueError(
             f"{name!r} is neither a file that ends in {', '.join(FORMATS)} nor a data set of the hub "
-            f"with a split {split!r} that can be loaded ({type(error).__name__})"
+            f"with a split {split!r} that can be loaded ({reason(error)})"
         ) from error
 
 

@@ -1,0 +1,320 @@
+"""Compare a round of the library with the least that a federated round could be.
+
+That floor is a plain PyTorch loop: two gloo ranks of one thread each, whose sites take turns on one
+model, and one flat float32 all-reduce a round. It has none of the library's code and must end with
+the library's weights. Both train on random tokens with fused SGD, without dropout or evaluation; the
+library also pads, scores and checks as in a real run. Linux only, as memory is read from /proc.
+
+    python benchmarks/overhead.py --cases a b c --repetitions 3
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+from threading import Event, Thread
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+NUM_RANKS = 2
+NUM_LABELS = 4
+VOCABULARY = 30_522
+LEARNING_RATE = 0.01
+TOLERANCE = 1e-5  # of the final weights: the floor adds in another order
+SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next: a look takes a core 30 ms
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def bert_tiny() -> nn.Module:
+    """Return a BERT of 4.4 million weights."""
+    tiny = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=NUM_LABELS, **tiny, **no_dropout))
+
+
+def distilbert() -> nn.Module:
+    """Return a model of DistilBERT's size, 67 million weights."""
+    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=VOCABULARY, num_labels=NUM_LABELS, **no_dropout)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A federation whose sites have `num_examples` each, `length` tokens long."""
+
+    make_model: Callable[[], nn.Module]
+    num_sites: int
+    num_examples: int
+    length: int
+    batch_size: int
+    num_rounds: int
+
+    def model(self) -> nn.Module:
+        """Return the model with its first weights, drawn at random and always the same."""
+        torch.manual_seed(0)
+        return self.make_model()
+
+    def examples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens, a row an example, and the labels: one site's after another's."""
+        random = np.random.default_rng(0)
+        size = self.num_sites * self.num_examples
+        tokens = random.integers(VOCABULARY, size=(size, self.length), dtype=np.int32)
+        return tokens, random.integers(NUM_LABELS, size=size)
+
+    def batches(self, site: int) -> list[np.ndarray]:
+        """Return the indices of each of a site's batches."""
+        own = np.arange(site * self.num_examples, (site + 1) * self.num_examples)
+        return np.array_split(own, range(self.batch_size, self.num_examples, self.batch_size))
+
+
+CASES = {
+    "a": Case(bert_tiny, num_sites=16, num_examples=128, length=64, batch_size=32, num_rounds=5),
+    "b64": Case(bert_tiny, num_sites=64, num_examples=32, length=64, batch_size=32, num_rounds=2),
+    "b256": Case(bert_tiny, num_sites=256, num_examples=32, length=64, batch_size=32, num_rounds=2),
+    "c": Case(distilbert, num_sites=4, num_examples=8, length=32, batch_size=8, num_rounds=3),
+}
+
+
+def run_floor(case: Case, result: Path) -> None:
+    """Train with nothing that is not needed, on ranks forked like the library's."""
+    torch.multiprocessing.start_processes(floor_rank, (case, result), NUM_RANKS, start_method="fork")
+
+
+def floor_rank(rank: int, case: Case, result: Path) -> None:
+    """Train one rank's sites."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{result}.store", rank=rank, world_size=NUM_RANKS)
+    tokens, labels = map(torch.from_numpy, case.examples())
+    model = case.model().train()
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())  # which become views of it
+    weights, total = vector.clone(), torch.zeros_like(vector)
+    optimiser = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def run_round(_: int) -> None:
+        total.zero_()
+        for site in range(rank, case.num_sites, NUM_RANKS):
+            vector.copy_(weights)
+            for batch in case.batches(site):
+                ids = tokens[batch].long()
+                output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels[batch])
+                optimiser.zero_grad()
+                output.loss.backward()
+                optimiser.step()
+            total.add_(vector, alpha=1 / case.num_sites)
+        dist.all_reduce(total)
+        weights.copy_(total)
+
+    rounds = time_rounds(run_round, case.num_rounds)
+    if rank == 0:
+        torch.save((rounds, weights), result)
+    dist.destroy_process_group()
+
+
+def run_library(comm_dtype: str, case: Case, result: Path) -> None:
+    """Train the same with the library, which is imported here so that the floor has none of it."""
+    from scaling_fl.distributed import launch, rank, world
+    from scaling_fl.federation import Federation, Site
+    from scaling_fl.placement import place
+    from scaling_fl.server import Server, make_strategy
+    from scaling_fl.tasks.task import Examples, score_classes
+    from scaling_fl.training import OPTIMISERS, Batch
+
+    def library_rank() -> None:
+        topology = place([0] * case.num_sites)
+        tokens, labels = case.examples()
+        lengths = np.full(len(tokens), case.length)
+        examples = Examples({"input_ids": tokens.reshape(-1)}, lengths, labels, {"input_ids": 0})
+        model = case.model()
+        server = Server(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
+
+        def batches(site: int, seed: int) -> Iterator[Batch]:
+            return map(examples.batch, case.batches(site))
+
+        federation = Federation(
+            topology,
+            [
+                Site(index, device, 1 / case.num_sites, partial(batches, index))
+                for index, device in topology.sites.items()
+            ],
+            model,
+            server,
+            make_optimiser=partial(OPTIMISERS["sgd"], lr=LEARNING_RATE),
+            score=score_classes,
+            test_batches=lambda own: (),
+            seed=0,
+        )
+
+        def run_round(round_: int) -> None:
+            federation.train(round_, num_epochs=1)
+            server.step()
+
+        rounds = time_rounds(run_round, case.num_rounds)
+        if rank() == 0:
+            torch.save((rounds, server.weights), result)
+
+    def in_world() -> None:
+        with world():
+            library_rank()
+
+    launch(in_world, num_ranks=NUM_RANKS)
+
+
+def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float]]:
+    """Return the seconds that each round took, and those of this rank's CPU."""
+    rounds = []
+    for round_ in range(1, num_rounds + 1):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        run_round(round_)
+        rounds.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    return rounds
+
+
+RUNS: dict[str, Callable[[Case, Path], None]] = {
+    "floor": run_floor,
+    "float32": partial(run_library, "float32"),
+    "exact": partial(run_library, "exact"),
+}
+# Of a steady round (median of all but the first), then of the whole run. What other programs of the
+# machine do hardly moves the CPU seconds.
+MEASURES = ("round, s", "round, CPU s", "wall, s", "CPU, s", "memory, MiB")
+
+
+def measure(case: str, run: str) -> tuple[dict[str, float], Tensor]:
+    """Run one case in a fresh process and return its measures and final weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result")
+        before, start = getrusage(RUSAGE_CHILDREN), time.perf_counter()
+        command = [sys.executable, __file__, "--one", case, run, str(result)]
+        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
+        try:
+            peak = wait(process)
+        finally:
+            process.terminate()  # which does nothing to one that has ended
+            process.wait()
+        wall, after = time.perf_counter() - start, getrusage(RUSAGE_CHILDREN)
+        if process.returncode != 0:
+            raise SystemExit(f"error: {run} of case {case} ended with exit status {process.returncode}")
+        rounds, weights = torch.load(result)
+    steady = map(statistics.median, zip(*rounds[1:], strict=True))
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return dict(zip(MEASURES, (*steady, wall, cpu, peak), strict=True)), weights
+
+
+def wait(process: subprocess.Popen) -> float:
+    """Wait for a process and return the most memory that it and its descendants had at once, in MiB."""
+    peak, has_ended = 0.0, Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not has_ended.wait(SAMPLE_EVERY):
+            # A process that ends or forks during a look is counted twice in part, so look again.
+            if (seen := memory(process.pid)) > peak:
+                peak = max(peak, min(seen, memory(process.pid)))
+
+    sampler = Thread(target=sample)
+    sampler.start()
+    try:
+        process.wait()
+    finally:
+        has_ended.set()
+        sampler.join()
+    return peak
+
+
+def memory(pid: int) -> float:
+    """Return the MiB of a process and its descendants as PSS: what n processes share counts once."""
+    total = 0.0
+    for process in list(family(pid)):
+        with suppress(OSError):  # it has ended meanwhile
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return total
+
+
+def family(pid: int) -> Iterator[int]:
+    """Yield a process's id and those of its descendants."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in children.read_text().split():
+                yield from family(int(child))
+
+
+def compare(case: str, num_repetitions: int) -> dict[str, dict[str, float]]:
+    """Return the median measures of each run of a case, which take turns.
+
+    Raises:
+        SystemExit: final weights are not the floor's.
+    """
+    measured: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
+    for _ in range(num_repetitions):
+        for run in RUNS:
+            measures, weights = measure(case, run)
+            measured[run].append(measures)
+            if run == "floor":
+                floor = weights
+            difference = (weights - floor).abs().max().item()
+            print(case, run, *(f"{name} {value:.3f}" for name, value in measures.items()), sep=" | ", end="")
+            print(f" | differs by {difference:.0e}", flush=True)
+            if not difference <= TOLERANCE:
+                raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {TOLERANCE}")
+    return {
+        run: {name: statistics.median(one[name] for one in all_) for name in MEASURES} for run, all_ in measured.items()
+    }
+
+
+def print_table(results: dict[str, dict[str, dict[str, float]]], num_repetitions: int) -> None:
+    """Print the floor's medians, and the library's as multiples of them."""
+    print(
+        f"\n{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {NUM_RANKS} ranks of one thread,", end=""
+    )
+    print(f" medians of {num_repetitions}\n\n{'library / floor':38}", *(f"{run:>10}" for run in RUNS))
+    for name, runs in results.items():
+        case = CASES[name]
+        print(f"({name}) {case.make_model.__name__}, {case.num_sites} sites x {case.num_examples} examples")
+        for measure_ in MEASURES:
+            floor, *library = (runs[run][measure_] for run in RUNS)
+            print(f"{measure_:>38} {floor:>10.2f}", *(f"{value / floor:>10.3f}" for value in library))
+    if {"a", "b256"} <= results.keys():
+        growth = (results["b256"][run]["memory, MiB"] / results["a"][run]["memory, MiB"] for run in RUNS)
+        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in growth))
+
+
+def main() -> None:
+    """Measure the cases asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list("abc"), default=list("abc"))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        case, run, result = options.one
+        RUNS[run](CASES[case], Path(result))
+    else:
+        chosen = [name for name in CASES if name[0] in options.cases]
+        print_table({name: compare(name, options.repetitions) for name in chosen}, options.repetitions)
+
+
+if __name__ == "__main__":
+    main()

