@@ -43,8 +43,8 @@ if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose v
   # Docker would make a missing folder as root.
   mkdir -p checkpoints "$SACRED_RUNS_DIR" "$DATA_MOUNT_DIR" "$HF_HOME"
   user=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
-  # .env has been read: Compose would understand its quotes and dollars in another way.
   project=scaling-fl-$user-$(printf '%s\0' "$@" | cksum | cut -d' ' -f1)
+  # .env has been read: Compose would understand its quotes and dollars in another way.
   compose=(docker compose --env-file /dev/null --project-name "$project")
   "${compose[@]}" build --quiet main >&2
   exec "${compose[@]}" run --rm --service-ports main "$@"

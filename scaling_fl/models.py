@@ -69,8 +69,6 @@ def load_tokenizer(model: str, max_seq_len: int) -> PreTrainedTokenizerBase:
         raise ValueError(f"max_seq_len={max_seq_len} is too long for model={model!r}: at most {longest} would do")
     if max_seq_len < shortest:
         raise ValueError(f"max_seq_len={max_seq_len} is too short for model={model!r}: at least {shortest} would do")
-    # A fast tokenizer changes with its first call, and datasets' cache goes by its state.
-    tokenizer("", truncation=True, max_length=max_seq_len)
     return tokenizer
 
 

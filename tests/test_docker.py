@@ -184,7 +184,7 @@ def test_the_debugger_waits_and_only_this_machine_can_reach_it():
 
 def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
     assert DEBUG.keys() == {"entrypoint", "ports", "environment"}
-    assert DEBUG["environment"] == {"RANKS": "${RANKS:-1}"}
+    assert (MAIN["environment"]["RANKS"], DEBUG["environment"]) == ("${RANKS:-auto}", {"RANKS": "${RANKS:-1}"})
 
 
 # Compose's own word.
