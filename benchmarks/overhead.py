@@ -133,10 +133,12 @@ def floor_rank(rank: int, case: Case, result: Path) -> None:
 
 def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     """Train the same with the library, which is imported here so that the floor has none of it."""
-    from scaling_fl.distributed import launch, rank, world
+    from scaling_fl.distributed import rank, world
     from scaling_fl.federation import Federation, Site
+    from scaling_fl.launch import launch
     from scaling_fl.placement import place
-    from scaling_fl.server import Server, make_strategy
+    from scaling_fl.server import Server
+    from scaling_fl.strategies import make_strategy
     from scaling_fl.tasks.task import Examples, score_classes
     from scaling_fl.training import OPTIMISERS, Batch
 

@@ -1,10 +1,7 @@
-"""Ranks, how they start, and what they tell each other: the only user of `torch.distributed`."""
+"""Ranks, and what they tell each other."""
 
-import logging
 import os
 import pickle
-import socket
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -52,7 +49,7 @@ def num_threads() -> int:
     Raises:
         ValueError: OMP_NUM_THREADS is not a whole number from 1.
     """
-    return _whole_number("OMP_NUM_THREADS", "1")
+    return whole_number("OMP_NUM_THREADS", "1")
 
 
 def rank() -> int:
@@ -164,76 +161,13 @@ def accelerator() -> str | None:
     return None if device is None or device.type == "mps" else device.type
 
 
-def num_ranks(num_sites: int) -> int:
-    """Return how many local ranks the environment asks for: RANKS, or 1 without it.
-
-    RANKS=auto is one where there is an accelerator, whose devices one rank can drive all, and otherwise
-    as many as there are cores, or sites if these are fewer.
+def whole_number(name: str, default: str) -> int:
+    """Return a variable of the environment that is a number from 1.
 
     Raises:
-        ValueError: RANKS is not a whole number from 1.
+        ValueError: it is not.
     """
-    wanted = os.environ.get("RANKS") or "1"
-    if wanted == "auto":
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 1 if accelerator() else min(num_cores, num_sites)
-    return _whole_number("RANKS", wanted)
-
-
-def _whole_number(name: str, default: str) -> int:
     value = os.environ.get(name) or default
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{name}={value!r} was given: a whole number from 1 would do")
     return int(value)
-
-
-def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
-    """Run `function(*args)` on `num_ranks` local ranks and return what each returned.
-
-    The ranks are the work of torchrun's own agent, forked from this process so that they share what
-    it has imported (spawned where there is an accelerator, which does not survive a fork). They
-    talk over the loopback interface alone.
-
-    Raises:
-        SystemExit: a rank failed, with that rank's exit status, or a signal ended the ranks, with
-            128 plus its number. The rank has said what was wrong.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The rank has said what was wrong; the agent's stack trace of itself would bury it.
-    elastic = "torch.distributed.elastic"
-    for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id="scaling_fl",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        shutdown_timeout=10,  # seconds from a polite signal to a kill
-        start_method="fork" if accelerator() is None else "spawn",
-    )
-    try:
-        results = elastic_launch(config, _rank_main)(function, *args)
-    except ChildFailedError as error:
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
-    except SignalException as error:
-        raise SystemExit(128 + error.sigval.value) from None
-    return [results[number] for number in range(num_ranks)]
-
-
-def _rank_main(function: Callable[..., object], *args: object) -> object:
-    """Call `function` and print what it raises, which the agent would keep to itself."""
-    try:
-        return function(*args)
-    except Exception:
-        traceback.print_exc()
-        raise SystemExit(1) from None

@@ -4,14 +4,12 @@ There is no server process: every rank holds a `Server` and takes the same step 
 """
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, Optimizer
+from torch.optim import Optimizer
 
 from scaling_fl.distributed import share_, sum_
 
@@ -33,60 +31,6 @@ COMM_DTYPES: dict[str, torch.dtype] = {
 }
 # float16 has no numbers below 6e-8, where drifts are common: they travel multiplied by this.
 FLOAT16_SCALE = 2.0**8
-
-
-def fedavg(weights: Iterable[Tensor], learning_rate: float = 1.0) -> Optimizer:
-    """FedAvg (McMahan et al. 2017, arXiv 1602.05629): take the mean, or `learning_rate` of the way there."""
-    return SGD(weights, lr=learning_rate)
-
-
-def fedavgm(weights: Iterable[Tensor], learning_rate: float = 1.0, momentum: float = 0.9) -> Optimizer:
-    """FedAvg with server momentum (Hsu et al. 2019, arXiv 1909.06335)."""
-    return SGD(weights, lr=learning_rate, momentum=momentum)
-
-
-def fedadam(weights: Iterable[Tensor], learning_rate: float = 1e-3, momentum: float = 0.9) -> Optimizer:
-    """FedAdam (Reddi et al. 2021, arXiv 2003.00295), with Adam's bias correction; its tau is `eps`."""
-    return Adam(weights, lr=learning_rate, betas=(momentum, 0.99), eps=1e-3)
-
-
-def fedadagrad(weights: Iterable[Tensor], learning_rate: float = 1e-3) -> Optimizer:
-    """FedAdagrad (Reddi et al. 2021, arXiv 2003.00295); its tau is `eps`."""
-    return Adagrad(weights, lr=learning_rate, eps=1e-3)
-
-
-def diloco(weights: Iterable[Tensor], learning_rate: float = 0.7, momentum: float = 0.9) -> Optimizer:
-    """DiLoCo's outer step: Nesterov momentum (Douillard et al. 2023, arXiv 2311.08105)."""
-    return SGD(weights, lr=learning_rate, momentum=momentum, nesterov=True)
-
-
-STRATEGIES: dict[str, Callable[..., Optimizer]] = {
-    "fedavg": fedavg,
-    "fedavgm": fedavgm,
-    "fedadam": fedadam,
-    "fedadagrad": fedadagrad,
-    "diloco": diloco,
-}
-
-
-def make_strategy(
-    name: str, learning_rate: float | None = None, momentum: float | None = None
-) -> Callable[[Iterable[Tensor]], Optimizer]:
-    """Return the strategy called `name`; what is None keeps the strategy's own default.
-
-    Raises:
-        ValueError: there is no such strategy, or it takes no momentum.
-    """
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy={name!r} is unknown: {', '.join(STRATEGIES)} would do")
-    takes_momentum = [other for other, make in STRATEGIES.items() if "momentum" in inspect.signature(make).parameters]
-    if momentum is not None and name not in takes_momentum:
-        raise ValueError(
-            f"strategy={name!r} takes no server_momentum, but {momentum} was given: "
-            f"leave it out, or take {', '.join(takes_momentum)}"
-        )
-    given = {"learning_rate": learning_rate, "momentum": momentum}
-    return partial(STRATEGIES[name], **{key: value for key, value in given.items() if value is not None})
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

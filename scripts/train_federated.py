@@ -19,13 +19,15 @@ from sacred.run import Run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint, observers, tracking
-from scaling_fl.distributed import first_of_node_first, launch, launched, num_ranks, num_threads, world
+from scaling_fl.distributed import first_of_node_first, launched, num_threads, world
 from scaling_fl.federation import Federation, Site
+from scaling_fl.launch import launch, num_ranks
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
 from scaling_fl.partition import PARTITIONERS, deal
 from scaling_fl.placement import Topology, place
-from scaling_fl.server import COMM_DTYPES, STRATEGIES, Server, make_strategy, trained_weights
+from scaling_fl.server import COMM_DTYPES, Server, trained_weights
 from scaling_fl.settings import DEVICE_IDS, FLAG, TEXT, check, literal, number, one_of, optional, whole_number
+from scaling_fl.strategies import STRATEGIES, make_strategy
 from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
 from scaling_fl.tasks.task import Examples, encode, score_classes
 from scaling_fl.training import OPTIMISERS, Batch

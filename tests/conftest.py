@@ -1,5 +1,7 @@
 """What the tests share: a tiny model, a tiny federation, and the real data where it is."""
 
+import offline  # noqa: F401 isort: skip
+
 import os
 import re
 import runpy
@@ -17,11 +19,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from scaling_fl import checkpoint
-from scaling_fl.distributed import launch, world
+from scaling_fl.distributed import world
 from scaling_fl.federation import Federation, Site
+from scaling_fl.launch import launch
 from scaling_fl.partition import deal, iid
 from scaling_fl.placement import place
-from scaling_fl.server import Server, make_strategy
+from scaling_fl.server import Server
+from scaling_fl.strategies import make_strategy
 from scaling_fl.tasks.task import Examples, score_classes
 from scaling_fl.training import OPTIMISERS
 
@@ -39,7 +43,6 @@ def _environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANKS", "OMP_NUM_THREADS", "SACRED_HOST", "SACRED_RUNS_DIR"):
             patch.delenv(name, raising=False)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from scaling_fl import checkpoint
 from scaling_fl.distributed import world
-from scaling_fl.server import Server, make_strategy
+from scaling_fl.server import Server
+from scaling_fl.strategies import make_strategy
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ from scaling_fl.distributed import (
     bytes_sent,
     first_of_node_first,
     gather,
-    launch,
-    num_ranks,
     num_threads,
     rank,
     share,
@@ -23,6 +21,7 @@ from scaling_fl.distributed import (
     together,
     world,
 )
+from scaling_fl.launch import launch, num_ranks
 
 
 def on_ranks(num_ranks: int, work: object) -> list:
@@ -158,10 +157,10 @@ def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANKS", "3")
     assert num_ranks(2) == 3
     monkeypatch.setenv("RANKS", "auto")
-    monkeypatch.setattr("scaling_fl.distributed.accelerator", lambda: None)
+    monkeypatch.setattr("scaling_fl.launch.accelerator", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     assert [num_ranks(num_sites) for num_sites in (1, 2, 100)] == [1, 2, 3]
-    monkeypatch.setattr("scaling_fl.distributed.accelerator", lambda: "cuda")
+    monkeypatch.setattr("scaling_fl.launch.accelerator", lambda: "cuda")
     assert num_ranks(100) == 1, "one rank drives all devices"
     for bad in ("0", "-1", "two"):
         monkeypatch.setenv("RANKS", bad)

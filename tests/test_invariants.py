@@ -12,7 +12,7 @@ from torch import nn
 from scaling_fl.distributed import world
 from scaling_fl.federation import derive_seed
 from scaling_fl.partition import deal, iid
-from scaling_fl.server import STRATEGIES
+from scaling_fl.strategies import STRATEGIES
 from scaling_fl.tasks.task import score_classes
 from scaling_fl.training import OPTIMISERS
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling_fl import placement
-from scaling_fl.distributed import launch, world
+from scaling_fl.distributed import world
+from scaling_fl.launch import launch
 from scaling_fl.placement import Topology, assign, place
 
 

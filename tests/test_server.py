@@ -12,7 +12,8 @@ from conftest import make_bert
 from torch import Tensor, nn
 
 from scaling_fl.distributed import world
-from scaling_fl.server import COMM_DTYPES, STRATEGIES, Server, flatten_, make_strategy
+from scaling_fl.server import COMM_DTYPES, Server, flatten_
+from scaling_fl.strategies import STRATEGIES, make_strategy
 
 
 @pytest.fixture(autouse=True)

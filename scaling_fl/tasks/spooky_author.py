@@ -1,6 +1,7 @@
 """Who wrote it: Poe (EAP), Lovecraft (HPL) or Mary Shelley (MWS), from Kaggle's competition."""
 
-from scaling_fl.tasks.tables import make_corpus, pick, read_table, require_paths
+from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from scaling_fl.tasks.reading import read_table
 from scaling_fl.tasks.task import Corpus, Source
 
 COLUMNS = ("id", "text", "author")

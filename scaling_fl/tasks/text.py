@@ -4,7 +4,8 @@ from pathlib import PurePosixPath
 
 from datasets import Dataset, load_dataset
 
-from scaling_fl.tasks.tables import FORMATS, make_corpus, pick, read_table, reason, require_paths
+from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from scaling_fl.tasks.reading import FORMATS, read_table, reason
 from scaling_fl.tasks.task import Corpus, Source
 
 

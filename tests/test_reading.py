@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from scaling_fl.tasks.tables import label_name, make_corpus, pick, read_folders, read_table, sort_labels
+from scaling_fl.tasks.corpus import label_name, make_corpus, pick, sort_labels
+from scaling_fl.tasks.reading import read_folders, read_table
 
 # Each is a text that some reader takes for something else.
 TEXTS = [
