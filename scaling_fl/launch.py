@@ -1,5 +1,6 @@
 """Start ranks on this machine."""
 
+import gc
 import logging
 import os
 import socket
@@ -59,12 +60,17 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         shutdown_timeout=10,  # seconds from a polite signal to a kill
         start_method="fork" if accelerator() is None else "spawn",
     )
+    # The collector writes into every object that it looks at, and so would copy all that forks share.
+    gc.collect()
+    gc.freeze()
     try:
         results = elastic_launch(config, _rank_main)(function, *args)
     except ChildFailedError as error:
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval.value) from None
+    finally:
+        gc.unfreeze()
     return [results[number] for number in range(num_ranks)]
 
 
