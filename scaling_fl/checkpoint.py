@@ -62,6 +62,7 @@ def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> 
             _compare(directory, state["settings"], settings)
             server.load_state_dict(state["server"])
 
+    together(lambda: _check_directory(directory) if rank() == 0 else None)
     state: Any = together(lambda: _read_last(directory) if rank() == 0 else None)
     state = share_state(state)
     together(lambda: take_over(state))
@@ -73,12 +74,24 @@ def exists(directory: str | None) -> bool:
     return directory is not None and bool(_rounds(*fsspec.core.url_to_fs(directory)))
 
 
+def _check_directory(directory: str) -> None:
+    """Find out before training whether checkpoints can be written."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(directory)
+        filesystem.makedirs(path, exist_ok=True)
+        filesystem.pipe_file(f"{path}/.writable.part", b"")
+        filesystem.rm(f"{path}/.writable.part")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {reason}") from error
+
+
 def _read_last(directory: str) -> dict | None:
     filesystem, path = fsspec.core.url_to_fs(directory)
     rounds = _rounds(filesystem, path)
     for number in rounds:
         try:
-            return read(f"{directory}/round-{number}.pt")
+            return read(f"{directory.rstrip('/')}/round-{number}.pt")
         except OSError:
             raise  # a store that does not answer says nothing about the file
         except Exception as error:

@@ -28,6 +28,10 @@ def world() -> Iterator[None]:
     fastest way to fill a machine, and another number gives other bits.
     """
     torch.set_num_threads(num_threads())
+    if accelerator() is not None:
+        # Some kernels add in no fixed order otherwise, and a resumed run would end with other bits.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if launched():
         dist.init_process_group(timeout=TIMEOUT)
     else:
@@ -137,7 +141,7 @@ def together(work: Callable[[], T]) -> T:
         raise error
     for number, (is_refusal, message) in failures:
         if is_refusal:
-            raise ValueError(message.removeprefix("ValueError: "))
+            raise ValueError(f"rank {number}: {message.removeprefix('ValueError: ')}")
         raise RuntimeError(f"rank {number} failed with {message}")
     return result  # type: ignore[return-value]
 

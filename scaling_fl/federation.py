@@ -121,6 +121,8 @@ class Federation:
         optimiser = self._make_optimiser(trained_weights(replica.model).values())
         if self._proximal_mu:
             pull_towards(self._server.trained(site.device), self._proximal_mu, optimiser)
+        if len(self._topology.devices) == 1:
+            torch.default_generator.manual_seed(derive_seed(self._seed, "dropout on the CPU", round_, site.index))
         _seed_device(site.device, derive_seed(self._seed, "dropout", round_, site.index))
 
         def batches() -> Iterator[Batch]:
@@ -147,7 +149,11 @@ class Federation:
             replica = self._replicas[device]
             replica.reset(self._server)
             own = slice(first + self._topology.devices.index(device), None, stride)
-            return evaluate(replica.model, self._test_batches(own), self._score)
+            try:
+                return evaluate(replica.model, self._test_batches(own), self._score)
+            except FloatingPointError as error:
+                sentence = f"the global model diverged: {error}; a lower server_learning_rate would do"
+                raise ValueError(sentence) from error
 
         return self._on_devices("validation", evaluate_batches)
 

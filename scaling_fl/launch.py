@@ -3,15 +3,24 @@
 import gc
 import logging
 import os
+import signal
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scaling_fl.distributed import accelerator, whole_number
+
+# A rank that fails waits so many seconds before it ends: the agent reports the first to end, and a rank
+# that was killed is why others fail.
+HEAD_START = 0.5
 
 
 def num_ranks(num_sites: int) -> int:
@@ -35,7 +44,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
 
     The ranks are the work of torchrun's own agent, forked from this process so that they share what
     it has imported (spawned where there is an accelerator, which does not survive a fork). They
-    talk over the loopback interface alone.
+    send each other tensors over the loopback interface alone; torch's rendezvous store listens on all.
 
     Raises:
         SystemExit: a rank failed, with that rank's exit status, or a signal ended the ranks, with
@@ -48,7 +57,10 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    logs = TemporaryDirectory(prefix="scaling_fl-")
     config = LaunchConfig(
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
@@ -60,16 +72,21 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         shutdown_timeout=10,  # seconds from a polite signal to a kill
         start_method="fork" if accelerator() is None else "spawn",
     )
-    # The collector writes into every object that it looks at, and so would copy all that forks share.
-    gc.collect()
+    # The collector writes into every object that it looks at, and so would copy what forks share.
     gc.freeze()
     try:
         results = elastic_launch(config, _rank_main)(function, *args)
     except ChildFailedError as error:
+        for number, failure in error.failures.items():
+            if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+                name = signal.Signals(-failure.exitcode).name
+                print(f"error: rank {number} was ended by {name} (SIGKILL is often: out of memory)", file=sys.stderr)
+                raise SystemExit(128 - failure.exitcode) from None
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval.value) from None
     finally:
+        logs.cleanup()
         gc.unfreeze()
     return [results[number] for number in range(num_ranks)]
 
@@ -78,6 +95,12 @@ def _rank_main(function: Callable[..., object], *args: object) -> object:
     """Call `function` and print what it raises, which the agent would keep to itself."""
     try:
         return function(*args)
+    except SignalException:
+        raise SystemExit(1) from None
+    except SystemExit:
+        time.sleep(HEAD_START)
+        raise
     except Exception:
         traceback.print_exc()
+        time.sleep(HEAD_START)
         raise SystemExit(1) from None

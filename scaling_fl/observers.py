@@ -49,7 +49,7 @@ class Mongo(MongoObserver):
 
     def started_event(self, **event: Any) -> int:
         """Open the document of the run that goes on, or a new one."""
-        self._before = find_run(self.runs, event["config"]) if self._goes_on(event["config"]) else {}
+        self._before = find_run(self.runs, event["config"], self._goes_on(event["config"]))
         self.overwrite = deepcopy(self._before) or None
         return super().started_event(**{**event, "_id": None})
 
@@ -93,14 +93,20 @@ class Mongo(MongoObserver):
         return str(result.upserted_id or old.get("_id"))
 
 
-def find_run(runs: pymongo.collection.Collection, config: Config) -> dict[str, Any]:
+def find_run(runs: pymongo.collection.Collection, config: Config, goes_on: bool) -> dict[str, Any]:
     """Return the document of the job that a configuration names, or an empty one.
+
+    Args:
+        runs: where the documents are.
+        config: names the job.
+        goes_on: whether there is a checkpoint. Without one, only a job that never got to its end is begun again.
 
     Raises:
         ValueError: several runs have that name.
     """
     job_name = config["job_name"]
-    found = [] if job_name is None else list(runs.find({"config.job_name": job_name}))
+    begun = {} if goes_on else {"status": {"$ne": "COMPLETED"}}
+    found = [] if job_name is None else list(runs.find({"config.job_name": job_name, **begun}))
     if len(found) > 1:
         ids = ", ".join(str(run["_id"]) for run in found)
         raise ValueError(f"job_name={job_name!r} is the name of several runs ({ids}): remove all but one")
@@ -124,6 +130,10 @@ def mongo_url(host: str, user: str | None = None, password: str | None = None) -
 def _mongo_from_environment() -> tuple[str, str]:
     env = os.environ
     url = mongo_url(env["SACRED_HOST"], env.get("SACRED_USER"), env.get("SACRED_PASSWORD"))
+    try:
+        pymongo.MongoClient(url, connect=False).close()
+    except (pymongo.errors.PyMongoError, ValueError) as error:
+        raise ValueError(f"SACRED_HOST names no MongoDB server: {error}") from None
     return url, env.get("SACRED_DATABASE") or "sacred"
 
 
@@ -141,8 +151,7 @@ def check_mongo(config: Config, goes_on: Callable[[Config], bool]) -> None:
         with pymongo.MongoClient(url, serverSelectionTimeoutMS=PATIENCE_MS) as client:
             runs: pymongo.collection.Collection = client[database].runs
             runs.find_one({}, {"_id": 1})
-            if goes_on(config):
-                find_run(runs, config)
+            find_run(runs, config, goes_on(config))
     except pymongo.errors.PyMongoError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the run cannot be recorded in MongoDB (SACRED_HOST): {reason}") from None

@@ -156,6 +156,8 @@ class Server:
         self._optimiser.step()
         self._trained.grad = None
         self._buffers -= mean[self._trained.numel() :]
+        if self.weights.device.type != "cpu":
+            torch.accelerator.synchronize()  # so that a clock outside sees what this took
 
     def _narrow_(self, total: Tensor) -> Tensor:
         """Return `total` as float32; a float64 one in the first half of its own memory."""

@@ -30,7 +30,7 @@ def fedadagrad(weights: Iterable[Tensor], learning_rate: float = 1e-3) -> Optimi
 
 def diloco(weights: Iterable[Tensor], learning_rate: float = 0.7, momentum: float = 0.9) -> Optimizer:
     """DiLoCo's outer step: Nesterov momentum (Douillard et al. 2023, arXiv 2311.08105)."""
-    return SGD(weights, lr=learning_rate, momentum=momentum, nesterov=True)
+    return SGD(weights, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
 STRATEGIES: dict[str, Callable[..., Optimizer]] = {

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from threading import Lock
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -104,23 +105,28 @@ class Progress:
     def __init__(self, name: str, num_batches: int) -> None:
         self._name = name
         self._num_batches = num_batches
+        self._num_done = 0
         self._bar: tqdm | None = None
+        self._lock = Lock()  # of the threads of a rank's devices
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches and move the bar, which goes away when it is full."""
         for batch in batches:
-            if self._bar is None:
-                # Not sys.stderr, which Sacred writes down.
-                self._bar = tqdm(
-                    total=self._num_batches,
-                    desc=self._name,
-                    unit="batch",
-                    leave=False,
-                    file=sys.__stderr__,
-                    disable=None if rank() == 0 else True,
-                )
+            with self._lock:
+                if self._bar is None:
+                    # Not sys.stderr, which Sacred writes down.
+                    self._bar = tqdm(
+                        total=self._num_batches,
+                        desc=self._name,
+                        unit="batch",
+                        leave=False,
+                        file=sys.__stderr__,
+                        disable=None if rank() == 0 else True,
+                    )
             yield batch
-            self._bar.update()
-            if self._bar.n == self._num_batches:
-                self._bar.close()
-                self._bar = None
+            with self._lock:
+                self._num_done += 1
+                self._bar.update()
+                if self._num_done == self._num_batches:
+                    self._bar.close()
+                    self._bar, self._num_done = None, 0

@@ -13,13 +13,14 @@ from typing import Any
 import datasets
 import huggingface_hub
 import numpy as np
+import torch
 import transformers
 from sacred import SETTINGS, Experiment
 from sacred.run import Run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint, observers, tracking
-from scaling_fl.distributed import first_of_node_first, launched, num_threads, world
+from scaling_fl.distributed import first_of_node_first, gather, launched, num_threads, world
 from scaling_fl.federation import Federation, Site
 from scaling_fl.launch import launch, num_ranks
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
@@ -110,7 +111,7 @@ KINDS = {
     "keep_checkpoints": optional(whole_number(1)),
     "author": TEXT,
 }
-TEXT_KEYS = {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
+TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
 # A resumed run may change these; any other setting makes another run.
 FREE = {"site_ids", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
 FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split"}
@@ -148,20 +149,25 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
+    ledger = tracking.Ledger()
     topology = place(config.site_ids)
     task = first_of_node_first(partial(prepare, config))
+    settings = what_matters(config, topology, task)
+    agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
     parts = deal_data(config, topology, task)
     strategy = make_strategy(config.strategy, config.server_learning_rate, config.server_momentum)
     server = Server(task.model, strategy, config.comm_dtype, topology.devices[0])
-    settings = what_matters(config, topology, task)
     history = checkpoint.restore(config.checkpoints_dir, server, settings)
     federation = make_federation(config, topology, task, parts, server)
     tracking.say(*describe(config, topology, task, parts), tracking.table_head())
     for round_, metrics in enumerate(history):
         tracking.record(run.log_scalar, round_, metrics)
-    ledger = tracking.Ledger()
+    if len(history) > config.num_rounds + 1:
+        raise ValueError(
+            f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
+        )
+    metrics = ledger.lap("setup")
     for round_ in range(len(history), config.num_rounds + 1):
-        metrics = {}
         if round_ > 0:
             metrics |= federation.train(round_, config.num_local_epochs)
             metrics |= ledger.lap("train")
@@ -173,6 +179,7 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         history.append(metrics)
         if round_ > 0:
             checkpoint.save(config.checkpoints_dir, server, history, settings, config.keep_checkpoints)
+        metrics = {}
     tracking.finish(observers.run_folder(run), federation.model, task.tokenizer, server.sha256(), history)
     return history[-1]["validation.accuracy"]
 
@@ -244,7 +251,25 @@ def what_matters(config: SimpleNamespace, topology: Topology, task: Prepared) ->
         "test data (SHA-256)": task.test.sha256(),
         "kind of device": topology.devices[0].type,
         "OMP_NUM_THREADS": num_threads(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "number of devices": "any" if config.comm_dtype == "exact" else topology.num_devices,
     }
+
+
+def agree(settings: dict[str, Any]) -> None:
+    """Refuse to train on nodes that were started with different settings or data.
+
+    Raises:
+        ValueError: some rank's differ from those of rank 0.
+    """
+    by_rank = gather(settings)
+    for rank_, theirs in enumerate(by_rank):
+        for key, value in theirs.items():
+            if value != by_rank[0][key]:
+                raise ValueError(
+                    f"all ranks must have the same settings and data: {key} is {by_rank[0][key]!r} on rank 0 "
+                    f"and {value!r} on rank {rank_}"
+                )
 
 
 def describe(config: SimpleNamespace, topology: Topology, task: Prepared, parts: list[np.ndarray]) -> list[str]:
@@ -274,7 +299,10 @@ def main() -> None:
     """Run Sacred's command line. Of several ranks the first alone is observed."""
     argv = [literal(argument, TEXT_KEYS) for argument in sys.argv]
     if is_observed() and is_rank():
-        experiment.observers.extend(observers.make_observers(goes_on))
+        try:
+            experiment.observers.extend(observers.make_observers(goes_on))
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()

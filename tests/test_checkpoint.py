@@ -38,7 +38,9 @@ def history(rounds: int) -> checkpoint.History:
 SETTINGS = {"seed": 1, "strategy": "fedadam", "betas": None}
 
 
-@pytest.mark.parametrize("place", ["{tmp_path}/a/b", "file://{tmp_path}/a", "memory://checkpoints"])
+@pytest.mark.parametrize(
+    "place", ["{tmp_path}/a/b", "{tmp_path}/a/", "file://{tmp_path}/a", "memory://checkpoints", "memory://more/"]
+)
 def test_what_was_saved_is_restored_from_any_file_system(place: str, tmp_path: Path) -> None:
     directory = place.format(tmp_path=tmp_path)
     assert not checkpoint.exists(directory)

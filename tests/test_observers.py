@@ -131,6 +131,26 @@ def test_a_job_name_alone_without_a_checkpoint_is_a_run_of_its_own(
     assert "Traceback" not in output
 
 
+def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry(
+    command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
+) -> None:
+    settings = {"job_name": "typo", "checkpoints_dir": tmp_path / "checkpoints", "env": environment(mongo, database)}
+    assert command(train_path="typo.csv", **settings)[0] == 1
+    assert [run["status"] for run in database.runs.find()] == ["FAILED"]
+    succeed(command(num_rounds=1, **settings))
+    succeed(command(num_rounds=2, **settings))
+    assert [run["status"] for run in database.runs.find()] == ["COMPLETED"]
+    assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_host_that_is_none_is_one_sentence(command: Command, ranks: int) -> None:
+    status, output = command(ranks=ranks, env={"SACRED_HOST": "mongodb://me:secret@host:1x"})
+    assert status == 1
+    assert output.startswith("error: SACRED_HOST names no MongoDB server: ")
+    assert "secret" not in output
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_that_is_not_there_is_one_sentence_within_seconds(command: Command, ranks: int) -> None:
     started = time.monotonic()

@@ -16,6 +16,8 @@ from conftest import LABELS, SCRIPT, Command, accuracies, succeed, weights_hash
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaling_fl import checkpoint
+from scaling_fl.distributed import rank, world
+from scaling_fl.launch import launch
 
 
 def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:
@@ -35,8 +37,11 @@ def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Comm
         assert metrics[name]["steps"] == list(range(1, 13))
     for name in ("validation.loss", "time.round_s", "time.evaluate_s", "comm.bytes"):
         assert metrics[name]["steps"] == list(range(13))
-    seconds = {name: metrics[f"time.{name}_s"]["values"] for name in ("round", "train", "aggregate", "evaluate")}
-    parts = (sum(seconds[name]) for name in ("train", "aggregate", "evaluate"))
+    seconds = {
+        name: metrics[f"time.{name}_s"]["values"] for name in ("round", "setup", "train", "aggregate", "evaluate")
+    }
+    assert metrics["time.setup_s"]["steps"] == [0]
+    parts = (sum(seconds[name]) for name in ("setup", "train", "aggregate", "evaluate"))
     assert sum(parts) == pytest.approx(sum(seconds["round"]), rel=0.2)
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
@@ -127,6 +132,24 @@ def test_a_finished_run_started_again_says_where_it_stands(command: Command, tmp
     assert accuracies(outputs[0]) == accuracies(outputs[1])
 
 
+@pytest.mark.parametrize(
+    ("key", "values"), [("learning_rate", (0.001, 0.002)), ("num_rounds", (1, 2)), ("max_train_examples", (30, 31))]
+)
+def test_nodes_that_were_started_differently_do_not_train(key: str, values: tuple) -> None:
+    agree = runpy.run_path(str(SCRIPT))["agree"]
+
+    def node() -> str:
+        with world():
+            try:
+                agree({"seed": 1, key: values[rank()]})
+            except ValueError as error:
+                return str(error)
+            return "agreed"
+
+    sentence = f"{key} is {values[0]!r} on rank 0 and {values[1]!r} on rank 1"
+    assert launch(node, num_ranks=2) == [f"all ranks must have the same settings and data: {sentence}"] * 2
+
+
 REFUSED = {
     "learning_rat=1": "there is no setting 'learning_rat': did you mean learning_rate?",
     "learning_rate=fast": "learning_rate='fast' was given: a number above 0 would do",
@@ -152,6 +175,9 @@ REFUSED = {
     "max_seq_len=65": "max_seq_len=65 is too long for model=",
     "learning_rate=1e30": "diverged in round 1: ",
     "keep_checkpoints=0": "a whole number from 1 or None",
+    "task_name=[1]": "task_name='[1]' was given: bbcnews",
+    "checkpoints_dir=/proc/no/folder": "checkpoints_dir='/proc/no/folder' cannot be written to: ",
+    "server_learning_rate=1e30": "the global model diverged: ",
 }
 
 
@@ -207,6 +233,14 @@ def test_a_changed_setting_or_another_model_is_not_resumed(command: Command, tmp
     assert (tmp_path / "checkpoints" / "round-1.pt").read_bytes() == before
     status, output = command("--unobserved", env={"OMP_NUM_THREADS": "2"}, **settings)
     assert "OMP_NUM_THREADS was 1 and is 2" in output
+
+
+def test_fewer_rounds_than_are_done_are_refused(command: Command, tmp_path: Path) -> None:
+    settings = {"checkpoints_dir": tmp_path / "checkpoints"}
+    succeed(command(num_rounds=2, **settings))
+    status, output = command(num_rounds=1, **settings)
+    assert status == 1
+    assert "num_rounds=1 was given, but 2 rounds are done" in output
 
 
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, tmp_path: Path) -> None:

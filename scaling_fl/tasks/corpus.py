@@ -98,14 +98,8 @@ def make_corpus(train: Dataset, test: Dataset, known: Mapping[str, str] | None =
         ValueError: a label is unknown, train has one only, or train and test differ in their labels.
     """
     in_train, in_test = set(label_names_of(train).values()), set(label_names_of(test).values())
-    if known is None:
-        known = {name: name for name in sort_labels(in_train)}
-        if in_train != in_test:
-            only_train, only_test = (sort_labels(only) for only in (in_train - in_test, in_test - in_train))
-            raise ValueError(
-                "the labels of train and test differ, and the same in both would do: "
-                f"{_some(only_train) or 'none'} only in train, {_some(only_test) or 'none'} only in test"
-            )
+    is_known = known is not None
+    known = known or {name: name for name in sort_labels(in_train | in_test)}
     names = tuple(known.values())
     unknown = (in_train | in_test).difference(known, names)
     if unknown:
@@ -113,6 +107,14 @@ def make_corpus(train: Dataset, test: Dataset, known: Mapping[str, str] | None =
         raise ValueError(f"there are unknown labels, {_some(sort_labels(unknown))}: {would_do} would do")
     if len(in_train) < 2:
         raise ValueError(f"there is one label only, {_some(in_train)}: a classifier needs two or more to train on")
+    in_train, in_test = ({known.get(name, name) for name in found} for found in (in_train, in_test))
+    only_train, only_test = (sort_labels(only) for only in (in_train - in_test, in_test - in_train))
+    # A small test set may well lack a label that the task is known to have.
+    if only_test or (only_train and not is_known):
+        raise ValueError(
+            "the labels of train and test differ, and the same in both would do: "
+            f"{_some(only_train) or 'none'} only in train, {_some(only_test) or 'none'} only in test"
+        )
 
     def indexed(rows: Dataset) -> Dataset:
         index = {value: names.index(known.get(name, name)) for value, name in label_names_of(rows).items()}

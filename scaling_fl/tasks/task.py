@@ -100,8 +100,8 @@ def encode(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int)
     ragged = {name: _column(tokens, name) for name in names}
     lengths = ragged[names[0]].value_lengths().to_numpy(zero_copy_only=False)
     if len(lengths) and lengths.min() == 0:
-        text = texts[int(lengths.argmin())]["text"]
-        raise ValueError(f"the text {text!r:.40} has no token: leave its row out")
+        number = int(lengths.argmin()) + 1
+        raise ValueError(f"text {number} of the {len(lengths)} in use has no token: leave its row out")
     return Examples(
         columns={name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()},
         lengths=lengths.astype(np.int64),
