@@ -134,6 +134,17 @@ def succeed(result: tuple[int, str]) -> str:
     return output
 
 
+def refusal(call: Callable[[], object]) -> str:
+    """The sentence with which a call is refused."""
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        call()
+    sentence = str(caught.value)
+    assert type(caught.value) is ValueError, "not a sentence of ours"
+    assert "\n" not in sentence
+    assert 20 < len(sentence) < 500
+    return sentence
+
+
 def weights_hash(output: str) -> str:
     (found,) = re.findall(r"^weights +SHA-256 (\w{64})$", output, re.MULTILINE)
     return found

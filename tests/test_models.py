@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -38,17 +39,6 @@ SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
 }
 TEXTS = ["once upon a time", "the end", "there was a time there was the end"]
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The sentence with which a call is refused."""
-    with pytest.raises(ValueError, match=r"\w") as caught:
-        call()
-    sentence = str(caught.value)
-    assert type(caught.value) is ValueError, "not a sentence of ours"
-    assert "\n" not in sentence
-    assert 20 < len(sentence) < 500
-    return sentence
 
 
 def put_tokenizer(folder: Path, **options: object) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import refusal
 from datasets import ClassLabel, Dataset, Features, Value
 
 from scaling_fl.tasks.corpus import label_name, make_corpus, pick, sort_labels
@@ -61,17 +62,6 @@ def put(path: object, content: str | bytes) -> str:
     filesystem.makedirs(inner.rpartition("/")[0], exist_ok=True)
     filesystem.pipe_file(inner, content.encode() if isinstance(content, str) else content)
     return str(path)
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The sentence with which a call is refused."""
-    with pytest.raises(ValueError, match=r"\w") as caught:
-        call()
-    sentence = str(caught.value)
-    assert type(caught.value) is ValueError, "not a sentence of ours"
-    assert "\n" not in sentence
-    assert 20 < len(sentence) < 400
-    return sentence
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet", ".CSV"])

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
@@ -34,17 +35,6 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The sentence with which a call is refused."""
-    with pytest.raises(ValueError, match=r"\w") as caught:
-        call()
-    sentence = str(caught.value)
-    assert type(caught.value) is ValueError, "not a sentence of ours"
-    assert "\n" not in sentence
-    assert 20 < len(sentence) < 400
-    return sentence
 
 
 def put(path: Path, content: str | dict[str, list]) -> str:
