@@ -4,18 +4,21 @@ There is no server process: every rank holds a `Server` and takes the same step 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from threading import Lock
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling_fl.distributed import share_, sum_
+from scaling_fl.distributed import gather, share_, sum_
 
-# Adding and taking away GRID rounds a float64 below LIMIT to a multiple of 2**-44: GRID lies between
-# 2**8 and 2**9, where neighbouring float64 numbers are 2**-44 apart. Sums of such multiples are exact
-# in any order while they stay below 2**9, and a mean stays below the largest of its terms.
+# The exact sum starts at GRID, in the middle of the float64 numbers from 2**8 to 2**9, which are 2**-44
+# apart: adding a term rounds it to a multiple of 2**-44, and sums of such multiples are the same in any
+# order. With drifts below LIMIT a sum stays within these bounds, as the shares add up to 1. A term that
+# lies halfway between two multiples would be rounded one way or the other depending on the sum: see _odd.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 
@@ -94,9 +97,14 @@ class Server:
         self._buffers = self.weights[num_trained:]
         self._optimiser = make_optimiser([self._trained])
         self._wire = COMM_DTYPES[comm_dtype]
-        self._sum = torch.empty_like(self.weights, dtype=torch.float64 if self._is_exact else torch.float32)
+        wide = torch.float64 if self._is_exact else torch.float32
+        self._sum = torch.empty_like(self.weights, dtype=wide)
         self._is_empty = True  # nothing collected in this round
+        self._share = Fraction()  # of the round's examples, whose drifts are in the sum
+        self._origin = torch.tensor(GRID if self._is_exact else 0.0, dtype=wide, device=self.weights.device)
+        self._is_fused = not self._is_exact or _is_fused(self._origin)
         self._piece = PIECE if self.weights.device.type == "cpu" else self.weights.numel()
+        self._drift = torch.empty(self._piece, dtype=wide, device=self.weights.device)
         self._lock = Lock()
 
     @property
@@ -113,45 +121,63 @@ class Server:
         return [part.view(shape) for part, shape in zip(parts, self._trained_shapes, strict=True)]
 
     @torch.no_grad()
-    def collect(self, replica: Tensor, share: float) -> None:
-        """Add a site's drift to the round's mean. Threads may call this at once.
+    def collect(self, replica: Tensor, share: Fraction | float) -> None:
+        """Add a site's drift to the round's mean, or nothing if that is an error. Threads may call this at once.
 
         Args:
             replica: the flat vector of the site's trained model.
-            share: the site's part of the round's examples; over all sites they add up to 1.
+            share: the site's weight in the mean, its part of all examples; all sites' add up to 1 at most.
 
         Raises:
             FloatingPointError: a weight is not finite, or has moved by 128 or more.
         """
         replica = replica.to(self.weights.device)
-        pieces = (vector.split(self._piece) for vector in (self.weights, replica, self._sum))
+        factor = _odd(float(share))
+        pieces = list(zip(*(vector.split(self._piece) for vector in (self.weights, replica, self._sum)), strict=True))
         with self._lock:
-            for weights, local, total in zip(*pieces, strict=True):
-                drift = weights.to(total.dtype) - local
+            for number, (weights, local, total) in enumerate(pieces):
+                drift = self._drift[: len(total)].copy_(weights).sub_(local)
                 # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
                 is_small = torch.dot(drift, drift).item() < LIMIT**2
                 if not is_small and not torch.linalg.vector_norm(drift, torch.inf).item() < LIMIT:
+                    self._take_back(pieces[:number], factor)
                     raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT:g} or more")
-                drift *= share
-                if self._is_exact:
-                    drift.add_(GRID).sub_(GRID)
-                (total.copy_ if self._is_empty else total.add_)(drift)
+                self._add(total, drift, factor)
             self._is_empty = False
+            self._share += Fraction(share)
+
+    def _add(self, total: Tensor, drift: Tensor, factor: float) -> None:
+        """Add `factor * drift` to the sum, rounded to the grid if it is exact; a round's first overwrite it."""
+        if not self._is_fused:
+            drift.mul_(factor).add_(self._origin).sub_(self._origin)
+            factor = 1.0
+        torch.add(self._origin if self._is_empty else total, drift, alpha=factor, out=total)
+
+    def _take_back(self, pieces: list[tuple[Tensor, Tensor, Tensor]], factor: float) -> None:
+        """Subtract what was added of a drift; where the sum is exact, it is again what it was."""
+        if not self._is_empty:
+            for weights, local, total in pieces:
+                self._add(total, self._drift[: len(total)].copy_(weights).sub_(local), -factor)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average the drifts over all ranks and move the global weights by them.
+        """Average the drifts that all ranks have collected, and move the global weights by their mean.
 
-        Trained weights are moved by the strategy's optimiser, buffers to their mean.
+        Trained weights are moved by the strategy's optimiser, buffers to their mean. If nothing was collected,
+        the mean is zero.
         """
+        share = sum(Fraction(*pair) for pair in gather(self._share.as_integer_ratio()))
         if self._is_empty:
             self._sum.zero_()
-        self._is_empty = True
+        elif self._is_exact:
+            self._sum -= self._origin
+        self._is_empty, self._share = True, Fraction()
         scale = FLOAT16_SCALE if self._wire == torch.float16 else 1.0
         total = self._sum if scale == 1.0 else self._sum.mul_(scale)
         mean = self._narrow_(sum_(total.to(self._wire)))
-        if scale != 1.0:
-            mean /= scale
+        divisor = scale * float(share or 1)
+        if divisor != 1.0:
+            mean /= divisor
         self._trained.grad = mean[: self._trained.numel()]
         self._optimiser.step()
         self._trained.grad = None
@@ -196,3 +222,24 @@ class Server:
                 )
         self.weights.copy_(torch.cat([weight.reshape(-1) for weight in state["weights"].values()]))
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _odd(share: float) -> float:
+    """Return a share with the last bit of its mantissa set, so that its product with no drift is a tie.
+
+    A drift is an odd multiple of its last bit; times an odd multiple of 2**-53 or more it is one of that bit
+    times 2**-53 or more. To lie halfway between two multiples of 2**-44 the drift would have to be 128 or more.
+    """
+    mantissa, exponent = math.frexp(share)
+    return math.ldexp(int(mantissa * 2**53) | 1, exponent - 53)
+
+
+def _is_fused(origin: Tensor) -> bool:
+    """Tell whether `add(total, drift, alpha=share)` rounds once only, as fused multiply-adds of processors do.
+
+    Where the product is rounded first, some land halfway between two multiples of 2**-44.
+    """
+    share = _odd(1 / 3)
+    drifts = torch.arange(1.0, 2_000.0, 2.0, dtype=origin.dtype, device=origin.device) * 2.0**-45 / share
+    totals = origin, origin + 2.0**-44
+    return torch.equal(*(torch.add(total, drifts, alpha=share) - total for total in totals))

@@ -1,5 +1,6 @@
 """The exact mean, and every strategy against its formula."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from conftest import make_bert
 from torch import Tensor, nn
 
 from scaling_fl.distributed import world
-from scaling_fl.server import COMM_DTYPES, Server, flatten_
+from scaling_fl.server import COMM_DTYPES, GRID, Server, flatten_
 from scaling_fl.strategies import STRATEGIES, make_strategy
 
 
@@ -36,21 +37,38 @@ def shares(counts: list[int]) -> list[float]:
 COUNTS = [17, 1, 250, 33, 8]
 
 
-def test_the_order_of_the_sites_changes_no_bit() -> None:
+@pytest.fixture(params=["fused", "unfused"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the fused multiply-add that most processors have, and as for those that have none."""
+    if request.param == "unfused":
+        monkeypatch.setattr("scaling_fl.server._is_fused", lambda origin: False)
+    return request.param == "fused"
+
+
+@pytest.mark.parametrize("kind", ["like training", "halfway between two multiples of 2**-44"])
+def test_the_order_of_the_sites_changes_no_bit(kind: str, arithmetic: bool) -> None:
     torch.manual_seed(0)
-    start = torch.randn(100_003)
-    locals_ = [start + 1e-3 * torch.randn_like(start) for _ in COUNTS]
+    if kind == "like training":
+        counts, start = COUNTS, torch.randn(100_003)
+        locals_ = [start + 1e-3 * torch.randn_like(start) for _ in counts]
+    else:
+        counts, start = [1, 1, 1, 1], torch.zeros(100_003)
+        # A quarter of these is half of an odd multiple, or an odd multiple, which makes the next tie go the other way.
+        locals_ = [(2 * torch.randint(10**6, (100_003,)) + 1) * 2.0**-exponent for exponent in (43, 43, 42, 42)]
     hashes = set()
-    for order in itertools.permutations(range(len(COUNTS))):
+    for order in list(itertools.permutations(range(len(counts))))[:24]:
         server = make_server(weights=start)
         for site in order:
-            server.collect(locals_[site], shares(COUNTS)[site])
-        server.step()
-        hashes.add(server.sha256())
+            server.collect(locals_[site], shares(counts)[site])
+        hashes.add(hashlib.sha256(server._sum.numpy().data).hexdigest())
     assert len(hashes) == 1
 
 
-def test_the_sum_is_within_1e_12_of_exact_arithmetic() -> None:
+def test_this_processor_rounds_once() -> None:
+    assert make_server()._is_fused, "slower, but as exact, if it does not"
+
+
+def test_the_sum_is_within_1e_12_of_exact_arithmetic(arithmetic: bool) -> None:
     torch.manual_seed(0)
     server = make_server()
     start = server.weights.clone()
@@ -62,7 +80,7 @@ def test_the_sum_is_within_1e_12_of_exact_arithmetic() -> None:
             Fraction(count, sum(COUNTS)) * (Fraction(start[index].item()) - Fraction(local[index].item()))
             for local, count in zip(locals_, COUNTS, strict=True)
         )
-        assert abs(Fraction(server._sum[index].item()) - exact) < Fraction(1, 10**12)
+        assert abs(Fraction(server._sum[index].item() - GRID) - exact) < Fraction(1, 10**12)
 
 
 def test_the_mean_is_weighted_by_examples() -> None:
@@ -71,6 +89,34 @@ def test_the_mean_is_weighted_by_examples() -> None:
     server.collect(torch.full((100_003,), 5.0), 1 / 4)
     server.step()
     assert torch.equal(server.weights, torch.full((100_003,), 2.0))
+
+
+def test_a_site_that_is_missing_is_left_out_of_the_mean() -> None:
+    server = make_server(weights=torch.zeros(100_003))
+    server.collect(torch.full((100_003,), 1.0), Fraction(1, 6))
+    server.collect(torch.full((100_003,), 4.0), Fraction(2, 6))
+    server.step()
+    assert torch.equal(server.weights, torch.full((100_003,), 3.0))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_drift_that_is_refused_leaves_nothing_in_the_sum(number: int, arithmetic: bool) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(100_003)
+    locals_ = [start + 1e-3 * torch.randn_like(start) for _ in range(3)]
+    bad = locals_[0].clone()
+    bad[-1] = math.nan
+    server, other = make_server(weights=start), make_server(weights=start)
+    for site, local in enumerate(locals_):
+        if site == number:
+            with pytest.raises(FloatingPointError):
+                server.collect(bad, 0.3)
+        server.collect(local, 0.1)
+        other.collect(local, 0.1)
+    assert torch.equal(server._sum, other._sum)
+    server.step()
+    other.step()
+    assert server.sha256() == other.sha256()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 200.0])
