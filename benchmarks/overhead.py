@@ -156,14 +156,14 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
         federation = Federation(
             topology,
             [
-                Site(index, device, 1 / case.num_sites, partial(batches, index))
+                Site(index, device, case.num_examples, partial(batches, index))
                 for index, device in topology.sites.items()
             ],
             model,
             server,
             make_optimiser=partial(OPTIMISERS["sgd"], lr=LEARNING_RATE),
             score=score_classes,
-            test_batches=lambda own: (),
+            test_batches=lambda device: (),
             seed=0,
         )
 

@@ -12,7 +12,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from scaling_fl.distributed import rank, share_state, together
+from scaling_fl.distributed import gather, rank, share_bytes
 from scaling_fl.server import Server
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,8 @@ def save(directory: str | None, server: Server, history: History, settings: dict
 
     Removes all checkpoints but the last `keep`. Does nothing without a directory.
     """
-    if directory is not None:
-        together(lambda: _write(directory, server, history, settings, keep) if rank() == 0 else None)
-
-
-def _write(directory: str, server: Server, history: History, settings: dict[str, Any], keep: int | None) -> None:
+    if directory is None or rank() != 0:
+        return
     filesystem, path = fsspec.core.url_to_fs(directory)
     filesystem.makedirs(path, exist_ok=True)
     round_ = len(history) - 1
@@ -46,7 +43,9 @@ def _write(directory: str, server: Server, history: History, settings: dict[str,
 
 
 def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> History:
-    """Take over the last whole checkpoint of a directory. Rank 0 reads, and tells the others.
+    """Take over the last whole checkpoint that a rank finds in its directory of that name.
+
+    Ranks need not share a disk: the one that has the last round reads it for all.
 
     Returns:
         The metrics of the rounds that are done, none if there is no checkpoint.
@@ -56,17 +55,15 @@ def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> 
     """
     if directory is None:
         return []
-
-    def take_over(state: Any) -> None:
-        if state is not None:
-            _compare(directory, state["settings"], settings)
-            server.load_state_dict(state["server"])
-
-    together(lambda: _check_directory(directory) if rank() == 0 else None)
-    state: Any = together(lambda: _read_last(directory) if rank() == 0 else None)
-    state = share_state(state)
-    together(lambda: take_over(state))
-    return [] if state is None else state["history"]
+    if rank() == 0:
+        _check_directory(directory)
+    lasts = gather(max(_rounds(*fsspec.core.url_to_fs(directory)), default=0))
+    if not any(lasts):
+        return []
+    state = _load(share_bytes(lambda: _read_last(directory), source=lasts.index(max(lasts))))
+    _compare(directory, state["settings"], settings)
+    server.load_state_dict(state["server"])
+    return state["history"]
 
 
 def exists(directory: str | None) -> bool:
@@ -86,23 +83,24 @@ def _check_directory(directory: str) -> None:
         raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {reason}") from error
 
 
-def _read_last(directory: str) -> dict | None:
+def _read_last(directory: str) -> bytes:
+    """Return the bytes of the last file that is whole."""
     filesystem, path = fsspec.core.url_to_fs(directory)
     rounds = _rounds(filesystem, path)
     for number in rounds:
         try:
-            return read(f"{directory.rstrip('/')}/round-{number}.pt")
+            data = filesystem.cat_file(f"{path}/round-{number}.pt")
+            _load(data)
+            return data
         except OSError:
             raise  # a store that does not answer says nothing about the file
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, reason)
-    if rounds:
-        raise ValueError(
-            f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
-            "another folder, or removing the files, would do"
-        )
-    return None
+    raise ValueError(
+        f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
+        "another folder, or removing the files, would do"
+    )
 
 
 def read(url: str) -> dict:
@@ -111,8 +109,12 @@ def read(url: str) -> dict:
     Raises:
         ValueError: it is not what was written.
     """
-    with fsspec.open(url, "rb") as file:
-        state = torch.load(io.BytesIO(file.read()), map_location="cpu", weights_only=True)
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return _load(filesystem.cat_file(path))
+
+
+def _load(data: bytes) -> dict:
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.pop("sha256", None) != _sha256(state):
         raise ValueError("its contents do not match their checksum")
     return state

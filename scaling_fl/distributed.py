@@ -1,20 +1,25 @@
 """Ranks, and what they tell each other."""
 
 import os
-import pickle
+import time
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaling_fl.vigil import Bereft, Vigil
+
 T = TypeVar("T")
 
 # A collective waits for the slowest site of the federation, and that one may need hours.
 TIMEOUT = timedelta(hours=24)
+JOINING = timedelta(minutes=30)  # for all ranks to be there at the start
+POLL = 5e-4  # seconds between two looks whether a collective is done
 
 _bytes_sent = 0
 
@@ -26,25 +31,51 @@ def world() -> Iterator[None]:
     The environment is that of torchrun (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`). A rank
     computes with one CPU thread unless `OMP_NUM_THREADS` says otherwise: one thread a rank is the
     fastest way to fill a machine, and another number gives other bits.
+
+    What one rank raises ends all of them within seconds, and so does a rank that gives no sign of life
+    for `LOST_AFTER` seconds (60). After that a process should end, by `launch.run_program` if it
+    may have been in a collective.
+
+    Raises:
+        ValueError: another rank raised one.
+        PeerError: another rank failed, vanished or hangs.
+        Interrupted: another rank was asked to end.
     """
     torch.set_num_threads(num_threads())
     if accelerator() is not None:
         # Some kernels add in no fixed order otherwise, and a resumed run would end with other bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if launched():
-        dist.init_process_group(timeout=TIMEOUT)
-    else:
+    if not launched():
         dist.init_process_group(timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+        return
+    patience = timedelta(seconds=lost_after())
+    store, number, num_ranks = next(dist.rendezvous("env://", timeout=JOINING))
+    dist.init_process_group(timeout=TIMEOUT, store=store, rank=number, world_size=num_ranks)
+    own = store.clone()
+    own.set_timeout(patience)
+    with Vigil(own, number, num_ranks, patience.total_seconds()).kept():
         yield
-    finally:
-        dist.destroy_process_group()
+        gather(None)  # nobody leaves before all are done
+    dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
 
 
 def launched() -> bool:
     """Tell whether a launcher started this process as one rank of several."""
     return "RANK" in os.environ
+
+
+def lost_after() -> int:
+    """Return the seconds without a sign of life after which a rank counts as lost.
+
+    Raises:
+        ValueError: LOST_AFTER is not a whole number from 1.
+    """
+    return whole_number("LOST_AFTER", "60")
 
 
 def num_threads() -> int:
@@ -66,92 +97,78 @@ def bytes_sent() -> int:
     return _bytes_sent
 
 
-def _count(num_bytes: int) -> None:
+def _finish(num_bytes: int, work: Any) -> None:
+    """Wait for a collective in a way that signals can interrupt, and count what was handed to it."""
     global _bytes_sent
     if dist.get_world_size() > 1:
         _bytes_sent += num_bytes
+    try:
+        while not work.is_completed():
+            time.sleep(POLL)
+        work.wait()
+    except RuntimeError as error:
+        raise Bereft(str(error)) from error
 
 
 def gather(value: T) -> list[T]:
-    """Return every rank's `value`, in the order of the ranks, on every rank."""
-    _count(len(pickle.dumps(value)))
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    """Return every rank's `value`, in the order of the ranks, on every rank.
+
+    It is sent as the text of a Python literal: numbers, texts, None, and tuples, lists and dicts of them.
+    """
+    own = _encode(value)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[rank()] = len(own)
+    sum_(sizes)
+    texts = torch.zeros(dist.get_world_size(), int(sizes.max()), dtype=torch.uint8)
+    padded = torch.zeros_like(texts[0])
+    padded[: len(own)] = own
+    _finish(len(own), dist.all_gather(list(texts), padded, async_op=True))
+    return [_decode(text[:size]) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
-def share(value: T) -> T:
-    """Return rank 0's `value` on every rank."""
-    values = [value]
-    _count(len(pickle.dumps(value)) if rank() == 0 else 0)
-    dist.broadcast_object_list(values)
-    return values[0]
+def share(value: T, source: int = 0) -> T:
+    """Return the `value` of rank `source`, which is as for `gather`, on every rank."""
+    return _decode(share_bytes(lambda: _encode(value).numpy().tobytes(), source))
 
 
-def share_(tensor: Tensor) -> Tensor:
-    """Overwrite `tensor` with rank 0's, which has the same shape and type."""
-    _count(tensor.nbytes if rank() == 0 else 0)
-    dist.broadcast(tensor, 0)
+def share_bytes(read: Callable[[], bytes], source: int = 0) -> bytes:
+    """Return on every rank what `read` returns on rank `source`."""
+    is_source = rank() == source
+    own = read() if is_source else b""
+    size = torch.tensor(len(own))
+    share_(size, source)
+    data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
+    return share_(data, source).numpy().tobytes()
+
+
+def _encode(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)
+
+
+def _decode(text: Tensor | bytes) -> Any:
+    return literal_eval((text if isinstance(text, bytes) else text.numpy().tobytes()).decode())
+
+
+def share_(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite `tensor` with that of rank `source`, which has the same shape and type."""
+    _finish(tensor.nbytes if rank() == source else 0, dist.broadcast(tensor, source, async_op=True))
     return tensor
 
 
 def sum_(tensor: Tensor) -> Tensor:
     """Overwrite `tensor` with its sum over all ranks."""
-    _count(tensor.nbytes)
-    dist.all_reduce(tensor)
+    _finish(tensor.nbytes, dist.all_reduce(tensor, async_op=True))
     return tensor
-
-
-def share_state(state: object) -> object:
-    """Return rank 0's nest of dicts, lists and tensors on every rank, its tensors sent one by one."""
-
-    def skeleton(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value.to("meta")
-        if isinstance(value, dict):
-            return {key: skeleton(item) for key, item in value.items()}
-        return [skeleton(item) for item in value] if isinstance(value, list) else value
-
-    def fill(value: object, own: object) -> object:
-        if isinstance(value, Tensor):
-            return share_(own.contiguous() if isinstance(own, Tensor) else torch.empty(value.shape, dtype=value.dtype))
-        if isinstance(value, dict):
-            return {key: fill(item, own[key] if isinstance(own, dict) else None) for key, item in value.items()}
-        if isinstance(value, list):
-            return [fill(item, own[i] if isinstance(own, list) else None) for i, item in enumerate(value)]
-        return value
-
-    return fill(share(skeleton(state)), state if rank() == 0 else None)
-
-
-def together(work: Callable[[], T]) -> T:
-    """Return `work()` once it has succeeded on every rank.
-
-    Raises on every rank what was raised on any: the `ValueError` of the first rank that has one, or
-    else a `RuntimeError` that names the rank. So no rank is left waiting in a collective.
-    """
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:
-        error = raised
-    outcomes = gather(None if error is None else (isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
-    failures = [(number, outcome) for number, outcome in enumerate(outcomes) if outcome is not None]
-    if error is not None:
-        raise error
-    for number, (is_refusal, message) in failures:
-        if is_refusal:
-            raise ValueError(f"rank {number}: {message.removeprefix('ValueError: ')}")
-        raise RuntimeError(f"rank {number} failed with {message}")
-    return result  # type: ignore[return-value]
 
 
 def first_of_node_first(work: Callable[[], T]) -> T:
     """Call `work` on each node's first rank, then on the others, which find its caches filled."""
-    is_first = local_rank() == 0
-    first = together(work if is_first else lambda: None)
-    rest = together(work if not is_first else lambda: None)
-    return first if is_first else rest  # type: ignore[return-value]
+    if local_rank() == 0:
+        result = work()
+        gather(None)
+        return result
+    gather(None)
+    return work()
 
 
 def local_rank() -> int:

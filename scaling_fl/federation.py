@@ -1,20 +1,24 @@
 """A round over the sites of this rank: each trains the global model in turn on its own data."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling_fl.distributed import gather, together
+from scaling_fl.distributed import gather, rank
 from scaling_fl.metrics import Means
 from scaling_fl.placement import Topology
 from scaling_fl.server import Server, flatten_, trained_weights
 from scaling_fl.training import Batch, Score, evaluate, pull_towards, train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class Site:
     Args:
         index: the site's number in the federation.
         device: where it trains.
-        share: its part of all training examples.
+        num_examples: that it trains on.
         batches: one epoch of its batches, in an order drawn by the seed given.
     """
 
     index: int
     device: torch.device
-    share: float
+    num_examples: int
     batches: Callable[[int], Iterable[Batch]]
 
 
@@ -61,9 +65,11 @@ class Federation:
         server: holds the global weights.
         make_optimiser: takes the trained weights and returns a site's optimiser, made anew each round.
         score: adds a batch's output to the means.
-        test_batches: the batches of the test set whose numbers are given.
+        test_batches: what a device evaluates on; over all devices, the whole test set.
         seed: of all randomness in training.
         proximal_mu: the strength of FedProx's pull towards the global weights.
+        min_sites: go on without the sites that fail in a round while so many are left; None takes every failure
+            for an error.
     """
 
     def __init__(
@@ -75,9 +81,10 @@ class Federation:
         *,
         make_optimiser: Callable[[Iterable[Tensor]], Optimizer],
         score: Score,
-        test_batches: Callable[[slice], Iterable[Batch]],
+        test_batches: Callable[[torch.device], Iterable[Batch]],
         seed: int,
         proximal_mu: float = 0.0,
+        min_sites: int | None = None,
     ) -> None:
         self._topology = topology
         self._sites = sites
@@ -87,6 +94,9 @@ class Federation:
         self._test_batches = test_batches
         self._seed = seed
         self._proximal_mu = proximal_mu
+        self._min_sites = min_sites
+        self._num_examples = sum(gather(sum(site.num_examples for site in sites)))
+        self._failures: list[tuple[int, str]] = []  # of this round, on this rank
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
             device: _Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
@@ -103,17 +113,50 @@ class Federation:
         """Let every site train the global weights, and collect the drifts.
 
         Returns:
-            The means of the scores over all examples of all ranks.
+            The means of the scores over all examples of all ranks, and with `min_sites` how many sites failed.
 
         Raises:
-            ValueError: a site's loss or weights are not finite.
+            ValueError: a site's loss or weights are not finite, or too few sites are left.
         """
 
         def train_sites(device: torch.device) -> Means:
             turns = [site for site in self._sites if site.device == device]
-            return Means().merge(self._train_site(site, round_, num_epochs) for site in turns)
+            return Means().merge(self._try_site(site, round_, num_epochs) for site in turns)
 
-        return self._on_devices("train", train_sites)
+        self._failures = []
+        means = self._on_devices("train", train_sites)
+        return means | self._count_failures(round_)
+
+    def _try_site(self, site: Site, round_: int, num_epochs: int) -> Means:
+        """Let a site train, or find out why it does not."""
+        try:
+            return self._train_site(site, round_, num_epochs)
+        except Exception as error:
+            if isinstance(error, FloatingPointError):
+                sentence = f"site {site.index} diverged in round {round_}: {error}; a lower learning_rate would do"
+            else:
+                sentence = f"site {site.index} failed in round {round_} with {type(error).__name__}: {error}"
+            if self._min_sites is not None:
+                self._failures.append((site.index, sentence))
+                return Means()
+            if isinstance(error, FloatingPointError):
+                raise ValueError(sentence) from error
+            error.add_note(f"(of site {site.index} in round {round_})")
+            raise
+
+    def _count_failures(self, round_: int) -> dict[str, float]:
+        if self._min_sites is None:
+            return {}
+        failures = sorted(failure for of_rank in gather(self._failures) for failure in of_rank)
+        num_left = self._topology.num_sites - len(failures)
+        if num_left < self._min_sites:
+            raise ValueError(
+                f"{num_left} of {self._topology.num_sites} sites are left in round {round_}, and min_sites="
+                f"{self._min_sites}: {failures[0][1]}"
+            )
+        for _, sentence in failures if rank() == 0 else ():
+            log.warning("%s; the round goes on without it", sentence)
+        return {"sites.failed": len(failures)}
 
     def _train_site(self, site: Site, round_: int, num_epochs: int) -> Means:
         replica = self._replicas[site.device]
@@ -129,13 +172,8 @@ class Federation:
             for epoch in range(num_epochs):
                 yield from site.batches(derive_seed(self._seed, "order", round_, site.index, epoch))
 
-        try:
-            means = train(replica.model, batches(), optimiser, self._score)
-            self._server.collect(replica.vector, site.share)
-        except FloatingPointError as error:
-            raise ValueError(
-                f"site {site.index} diverged in round {round_}: {error}; a lower learning_rate would do"
-            ) from error
+        means = train(replica.model, batches(), optimiser, self._score)
+        self._server.collect(replica.vector, Fraction(site.num_examples, self._num_examples))
         return means
 
     def evaluate(self) -> dict[str, float]:
@@ -143,14 +181,12 @@ class Federation:
 
         The batches are the same however many devices share them, and so are the means.
         """
-        first, stride = self._topology.first_device, self._topology.num_devices
 
         def evaluate_batches(device: torch.device) -> Means:
             replica = self._replicas[device]
             replica.reset(self._server)
-            own = slice(first + self._topology.devices.index(device), None, stride)
             try:
-                return evaluate(replica.model, self._test_batches(own), self._score)
+                return evaluate(replica.model, self._test_batches(device), self._score)
             except FloatingPointError as error:
                 sentence = f"the global model diverged: {error}; a lower server_learning_rate would do"
                 raise ValueError(sentence) from error
@@ -159,14 +195,12 @@ class Federation:
 
     def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> dict[str, float]:
         """Do `work` on each device of each rank, a thread a device, and return the means of all."""
-
-        def on_this_rank() -> Means:
-            if len(self._topology.devices) == 1:
-                return work(self._topology.devices[0])
+        if len(self._topology.devices) == 1:
+            own = work(self._topology.devices[0])
+        else:
             with ThreadPoolExecutor(len(self._topology.devices)) as pool:
-                return Means().merge(pool.map(work, self._topology.devices))
-
-        means = Means().merge(gather(together(on_this_rank))).result()
+                own = Means().merge(pool.map(work, self._topology.devices))
+        means = Means().merge(map(Means.of, gather(own.sums()))).result()
         return {f"{name}.{key}": value for key, value in means.items()}
 
 

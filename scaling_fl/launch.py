@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scaling_fl.distributed import accelerator, whole_number
+from scaling_fl.vigil import PeerError
 
 # A rank that fails waits so many seconds before it ends: the agent reports the first to end, and a rank
 # that was killed is why others fail.
@@ -92,15 +94,43 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
 
 
 def _rank_main(function: Callable[..., object], *args: object) -> object:
-    """Call `function` and print what it raises, which the agent would keep to itself."""
+    """Call `function` and say what it raises, which the agent would keep to itself or interrupt."""
     try:
         return function(*args)
     except SignalException:
         raise SystemExit(1) from None
-    except SystemExit:
+    except BaseException as error:
+        status = _say(error)
         time.sleep(HEAD_START)
-        raise
-    except Exception:
-        traceback.print_exc()
-        time.sleep(HEAD_START)
-        raise SystemExit(1) from None
+        raise SystemExit(status) from None
+
+
+def _say(error: BaseException) -> int:
+    """Print why a program ends, in one write as several ranks may print, and return its exit status."""
+    if isinstance(error, SystemExit):
+        sentence = error.code if isinstance(error.code, str) else ""
+    elif isinstance(error, PeerError):
+        sentence = f"error: {error}"
+    else:
+        sentence = "".join(traceback.format_exception(error)).rstrip()
+    if sentence:
+        print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
+    if not isinstance(error, SystemExit):
+        return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def run_program(program: Callable[[], object]) -> NoReturn:
+    """Call `program` and end this process as it ends, at once if that is with an error.
+
+    Python's own way out would wait for a collective that a lost rank never joins.
+    """
+    status = 0
+    try:
+        program()
+    except BaseException as error:
+        status = _say(error)
+    if status:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit()

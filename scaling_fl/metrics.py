@@ -40,6 +40,20 @@ class Means:
         self._pending.clear()
         return self
 
+    def sums(self) -> dict[str, tuple[int, int, int]]:
+        """Return each sum's numerator and denominator, and its count: plain numbers, to be sent."""
+        self.settle()
+        return {name: (total.numerator, total.denominator, self._counts[name]) for name, total in self._sums.items()}
+
+    @classmethod
+    def of(cls, sums: dict[str, tuple[int, int, int]]) -> "Means":
+        """Return the means whose sums these are."""
+        means = cls()
+        for name, (numerator, denominator, count) in sums.items():
+            means._sums[name] = Fraction(numerator, denominator)
+            means._counts[name] = count
+        return means
+
     def merge(self, others: Iterable["Means"]) -> "Means":
         """Add all that `others` have."""
         for other in others:

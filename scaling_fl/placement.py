@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from scaling_fl.distributed import accelerator, gather, local_rank, rank, together
+from scaling_fl.distributed import accelerator, gather, local_rank, rank
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class Topology:
     first_device: int  # this rank's first, counted over all ranks
     num_devices: int  # of all ranks
 
+    def turn(self, device: torch.device) -> slice:
+        """Return which of many things a device of this rank takes, if all devices take turns."""
+        return slice(self.first_device + self.devices.index(device), None, self.num_devices)
+
 
 def place(site_ids: Sequence[int]) -> Topology:
     """Share this node's `site_ids` out to the node's ranks: by device, then by turn.
@@ -31,7 +35,7 @@ def place(site_ids: Sequence[int]) -> Topology:
         ValueError: `site_ids` names a GPU that is not here, or there are more ranks than GPUs.
     """
     kind = accelerator()
-    together(lambda: _check_devices(site_ids, kind))
+    _check_devices(site_ids, kind)
     nodes: list[tuple[int, list[int]]] = gather((local_rank(), list(site_ids)))
     assignments = assign(nodes)
     mine = assignments[rank()]

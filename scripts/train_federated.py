@@ -20,9 +20,9 @@ from sacred.run import Run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint, observers, tracking
-from scaling_fl.distributed import first_of_node_first, gather, launched, num_threads, world
+from scaling_fl.distributed import first_of_node_first, gather, launched, local_rank, lost_after, num_threads, world
 from scaling_fl.federation import Federation, Site
-from scaling_fl.launch import launch, num_ranks
+from scaling_fl.launch import launch, num_ranks, run_program
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
 from scaling_fl.partition import PARTITIONERS, deal
 from scaling_fl.placement import Topology, place
@@ -32,6 +32,7 @@ from scaling_fl.strategies import STRATEGIES, make_strategy
 from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
 from scaling_fl.tasks.task import Examples, encode, score_classes
 from scaling_fl.training import OPTIMISERS, Batch
+from scaling_fl.vigil import Interrupted, PeerError
 
 SETTINGS.CAPTURE_MODE = "sys"
 experiment = Experiment("train_federated", save_git_info=False)
@@ -64,6 +65,9 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     label_column = None  # the column of the label; None takes the task's own
     max_train_examples = _own.get("max_train_examples")  # train on a random sample of so many
     max_test_examples = None  # evaluate on a random sample of so many
+
+    on_site_failure = "abort"  # a site that fails or diverges: abort the run, or skip it for that round
+    min_sites = 1  # of on_site_failure=skip: abort nevertheless when fewer are left in a round
 
     iid_split = True  # False deals the data sorted by label
     partition = "iid" if iid_split else "by_label"  # how data is dealt: iid, by_label, dirichlet; wins over iid_split
@@ -101,6 +105,8 @@ KINDS = {
     "label_column": OPTIONAL_TEXT,
     "max_train_examples": optional(whole_number(1)),
     "max_test_examples": optional(whole_number(1)),
+    "on_site_failure": one_of(("abort", "skip")),
+    "min_sites": whole_number(1),
     "iid_split": FLAG,
     "partition": one_of(PARTITIONERS),
     "dirichlet_alpha": number(above=0),
@@ -114,7 +120,7 @@ KINDS = {
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
 # A resumed run may change these; any other setting makes another run.
 FREE = {"site_ids", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
-FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split"}
+FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 
 
@@ -126,6 +132,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
         num_ranks(len(config["site_ids"]))
         num_threads()
+        lost_after()
         if command_name == "train_federated" and is_observed():
             observers.check_mongo(config, goes_on)
     except ValueError as error:
@@ -142,9 +149,9 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     try:
         with world():
             return run_rounds(SimpleNamespace(**_config), _run)
-    except ValueError as error:
-        # Every rank knows of the error; one says it.
-        raise SystemExit(f"error: {error}" if int(os.environ.get("RANK", "0")) == 0 else 1) from error
+    except (ValueError, PeerError) as error:
+        # Every rank knows of the error; one of each node says it.
+        raise SystemExit(f"error: {error}" if local_rank() == 0 else 1) from error
 
 
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
@@ -220,7 +227,7 @@ def make_federation(
     """Bind the data to the sites of this rank."""
     batches_of = {site: -(-len(parts[site]) // config.batch_size) for site in topology.sites}
     test_batches = task.test.fixed_batches(config.val_batch_size)
-    num_test_batches = len(test_batches[topology.first_device :: topology.num_devices])
+    num_test_batches = sum(len(test_batches[topology.turn(device)]) for device in topology.devices)
     training = tracking.Progress("training", sum(batches_of.values()) * config.num_local_epochs)
     testing = tracking.Progress("evaluating", num_test_batches)
 
@@ -230,16 +237,17 @@ def make_federation(
     return Federation(
         topology,
         [
-            Site(index, device, len(parts[index]) / len(task.train), partial(site_batches, parts[index]))
+            Site(index, device, len(parts[index]), partial(site_batches, parts[index]))
             for index, device in topology.sites.items()
         ],
         task.model,
         server,
         make_optimiser=partial(OPTIMISERS[config.optimiser], lr=config.learning_rate),
         score=score_classes,
-        test_batches=lambda own: testing.watch(map(task.test.batch, test_batches[own])),
+        test_batches=lambda device: testing.watch(map(task.test.batch, test_batches[topology.turn(device)])),
         seed=config.seed,
         proximal_mu=config.proximal_mu,
+        min_sites=config.min_sites if config.on_site_failure == "skip" else None,
     )
 
 
@@ -286,13 +294,9 @@ def describe(config: SimpleNamespace, topology: Topology, task: Prepared, parts:
     ]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does: its record says INTERRUPTED."""
-
-
-def terminate(*_: object) -> None:
-    """Turn SIGTERM into an exception."""
-    raise Terminated
+def interrupt(signum: int, _: object) -> None:
+    """End a run by SIGTERM as by Ctrl-C: its record says INTERRUPTED."""
+    raise Interrupted(signum)
 
 
 def main() -> None:
@@ -310,13 +314,13 @@ def main() -> None:
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    for signum, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, signal.default_int_handler)):
+    for signum in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, handler)
+            signal.signal(signum, interrupt)
     try:
         experiment.run_commandline(argv)
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)) from None
+    except Interrupted as error:
+        raise SystemExit(128 + error.number) from None
 
 
 def is_rank() -> bool:
@@ -335,4 +339,4 @@ def goes_on(config: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

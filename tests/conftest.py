@@ -27,7 +27,7 @@ from scaling_fl.placement import place
 from scaling_fl.server import Server
 from scaling_fl.strategies import make_strategy
 from scaling_fl.tasks.task import Examples, score_classes
-from scaling_fl.training import OPTIMISERS
+from scaling_fl.training import OPTIMISERS, Batch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_federated.py"
@@ -196,6 +196,8 @@ class Play:
     optimiser: str = "adamw"
     learning_rate: float = 1e-2
     proximal_mu: float = 0.0
+    min_sites: int | None = None
+    broken: tuple[int, ...] = ()  # sites whose disk fails after their first batch, in every round
     make_model: Callable[[], nn.Module] = make_bert
     checkpoints_dir: str | None = None
     watch: Callable[[Server, Federation], Any] = field(default=lambda server, federation: server.sha256())
@@ -227,8 +229,8 @@ class Play:
                     Site(
                         index,
                         device,
-                        len(parts[index]) / len(train),
-                        partial(train.shuffled_batches, parts[index], self.batch_size),
+                        len(parts[index]),
+                        partial(self.batches, train, parts[index], index in self.broken),
                     )
                     for index, device in topology.sites.items()
                 ],
@@ -236,9 +238,10 @@ class Play:
                 server,
                 make_optimiser=partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
                 score=score_classes,
-                test_batches=lambda own: map(test.batch, test_batches[own]),
+                test_batches=lambda device: map(test.batch, test_batches[topology.turn(device)]),
                 seed=3,
                 proximal_mu=self.proximal_mu,
+                min_sites=self.min_sites,
             )
             watched = [self.watch(server, federation)]
             for round_ in range(len(history), self.num_rounds + 1):
@@ -249,3 +252,10 @@ class Play:
                 watched.append(self.watch(server, federation))
                 checkpoint.save(self.checkpoints_dir, server, history, settings, keep=None)
             return history, watched
+
+    def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:
+        """A site's batches, until its disk fails."""
+        for batch in train.shuffled_batches(indices, self.batch_size, seed):
+            yield batch
+            if is_broken:
+                raise OSError("disk failure")

@@ -16,9 +16,8 @@ from scaling_fl.distributed import (
     rank,
     share,
     share_,
-    share_state,
+    share_bytes,
     sum_,
-    together,
     world,
 )
 from scaling_fl.launch import launch, num_ranks
@@ -61,47 +60,25 @@ def test_every_byte_handed_to_a_collective_is_counted() -> None:
     assert on_ranks(2, work) == [(80, 28), (80, 0)], "a broadcast is sent by rank 0 alone"
 
 
-def test_a_state_of_tensors_arrives_everywhere_as_it_is() -> None:
-    state = {
-        "weights": {"a": torch.arange(6).view(2, 3).t(), "b": torch.tensor(1.5, dtype=torch.float64)},
-        "optimiser": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
-        "round": 4,
-        "none": None,
-    }
-
-    def work() -> bool:
-        got: dict = share_state(state if rank() == 0 else None)  # type: ignore[assignment]
-        assert torch.equal(got["weights"]["a"], state["weights"]["a"])  # type: ignore[index]
-        assert got["weights"]["b"].dtype == torch.float64
-        assert got["optimiser"]["state"][0]["step"] == 3
-        return (got["optimiser"]["param_groups"], got["round"]) == ([{"lr": 0.1, "betas": (0.9, 0.99)}], 4)
-
-    assert on_ranks(3, work) == [True] * 3
+VALUES = [None, True, 3, 2**80, 0.1, "a 'quoted' é\n", (1, 2), [(), {"a": {3: [1.5]}}], {}]
 
 
-def raise_on(number: int, error: Exception) -> None:
+def test_values_arrive_as_they_are_and_lengths_may_differ() -> None:
+    def work() -> tuple:
+        return gather(VALUES[: 3 * rank()]), share(VALUES if rank() == 0 else None), share(rank(), source=2)
+
+    assert on_ranks(3, work) == [([[], VALUES[:3], VALUES[:6]], VALUES, 2)] * 3
+
+
+def test_bytes_arrive_from_the_rank_that_has_them() -> None:
+    data = os.urandom(100_003)
+    assert on_ranks(3, lambda: share_bytes(lambda: data, source=1) == data) == [True] * 3
+    assert on_ranks(2, lambda: share_bytes(lambda: b"")) == [b""] * 2
+
+
+def raise_on(number: int, error: BaseException) -> None:
     if rank() == number:
         raise error
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_refusal_on_one_rank_is_the_same_refusal_on_all(number: int) -> None:
-    def work() -> str:
-        sentence = "no such file" if rank() == number else f"rank {number}: no such file"
-        with pytest.raises(ValueError, match=f"^{sentence}$"):
-            together(lambda: raise_on(number, ValueError("no such file")))
-        return "ended"
-
-    assert on_ranks(3, work) == ["ended"] * 3
-
-
-def test_an_unforeseen_error_keeps_its_own_type_on_its_rank_and_is_named_on_the_others() -> None:
-    def work() -> str:
-        with pytest.raises(KeyError if rank() == 1 else RuntimeError) as caught:
-            together(lambda: raise_on(1, KeyError("weight")))
-        return str(caught.value)
-
-    assert on_ranks(2, work) == ["rank 1 failed with KeyError: 'weight'", "'weight'"]
 
 
 def test_the_first_rank_of_a_node_goes_first() -> None:
@@ -124,12 +101,12 @@ def test_the_first_rank_of_a_node_goes_first() -> None:
 @pytest.mark.parametrize("status", [1, 3])
 def test_launch_ends_with_the_status_of_the_rank_that_failed(status: int, capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
-        if rank() == 1:
+        if os.environ["RANK"] == "1":
             print("what was wrong", file=sys.stderr)
             sys.exit(status)
 
     with pytest.raises(SystemExit) as end:
-        on_ranks(2, work)
+        launch(work, num_ranks=2)
     assert end.value.code == status
     assert capfd.readouterr().err.strip() == "what was wrong", "and says nothing more"
 
@@ -139,7 +116,8 @@ def test_a_rank_that_raises_prints_its_own_traceback(capfd: pytest.CaptureFixtur
         on_ranks(2, lambda: raise_on(1, KeyError("weight")))
     printed = capfd.readouterr().err
     assert printed.count("Traceback") == 1
-    assert printed.rstrip().endswith("KeyError: 'weight'")
+    assert "\nKeyError: 'weight'\n" in printed
+    assert "error: rank 1 failed with KeyError: 'weight'\n" in printed
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,54 @@
+"""Sites that fail: the end of the run, or of their part in the round."""
+
+import logging
+
+import pytest
+from conftest import Play
+
+BROKEN = Play(site_ids=(0,) * 5, broken=(1, 3))
+
+
+def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="disk failure") as caught:
+        BROKEN.play()
+    assert caught.value.__notes__ == ["(of site 1 in round 1)"]
+    with pytest.raises(SystemExit):
+        BROKEN.on_ranks(2)
+    assert "failed with OSError: disk failure (of site 1 in round 1)" in capfd.readouterr().err
+
+
+def test_a_site_that_diverges_ends_the_run_and_is_named() -> None:
+    with pytest.raises(ValueError, match=r"site 0 diverged in round 1: .*; a lower learning_rate would do"):
+        Play(learning_rate=1e30).play()
+
+
+def test_skipped_sites_are_counted_and_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        history, hashes = BROKEN.but(min_sites=1).play()
+    assert [metrics["sites.failed"] for metrics in history[1:]] == [2, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"site {site} failed in round {round_} with OSError: disk failure; the round goes on without it"
+        for round_ in (1, 2)
+        for site in (1, 3)
+    ]
+    assert len(set(hashes)) == 3
+
+
+def test_whom_a_failed_site_trained_beside_changes_no_bit() -> None:
+    play = BROKEN.but(min_sites=3)
+    alone = play.on_ranks(1)
+    assert alone != Play().on_ranks(1)
+    assert [play.on_ranks(num_ranks) for num_ranks in (2, 3)] == [alone, alone]
+
+
+def test_a_run_of_which_no_site_fails_does_not_depend_on_what_would_happen() -> None:
+    whole, skipping = Play().play(), Play(min_sites=5).play()
+    assert whole[1] == skipping[1]
+    assert [metrics["sites.failed"] for metrics in skipping[0][1:]] == [0, 0]
+
+
+@pytest.mark.parametrize(("broken", "min_sites"), [((1, 3), 4), ((0, 1, 2, 3, 4), 1)])
+def test_too_few_sites_end_the_run(broken: tuple[int, ...], min_sites: int) -> None:
+    left = 5 - len(broken)
+    with pytest.raises(ValueError, match=f"{left} of 5 sites are left in round 1, and min_sites={min_sites}: site "):
+        BROKEN.but(broken=broken, min_sites=min_sites).play()

@@ -1,0 +1,174 @@
+"""Ranks that fail, vanish, hang or are told to end: the others hear of it, soon and in its words."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from scaling_fl import vigil
+from scaling_fl.distributed import gather, rank, world
+from scaling_fl.launch import run_program
+
+SOON = 8.0  # seconds on a busy machine; without the vigil a collective waits for 24 hours
+
+
+@pytest.fixture
+def start() -> Callable[..., dict[int, int]]:
+    """Starts ranks without a launcher, as on nodes of their own; returns each one's process id."""
+
+    def start(work: Callable[[], object], num_ranks: int = 2, **environment: str) -> dict[int, int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = {}
+        for number in range(num_ranks):
+            processes[number] = os.fork()
+            if processes[number] == 0:
+                os.environ.update(environment, RANK=str(number), WORLD_SIZE=str(num_ranks), GLOO_SOCKET_IFNAME="lo")
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                signal.signal(signal.SIGTERM, interrupt)
+                try:
+                    run_program(lambda: within_world(work))
+                finally:
+                    os._exit(0)  # it has ended itself if there was an error
+        return processes
+
+    return start
+
+
+def interrupt(number: int, _: object) -> None:
+    raise vigil.Interrupted(number)
+
+
+def within_world(work: Callable[[], object]) -> None:
+    try:
+        with world():
+            work()
+    except vigil.Interrupted as error:
+        raise SystemExit(128 + error.number) from None
+    except ValueError as error:
+        raise SystemExit(f"refused: {error}") from None
+
+
+def wait(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def train_for_hours(*_: object) -> None:
+    """What other ranks do when one fails: nothing that a collective could tell."""
+    for _ in range(360_000):
+        time.sleep(0.01)
+
+
+def meet(*_: object) -> None:
+    gather("the others are late")
+
+
+@pytest.mark.parametrize("others", [train_for_hours, meet])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [
+        (ValueError("there is no such file"), "refused: rank {number}: there is no such file"),
+        (KeyError("weight"), "error: rank {number} failed with KeyError: 'weight'"),
+    ],
+    ids=["refusal", "failure"],
+)
+def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
+    start: Callable, capfd: pytest.CaptureFixture[str], others: Callable, number: int, error: Exception, heard: str
+) -> None:
+    def work() -> None:
+        gather(None)
+        if rank() != number:
+            others()
+        time.sleep(0.5)
+        raise error
+
+    began = time.monotonic()
+    processes = start(work, num_ranks=3)
+    assert [wait(process) for process in processes.values()] == [1, 1, 1]
+    assert time.monotonic() - began < SOON
+    printed = capfd.readouterr().err
+    assert printed.count(heard.format(number=number)) == 2, printed
+    assert printed.count("Traceback") == (0 if isinstance(error, ValueError) else 1)
+
+
+@pytest.mark.parametrize("others", [train_for_hours, meet])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_is_asked_to_end_takes_the_others_along(start: Callable, number: int, others: Callable) -> None:
+    def work() -> None:
+        signal.signal(signal.SIGINT, interrupt)
+        gather(None)
+        if rank() == 1:
+            os.kill(os.getpid(), number)
+        others()
+
+    began = time.monotonic()
+    assert [wait(process) for process in start(work, num_ranks=3).values()] == [128 + number] * 3
+    assert time.monotonic() - began < SOON
+
+
+@pytest.mark.parametrize("others", [train_for_hours, meet])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
+    start: Callable, capfd: pytest.CaptureFixture[str], how: int, number: int, others: Callable
+) -> None:
+    def work() -> None:
+        gather(None)
+        if rank() == number:
+            os.kill(os.getpid(), how)
+        others()
+
+    began = time.monotonic()
+    processes = start(work, LOST_AFTER="4")
+    survivor = processes[1 - number]
+    assert wait(survivor) == 1
+    assert time.monotonic() - began < 4 + SOON
+    os.kill(processes[number], signal.SIGKILL)
+    wait(processes[number])
+    printed = capfd.readouterr().err
+    assert f"error: rank {number} has given no sign of life for" in printed or (
+        number == 0 and "error: the store where ranks meet, on the node of rank 0, is gone" in printed
+    ), printed
+    assert "Traceback" not in printed
+
+
+def test_a_rank_that_only_needs_long_is_waited_for(start: Callable) -> None:
+    def work() -> None:
+        gather(None)
+        if rank() == 1:
+            time.sleep(6)
+        gather("at last")
+
+    assert [wait(process) for process in start(work, LOST_AFTER="2").values()] == [0, 0]
+
+
+def test_ranks_that_all_raise_say_each_their_own(start: Callable, capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise ValueError(f"no file on {rank()}")
+
+    began = time.monotonic()
+    assert [wait(process) for process in start(work).values()] == [1, 1]
+    assert time.monotonic() - began < SOON
+    assert sorted(capfd.readouterr().err.splitlines()) == ["refused: no file on 0", "refused: no file on 1"]
+
+
+def test_a_rank_that_does_not_react_is_ended(
+    start: Callable, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the main thread is inside a kernel that waits for another GPU."""
+    monkeypatch.setattr(vigil, "STUBBORN", 1.0)
+
+    def work() -> None:
+        gather(None)
+        if rank() == 1:
+            raise KeyError("weight")
+        signal.signal(vigil.WAKE, signal.SIG_IGN)
+        train_for_hours()
+
+    assert [wait(process) for process in start(work).values()] == [1, 1]
+    assert "error: rank 1 failed with KeyError: 'weight'" in capfd.readouterr().err
