@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A federation of several nodes under Slurm: sbatch deploy/slurm.sh with num_rounds=100 checkpoints_dir=...
+# docs/distributed.md explains it. %n in an argument is the number of the node, from 0, so that nodes can differ:
+# sbatch deploy/slurm.sh with nodes/%n.json ...
+#SBATCH --job-name=federation
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=24:00:00
+#SBATCH --output=federation-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+# A requeued job may get other nodes.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) RANKS=${RANKS:-1}
+# Where the nodes' names do not stand for the network that joins them:
+# export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
+
+# One torchrun on each node; when one fails, Slurm ends the others.
+# shellcheck disable=SC2016 # the variables are the node's
+srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/python -m torch.distributed.run \
+  --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS" \
+  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+  scripts/train_federated.py "${@//%n/$SLURM_NODEID}"' federation "$@" &
+ranks=$!
+
+# A minute before the time is up Slurm sends USR1: the ranks end at a SIGTERM, and the job goes back into the queue
+# and on after the last checkpoint. It does not at a SIGTERM, which is what scancel sends.
+time_is_up=no
+trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+status=0
+wait "$ranks" || status=$?
+if [[ $time_is_up = yes ]]; then
+  wait "$ranks" || true # a signal ends the first wait
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
