@@ -384,3 +384,12 @@ def test_the_page_explains_each_file_and_its_links_lead_to_files() -> None:
     links = set(re.findall(r"\]\((?!http|#)([^)#]+)", page))
     assert {f"../deploy/{path.name}" for path in DEPLOY.iterdir()} <= links
     assert all((ROOT / "docs" / link).exists() for link in links), links
+
+
+def test_bash_can_read_each_command_of_the_page() -> None:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL)
+    assert len(blocks) > 10
+    for block in blocks:
+        assert block.startswith("$ ")
+        for line in re.sub(r"\\\n +", "", block).splitlines():
+            subprocess.run(["bash", "-nc", line[2:] if line.startswith("$ ") else ":"], check=True)
