@@ -15,10 +15,15 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
 # A requeued job may get other nodes.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) RANKS=${RANKS:-1}
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) RANKS=${RANKS:-1}
 # Where the nodes' names do not stand for the network that joins them:
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
+
+# A minute before the time is up Slurm sends USR1: the ranks end at a SIGTERM, and the job goes back into the queue
+# and on after the last checkpoint. It does not at a SIGTERM, which is what scancel sends.
+time_is_up=no
+trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # One torchrun on each node; when one fails, Slurm ends the others.
 # shellcheck disable=SC2016 # the variables are the node's
@@ -28,10 +33,6 @@ srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/python -m torch.distributed.ru
   scripts/train_federated.py "${@//%n/$SLURM_NODEID}"' federation "$@" &
 ranks=$!
 
-# A minute before the time is up Slurm sends USR1: the ranks end at a SIGTERM, and the job goes back into the queue
-# and on after the last checkpoint. It does not at a SIGTERM, which is what scancel sends.
-time_is_up=no
-trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 status=0
 wait "$ranks" || status=$?
 if [[ $time_is_up = yes ]]; then

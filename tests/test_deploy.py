@@ -274,20 +274,22 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
   SLURM_NODEID=$node "$@" &
   nodes+=($!)
 done
-echo "${nodes[@]}" >nodes.pid
+trap 'kill -TERM "${nodes[@]}"; trap - TERM' TERM # at which wait returns
+echo $$ >srun.pid
 status=0
 for node in "${nodes[@]}"; do
+  wait "$node" || status=$?
   wait "$node" || status=$?
 done
 exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >>calls
-[[ $1 != show ]] || printf '%s\\n' 127.0.0.1 127.0.0.2
+[[ $1 != show ]] || printf '%s\\n' 127.0.0.{1..255}
 """
 SCANCEL = """#!/usr/bin/env bash
 echo "scancel $*" >>calls
-kill -TERM $(cat nodes.pid)
+kill -TERM "$(cat srun.pid)"
 """
 
 
@@ -343,6 +345,7 @@ def test_a_job_whose_time_is_up_ends_its_ranks_and_goes_back_into_the_queue(tmp_
     process = start_slurm(tmp_path, TRAINS_FOR_EVER)
     wait_for(tmp_path / "started-0")
     wait_for(tmp_path / "started-1")
+    wait_for(tmp_path / "srun.pid")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
     assert process.returncode != 0
