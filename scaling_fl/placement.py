@@ -1,8 +1,9 @@
 """Where sites run."""
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -19,17 +20,28 @@ class Topology:
     devices: tuple[torch.device, ...]  # of this rank, each once; never empty
     first_device: int  # this rank's first, counted over all ranks
     num_devices: int  # of all ranks
+    entries: dict[int, int]  # this rank's sites -> their entry in the node's site_ids
 
     def turn(self, device: torch.device) -> slice:
         """Return which of many things a device of this rank takes, if all devices take turns."""
         return slice(self.first_device + self.devices.index(device), None, self.num_devices)
 
+    def renumber(self, numbers: dict[int, int]) -> "Topology":
+        """Give each site, of all ranks, the number that belongs to its old one."""
+        sites = {numbers[site]: device for site, device in self.sites.items()}
+        return replace(self, sites=sites, entries={numbers[site]: entry for site, entry in self.entries.items()})
 
-def place(site_ids: Sequence[int]) -> Topology:
-    """Share this node's `site_ids` out to the node's ranks: by device, then by turn.
+
+def place(site_ids: Sequence[int], num_sites: int | None = None) -> Topology:
+    """Share the sites out to the nodes' lists of `site_ids`, and each node's to its ranks: by device, then by turn.
 
     Site numbers count through the nodes' lists in the order of the ranks, so a site's number does
     not depend on how many ranks its node runs. Without an accelerator the ids name CPU slots.
+
+    Args:
+        site_ids: the device id of each site of this node.
+        num_sites: of the federation. None takes one for each entry of the nodes' lists; of another number the
+            entries take one after the other in turn.
 
     Raises:
         ValueError: `site_ids` names a GPU that is not here, or there are more ranks than GPUs.
@@ -37,8 +49,9 @@ def place(site_ids: Sequence[int]) -> Topology:
     kind = accelerator()
     _check_devices(site_ids, kind)
     nodes: list[tuple[int, list[int]]] = gather((local_rank(), list(site_ids)))
-    assignments = assign(nodes)
-    mine = assignments[rank()]
+    assignments = assign(nodes, num_sites)
+    entries = assignments[rank()]
+    mine = {site: site_ids[entry] for site, entry in entries.items()}
     device_ids = sorted(set(mine.values()))
     if kind is None:
         sites = dict.fromkeys(mine, torch.device("cpu"))
@@ -54,29 +67,30 @@ def place(site_ids: Sequence[int]) -> Topology:
         devices=devices,
         first_device=sum(num_devices[: rank()]),
         num_devices=sum(num_devices),
+        entries=entries,
     )
 
 
-def assign(nodes: Sequence[tuple[int, Sequence[int]]]) -> list[dict[int, int]]:
-    """Return each rank's sites, as site number -> device id.
+def assign(nodes: Sequence[tuple[int, Sequence[int]]], num_sites: int | None = None) -> list[dict[int, int]]:
+    """Return each rank's sites, as site number -> entry in its node's list.
 
     Args:
         nodes: for each rank its number within its node, and its node's list of device ids.
+        num_sites: how many sites take the entries in turn; None gives each entry one.
     """
     starts = [index for index, (local_rank, _) in enumerate(nodes) if local_rank == 0] + [len(nodes)]
     assignments: list[dict[int, int]] = [{} for _ in nodes]
-    first_site = 0
-    for start, end in pairwise(starts):
+    slots = [(start, end, entry) for start, end in pairwise(starts) for entry in range(len(nodes[start][1]))]
+    turns: defaultdict[tuple[int, int], int] = defaultdict(int)
+    for site in range(len(slots) if num_sites is None else num_sites):
+        start, end, entry = slots[site % len(slots)]
         site_ids, num_ranks = nodes[start][1], end - start
         device_ids = sorted(set(site_ids))
-        turns = dict.fromkeys(device_ids, 0)
-        for site, device_id in enumerate(site_ids, first_site):
-            position = device_ids.index(device_id)
-            # With fewer devices than ranks (CPU slots only), the ranks of a device take turns.
-            owners = range(position % num_ranks, num_ranks, len(device_ids))
-            assignments[start + owners[turns[device_id] % len(owners)]][site] = device_id
-            turns[device_id] += 1
-        first_site += len(site_ids)
+        position = device_ids.index(site_ids[entry])
+        # With fewer devices than ranks (CPU slots only), the ranks of a device take turns.
+        owners = range(position % num_ranks, num_ranks, len(device_ids))
+        assignments[start + owners[turns[start, position] % len(owners)]][site] = entry
+        turns[start, position] += 1
     return assignments
 
 

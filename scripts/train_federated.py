@@ -41,6 +41,7 @@ experiment = Experiment("train_federated", save_git_info=False)
 @experiment.config
 def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a setting
     site_ids = [0, 0, 0, 0]  # the GPU id of each site of this node; without a GPU the ids name CPU slots
+    num_sites = None  # of the federation, which take the nodes' site_ids in turn; None takes one for each of these
     task_name = "bbcnews"  # bbcnews, agnews, imdb, yelp, spooky_author, or text for labelled texts of your own
     model = "minilm"  # minilm, albert, bert, distilbert, a hub id, or a local folder
     _own = {**task_defaults(task_name), **model_defaults(model)}
@@ -85,6 +86,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
 OPTIONAL_TEXT = optional(TEXT)
 KINDS = {
     "site_ids": DEVICE_IDS,
+    "num_sites": optional(whole_number(1)),
     "task_name": one_of(TASKS),
     "model": TEXT,
     "num_rounds": whole_number(0),
@@ -119,7 +121,7 @@ KINDS = {
 }
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
 # A resumed run may change these; any other setting makes another run.
-FREE = {"site_ids", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
+FREE = {"site_ids", "num_sites", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
 FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 
@@ -130,7 +132,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     try:
         check(config, KINDS)
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
-        num_ranks(len(config["site_ids"]))
+        num_ranks(config["num_sites"] or len(config["site_ids"]))
         num_threads()
         lost_after()
         if command_name == "train_federated" and is_observed():
@@ -144,7 +146,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run, and start them first if nobody has."""
     if not is_rank():
-        launch(main, num_ranks=num_ranks(len(_config["site_ids"])))
+        launch(main, num_ranks=num_ranks(_config["num_sites"] or len(_config["site_ids"])))
         return None
     try:
         with world():
@@ -157,7 +159,7 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
     ledger = tracking.Ledger()
-    topology = place(config.site_ids)
+    topology = place(config.site_ids, config.num_sites)
     task = first_of_node_first(partial(prepare, config))
     settings = what_matters(config, topology, task)
     agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})

@@ -1,6 +1,7 @@
 """The promises: each a property that a mistake anywhere in the round would break."""
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_a_rank_with_two_devices_drives_each_with_a_thread_and_changes_no_bit(mo
         topology = place_on_one(site_ids)
         devices = (torch.device("cpu"), torch.device("cpu:0"))  # unequal names of one device
         sites = {site: devices[site % 2] for site in topology.sites}
-        return type(topology)(sites, topology.num_sites, devices, 0, 2)
+        return replace(topology, sites=sites, devices=devices, num_devices=2)
 
     import conftest
 

@@ -18,14 +18,14 @@ def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
 @pytest.mark.parametrize(
     ("ranks", "assignments"),
     [
-        (node(1, [0, 0, 1, 1]), [{0: 0, 1: 0, 2: 1, 3: 1}]),
-        (node(2, [0, 0, 1, 1]), [{0: 0, 1: 0}, {2: 1, 3: 1}]),
-        (node(2, [1, 0, 1, 0]), [{1: 0, 3: 0}, {0: 1, 2: 1}]),
+        (node(1, [0, 0, 1, 1]), [{0: 0, 1: 1, 2: 2, 3: 3}]),
+        (node(2, [0, 0, 1, 1]), [{0: 0, 1: 1}, {2: 2, 3: 3}]),
+        (node(2, [1, 0, 1, 0]), [{1: 1, 3: 3}, {0: 0, 2: 2}]),
         (node(2, [0, 1, 2]), [{0: 0, 2: 2}, {1: 1}]),
-        (node(2, [0, 0, 0]), [{0: 0, 2: 0}, {1: 0}]),
-        (node(3, [0, 0, 1]), [{0: 0}, {2: 1}, {1: 0}]),
-        (node(3, [7]), [{0: 7}, {}, {}]),
-        (node(2, [0, 1]) + node(1, [0, 0]), [{0: 0}, {1: 1}, {2: 0, 3: 0}]),
+        (node(2, [0, 0, 0]), [{0: 0, 2: 2}, {1: 1}]),
+        (node(3, [0, 0, 1]), [{0: 0}, {2: 2}, {1: 1}]),
+        (node(3, [7]), [{0: 0}, {}, {}]),
+        (node(2, [0, 1]) + node(1, [0, 0]), [{0: 0}, {1: 1}, {2: 0, 3: 1}]),
         # Managed platforms that start one process a machine say nothing of local ranks.
         (node(1, [0]) + node(1, [0, 1]) + node(1, [0]), [{0: 0}, {1: 0, 2: 1}, {3: 0}]),
     ],
@@ -34,21 +34,33 @@ def test_sites_are_shared_out_by_device_and_then_by_turn(ranks: list, assignment
     assert assign(ranks) == assignments
 
 
+def test_other_numbers_of_sites_take_the_entries_in_turn() -> None:
+    two_nodes = node(2, [0, 1]) + node(1, [0])
+    assert assign(two_nodes, 7) == [{0: 0, 3: 0, 6: 0}, {1: 1, 4: 1}, {2: 0, 5: 0}]
+    assert assign(two_nodes, 3) == assign(two_nodes)
+    assert assign(two_nodes, 2) == [{0: 0}, {1: 1}, {}]
+    assert assign(node(2, [0]), 5) == [{0: 0, 2: 0, 4: 0}, {1: 0, 3: 0}], "two ranks share the one CPU slot"
+
+
 site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), site_id_lists), min_size=1, max_size=3))
-def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(nodes: list[tuple[int, list[int]]]) -> None:
-    assignments = assign([rank for count, site_ids in nodes for rank in node(count, site_ids)])
-    merged = {site: device for assignment in assignments for site, device in assignment.items()}
-    assert sum(map(len, assignments)) == len(merged)
-    assert [merged[site] for site in range(len(merged))] == [device for _, site_ids in nodes for device in site_ids]
+@given(st.lists(st.tuples(st.integers(1, 4), site_id_lists), min_size=1, max_size=3), st.none() | st.integers(1, 30))
+def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(
+    nodes: list[tuple[int, list[int]]], num_sites: int | None
+) -> None:
+    ranks = [rank for count, site_ids in nodes for rank in node(count, site_ids)]
+    assignments = assign(ranks, num_sites)
+    merged = {site: ranks[i][1][entry] for i, sites in enumerate(assignments) for site, entry in sites.items()}
+    entries = [device for _, site_ids in nodes for device in site_ids]
+    assert sum(map(len, assignments)) == len(merged) == (num_sites or len(entries))
+    assert all(merged[site] == entries[site % len(entries)] for site in range(len(merged)))
 
 
 @given(st.integers(1, 4), site_id_lists)
 def test_a_gpu_belongs_to_one_rank_where_there_are_enough(num_ranks: int, site_ids: list[int]) -> None:
     if num_ranks <= len(set(site_ids)):
-        devices = [set(assignment.values()) for assignment in assign(node(num_ranks, site_ids))]
+        devices = [{site_ids[entry] for entry in sites.values()} for sites in assign(node(num_ranks, site_ids))]
         assert sum(map(len, devices)) == len(set(site_ids))
         assert all(devices)
 
@@ -60,8 +72,8 @@ def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
 
     cpu = torch.device("cpu")
     assert launch(topology, num_ranks=2) == [
-        Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2),
-        Topology({2: cpu}, 3, (cpu,), 1, 2),
+        Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2, {0: 0, 1: 1}),
+        Topology({2: cpu}, 3, (cpu,), 1, 2, {2: 2}),
     ]
 
 
