@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from scaling_fl.distributed import gather, rank, share_bytes
 from scaling_fl.server import Server
+from scaling_fl.settings import one_line
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,7 @@ def _check_directory(directory: str) -> None:
         filesystem.pipe_file(f"{path}/.writable.part", b"")
         filesystem.rm(f"{path}/.writable.part")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {reason}") from error
+        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {one_line(error)}") from error
 
 
 def _read_last(directory: str) -> bytes:
@@ -92,11 +93,10 @@ def _read_last(directory: str) -> bytes:
             data = filesystem.cat_file(f"{path}/round-{number}.pt")
             _load(data)
             return data
-        except OSError:
-            raise  # a store that does not answer says nothing about the file
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, reason)
+        except OSError as error:  # a store that does not answer says nothing about the file
+            raise ValueError(f"{directory}/round-{number}.pt cannot be read: {one_line(error)}") from error
+        except ValueError as error:
+            log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, one_line(error))
     raise ValueError(
         f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
         "another folder, or removing the files, would do"
@@ -114,8 +114,13 @@ def read(url: str) -> dict:
 
 
 def _load(data: bytes) -> dict:
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.pop("sha256", None) != _sha256(state):
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of files that are not torch's, which the error says too
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        is_whole = isinstance(state, dict) and state.pop("sha256", None) == _sha256(state)
+    except Exception as error:
+        raise ValueError(f"it is no checkpoint: {one_line(error)}") from error
+    if not is_whole:
         raise ValueError("its contents do not match their checksum")
     return state
 
@@ -150,14 +155,16 @@ def _sha256(state: dict) -> str:
             yield f"{value.dtype}{tuple(value.shape)}".encode()
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         elif isinstance(value, dict):
+            yield f"dict of {len(value)}".encode()
             for key, item in value.items():
                 yield repr(key).encode()
                 yield from parts(item)
         elif isinstance(value, list | tuple):
+            yield f"list of {len(value)}".encode()
             for item in value:
                 yield from parts(item)
         else:
-            yield json.dumps(value).encode()
+            yield f"{json.dumps(value)} ".encode()
 
     for part in parts(state):
         digest.update(part)

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from scaling_fl.settings import one_line
+
 
 @dataclass(frozen=True)
 class Nickname:
@@ -120,5 +122,5 @@ def _load(load: Callable[..., Any], model: str, **options: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "
-            f"model, or a hub id that can be reached would do ({' '.join(str(error).split())[:200]})"
+            f"model, or a hub id that can be reached would do ({one_line(error)})"
         ) from error

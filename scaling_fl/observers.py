@@ -4,12 +4,15 @@ import logging
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import quote_plus
 
 import pymongo
 from sacred.observers import FileStorageObserver, MongoObserver
 from sacred.run import Run
+
+from scaling_fl.settings import one_line
 
 Config = dict[str, Any]
 
@@ -130,11 +133,17 @@ def mongo_url(host: str, user: str | None = None, password: str | None = None) -
 def _mongo_from_environment() -> tuple[str, str]:
     env = os.environ
     url = mongo_url(env["SACRED_HOST"], env.get("SACRED_USER"), env.get("SACRED_PASSWORD"))
+    database = env.get("SACRED_DATABASE") or "sacred"
     try:
-        pymongo.MongoClient(url, connect=False).close()
+        # Not with connect=False, which puts off to look up the servers of mongodb+srv.
+        client: pymongo.MongoClient
+        with pymongo.MongoClient(url) as client:
+            client.get_database(database)
+    except pymongo.errors.InvalidName as error:
+        raise ValueError(f"SACRED_DATABASE={database!r} names no database: {one_line(error)}") from None
     except (pymongo.errors.PyMongoError, ValueError) as error:
-        raise ValueError(f"SACRED_HOST names no MongoDB server: {error}") from None
-    return url, env.get("SACRED_DATABASE") or "sacred"
+        raise ValueError(f"SACRED_HOST names no MongoDB server: {one_line(error)}") from None
+    return url, database
 
 
 def check_mongo(config: Config, goes_on: Callable[[Config], bool]) -> None:
@@ -153,8 +162,25 @@ def check_mongo(config: Config, goes_on: Callable[[Config], bool]) -> None:
             runs.find_one({}, {"_id": 1})
             find_run(runs, config, goes_on(config))
     except pymongo.errors.PyMongoError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error).partition(" (configured timeouts")[0]
         raise ValueError(f"the run cannot be recorded in MongoDB (SACRED_HOST): {reason}") from None
+
+
+def check_files() -> None:
+    """Find out whether a run can be recorded in files.
+
+    Raises:
+        ValueError: their folder cannot be written to.
+    """
+    try:
+        os.makedirs(_runs_dir(), exist_ok=True)
+        TemporaryFile(dir=_runs_dir()).close()
+    except OSError as error:
+        raise ValueError(f"SACRED_RUNS_DIR={_runs_dir()!r} cannot be written to: {one_line(error)}") from None
+
+
+def _runs_dir() -> str:
+    return os.environ.get("SACRED_RUNS_DIR") or "runs"
 
 
 def make_observers(goes_on: Callable[[Config], bool]) -> list[FileStorageObserver | MongoObserver]:
@@ -163,10 +189,9 @@ def make_observers(goes_on: Callable[[Config], bool]) -> list[FileStorageObserve
     Files always, under `SACRED_RUNS_DIR` (default: runs); MongoDB where `SACRED_HOST` is set, with
     `SACRED_USER`, `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
     """
-    runs_dir = os.environ.get("SACRED_RUNS_DIR") or "runs"
-    observers: list[FileStorageObserver | MongoObserver] = [Files(runs_dir)]
+    observers: list[FileStorageObserver | MongoObserver] = [Files(_runs_dir())]
     if os.environ.get("SACRED_HOST"):
-        observers.append(Mongo(*_mongo_from_environment(), goes_on, failure_dir=runs_dir))
+        observers.append(Mongo(*_mongo_from_environment(), goes_on, failure_dir=_runs_dir()))
     return observers
 
 

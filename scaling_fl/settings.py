@@ -1,6 +1,7 @@
 """The kinds of values that a setting takes, and the sentence for one that it does not."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,9 +24,10 @@ DEVICE_IDS = Kind(
 )
 
 
-def whole_number(least: int) -> Kind:
+def whole_number(least: int, below: float = math.inf) -> Kind:
     """Accept whole numbers from `least`."""
-    return Kind(lambda value: type(value) is int and value >= least, f"a whole number from {least}")
+    wanted = f"a whole number from {least}" + (f" below {below}" if below < math.inf else "")
+    return Kind(lambda value: type(value) is int and least <= value < below, wanted)
 
 
 def number(*, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> Kind:
@@ -33,7 +35,13 @@ def number(*, above: float = -math.inf, least: float = -math.inf, below: float =
     bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("from", least), ("below", below))]
     wanted = " ".join(["a number", *(bound for bound in bounds if "inf" not in bound)])
     return Kind(
-        lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value > above and value < below,
+        # An int may be larger than any float, which math.isfinite does not survive.
+        lambda value: (
+            type(value) in (int, float)
+            and abs(value) <= sys.float_info.max
+            and least <= value > above
+            and value < below
+        ),
         wanted,
     )
 
@@ -63,6 +71,11 @@ def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     for key, kind in kinds.items():
         if not kind.accepts(settings[key]):
             raise ValueError(f"{key}={settings[key]!r} was given: {kind.wanted} would do")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, cut to 200 characters, or its name where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def literal(argument: str, text_keys: Iterable[str]) -> str:

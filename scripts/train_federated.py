@@ -84,6 +84,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
 
 
 OPTIONAL_TEXT = optional(TEXT)
+LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 KINDS = {
     "site_ids": DEVICE_IDS,
     "num_sites": optional(whole_number(1)),
@@ -97,9 +98,9 @@ KINDS = {
     "max_seq_len": whole_number(1),
     "optimiser": one_of(OPTIMISERS),
     "strategy": one_of(STRATEGIES),
-    "server_learning_rate": optional(number(above=0)),
+    "server_learning_rate": optional(number(above=0, below=LARGE)),
     "server_momentum": optional(number(least=0, below=1)),
-    "proximal_mu": number(least=0),
+    "proximal_mu": number(least=0, below=LARGE),
     "comm_dtype": one_of(COMM_DTYPES),
     "train_path": OPTIONAL_TEXT,
     "test_path": OPTIONAL_TEXT,
@@ -112,7 +113,7 @@ KINDS = {
     "iid_split": FLAG,
     "partition": one_of(PARTITIONERS),
     "dirichlet_alpha": number(above=0),
-    "seed": whole_number(0),
+    "seed": whole_number(0, below=2**32),  # Sacred seeds numpy with it
     "data_seed": whole_number(0),
     "job_name": OPTIONAL_TEXT,
     "checkpoints_dir": OPTIONAL_TEXT,
@@ -137,6 +138,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
         lost_after()
         if command_name == "train_federated" and is_observed():
             observers.check_mongo(config, goes_on)
+            observers.check_files()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return {}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl import checkpoint
+from scaling_fl import checkpoint, observers  # noqa: F401 - the script imports the observers, which takes long
 from scaling_fl.distributed import world
 from scaling_fl.federation import Federation, Site
 from scaling_fl.launch import launch

@@ -12,7 +12,7 @@ import pymongo
 import pytest
 from conftest import Command, succeed
 
-from scaling_fl.observers import mongo_url
+from scaling_fl.observers import find_run, mongo_url
 
 USER, PASSWORD = "some one", "p@ss:w/rd %$"
 
@@ -129,6 +129,13 @@ def test_a_job_name_alone_without_a_checkpoint_is_a_run_of_its_own(
     assert status == 1
     assert "job_name='again' is the name of several runs (1, 2): remove all but one" in output
     assert "Traceback" not in output
+
+
+def test_a_job_is_found_by_its_name_whatever_that_is(database: pymongo.database.Database) -> None:
+    names = ["../a/b", "$where", "a.$b", "two\nlines\0", "ünï 漢字 🙂", "x" * 5000, ".*", "a"]
+    database.runs.insert_many({"_id": number, "config": {"job_name": name}} for number, name in enumerate(names))
+    for number, name in enumerate(names):
+        assert find_run(database.runs, {"job_name": name}, goes_on=True)["_id"] == number
 
 
 def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry(

@@ -148,7 +148,7 @@ PARQUET = as_bytes(".parquet", {"text": ["a", "b"], "label": [0, 1]})
         ("t.csv", ("text,label\n" + "tea,1\n" * 9999 + "café,1\n").encode("latin-1"), "it is not UTF-8"),
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "it is not UTF-8"),
         ("t.jsonl", '{"text": "a"}\n{"text":', "JSON parse error"),
-        ("t.json", "3", "JSON parse error"),
+        ("t.json", "3", "its first row is no object"),
         ("t.parquet", PARQUET[:-9], "Parquet magic bytes not found"),
         ("t.parquet", PARQUET[: len(PARQUET) // 2], "Parquet"),
         ("t.parquet", "text,label\na,1\n", "Parquet"),
@@ -235,8 +235,8 @@ def table(labels: list, texts: Sequence[object] = ("a", "b", "c"), classes: Sequ
 @pytest.mark.parametrize(
     ("rows", "columns", "says"),
     [
-        (table(["x"]), ("body", "label"), "text_column='body' is not in 't.csv': text, label would do"),
-        (table(["x"]), ("text", "stars"), "label_column='stars' is not in 't.csv': text, label would do"),
+        (table(["x"]), ("body", "label"), "text_column='body' is not in 't.csv': 'text', 'label' would do"),
+        (table(["x"]), ("text", "stars"), "label_column='stars' is not in 't.csv': 'text', 'label' would do"),
         (table(["x"]), ("text", "text"), "text_column and label_column are both 'text': two columns would do"),
         (table([]), ("text", "label"), "'t.csv' has no row: one or more would do"),
         (table(["x", "", "y"]), ("text", "label"), "row 2 of 't.csv' has no label: give it one or leave it out"),

@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 from sacred.arg_parser import _convert_value
 
-from scaling_fl.settings import DEVICE_IDS, FLAG, TEXT, Kind, check, literal, number, one_of, optional, whole_number
+from scaling_fl.settings import (
+    DEVICE_IDS,
+    FLAG,
+    TEXT,
+    Kind,
+    check,
+    literal,
+    number,
+    one_line,
+    one_of,
+    optional,
+    whole_number,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -23,7 +35,8 @@ NAN, INF = math.nan, math.inf
             [[], None, 0, "0", [-1], [0.0], [True], ["0"], [[0]], {0: 0}],
         ),
         (whole_number(1), "a whole number from 1", [1, 10**30], [0, -1, 1.0, "1", True, None, NAN]),
-        (number(), "a number", [0, -1.5, 10**30], [NAN, INF, -INF, "1", True, None]),
+        (whole_number(0, below=2**32), "a whole number from 0 below 4294967296", [0, 2**32 - 1], [-1, 2**32, NAN]),
+        (number(), "a number", [0, -1.5, 10**30], [NAN, INF, -INF, 10**400, -(10**400), "1", True, None]),
         (number(above=0), "a number above 0", [1, 1e-300], [0, 0.0, -1, NAN, INF]),
         (number(least=0), "a number from 0", [0, 0.0, 3], [-1e-9, NAN, INF]),
         (number(least=0, below=1), "a number from 0 below 1", [0, 0.999], [1, 1.0, -0.1]),
@@ -88,3 +101,16 @@ def test_a_text_setting_arrives_as_the_text_that_was_typed(argument: str, value:
 @pytest.mark.parametrize("argument", ["with", "--unobserved", "job_name", "job_name=", "-m", "host:27017:job_name", ""])
 def test_what_is_no_text_setting_is_left_alone(argument: str) -> None:
     assert literal(argument, {"job_name"}) == argument
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("no such\n  file\n"), "no such file"),
+        (ValueError("long " * 100), ("long " * 40).strip() + " "),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (OSError(2, "No such file", "a b"), "[Errno 2] No such file: 'a b'"),
+    ],
+)
+def test_what_an_exception_says_is_one_line(error: BaseException, says: str) -> None:
+    assert one_line(error) == says

@@ -240,7 +240,7 @@ def test_real_data_is_read_to_the_last_row(
         (("text", "{none}"), "'{none}' is neither a file"),
         (("text", "s3://bucket/x.tsv", "{rows}"), "'s3://bucket/x.tsv' is no table"),
         (("text", "{rows}", "{none}.csv"), "'{none}.csv' cannot be read as csv: there is no such file"),
-        (("text", "{rows}", "{rows}", "body"), "text_column='body' is not in '{rows}': text, label would do"),
+        (("text", "{rows}", "{rows}", "body"), "text_column='body' is not in '{rows}': 'text', 'label' would do"),
         (("text", "{rows}", "{rows}", None, "stars"), "label_column='stars' is not in '{rows}'"),
         (("agnews", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: Class Index, Title, Description"),
         (("spooky_author", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: id, text, author"),

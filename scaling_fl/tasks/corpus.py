@@ -35,7 +35,7 @@ def pick(table: Dataset, path: str, text_column: str, label_column: str) -> Data
     """
     for key, column in (("text_column", text_column), ("label_column", label_column)):
         if column not in table.column_names:
-            raise ValueError(f"{key}={column!r} is not in {path!r}: {_some(table.column_names)} would do")
+            raise ValueError(f"{key}={column!r} is not in {path!r}: {_some(map(repr, table.column_names))} would do")
     if len(table) == 0:
         raise ValueError(f"{path!r} has no row: one or more would do")
     if text_column == label_column:
@@ -68,7 +68,11 @@ def _is_missing(rows: Dataset, column: str) -> np.ndarray:
     if isinstance(feature, ClassLabel):
         missing = missing | (values.fill_null(-1).to_numpy() < 0)
     elif column == "label" and _is_text(feature):
-        missing = missing | np.array([not label_name(value) for value in values.to_pylist()])
+        names = [label_name(value) for value in values.to_pylist()]
+        # Among words "nan" may be one, as the code of a language; among numbers it stands for none.
+        words = {name for name in names if not NUMBER.fullmatch(name)}
+        none = {"", *words} if {word.lower() for word in words} <= {"", "nan"} else {""}
+        missing = missing | np.array([name in none for name in names])
     return missing
 
 

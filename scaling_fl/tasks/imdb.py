@@ -2,11 +2,10 @@
 
 from pathlib import PurePosixPath
 
-import fsspec
 from datasets import Dataset, load_dataset
 
 from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
-from scaling_fl.tasks.reading import FORMATS, read_folders, read_table, reason
+from scaling_fl.tasks.reading import FORMATS, locate, read_folders, read_table, reason
 from scaling_fl.tasks.task import Corpus, Source
 
 HUB_ID = "stanfordnlp/imdb"
@@ -43,7 +42,7 @@ def _read_part(path: str, split: str) -> Dataset:
     """Read a table, or the folders neg and pos of an aclImdb folder or of its part."""
     if PurePosixPath(path).suffix.lower() in FORMATS:
         return read_table(path)
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     is_part = any(filesystem.isdir(f"{inner}/{label}") for label in LABELS.values())
     return read_folders(path if is_part else f"{path.rstrip('/')}/{split}", tuple(LABELS.values()))
 

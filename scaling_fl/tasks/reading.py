@@ -3,8 +3,9 @@
 import csv
 import glob
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,8 @@ import fsspec
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Value, load_dataset
 from fsspec.implementations.local import LocalFileSystem
+
+from scaling_fl.settings import one_line
 
 FORMATS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -39,21 +42,49 @@ def read_table(path: str, names: Sequence[str] = ()) -> Dataset:
         if kind == "csv":
             return _read_csv(path, names)
         local = _local(path)
-        if kind == "parquet" and pq.read_metadata(local).num_rows == 0:
-            raise ValueError("it has no row")
-        return load_dataset(kind, data_files=glob.escape(local))["train"]
+        if kind == "parquet":
+            _check_parquet(local)
+        else:
+            _check_json(local)
+        rows = load_dataset(kind, data_files=glob.escape(local))["train"]
+        rows.data.validate(full=True)  # are texts UTF-8? Otherwise the first to look at them fails
+        return rows
     except Exception as error:
         raise ValueError(f"{path!r} cannot be read as {kind}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
     """Return in one line why something cannot be read."""
-    cause = error.__cause__ or error
+    # fsspec says itself which package a scheme needs.
+    cause = error if isinstance(error, ImportError) else error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
         return f"it is not UTF-8 ({cause.reason}): save it as that"
+    if "Invalid UTF8" in str(cause):
+        return "it is not UTF-8: save it as that"
     if "corresponds to no data" in str(cause):
         return "it has no row"
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
+    return one_line(cause)
+
+
+def _check_parquet(path: str) -> None:
+    metadata = pq.read_metadata(path)
+    if metadata.num_rows == 0:
+        raise ValueError("it has no row")
+    _check_names(metadata.schema.to_arrow_schema().names)
+
+
+def _check_json(path: str) -> None:
+    """Look at the first row, which pyarrow takes for one even if it is null, and then crashes the process."""
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+    if not re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*)?(\{|\]|$)", start):
+        raise ValueError('its first row is no object: rows such as {"text": "...", "label": "..."} in UTF-8 would do')
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"it has several columns called {', '.join(twice)}: rename them")
 
 
 def _read_csv(path: str, names: Sequence[str]) -> Dataset:
@@ -65,9 +96,10 @@ def _read_csv(path: str, names: Sequence[str]) -> Dataset:
     if not has_header and len(first) != len(names):
         raise ValueError(f"it has {len(first)} columns, not the {len(names)} expected: {', '.join(names)}")
     columns = tuple(first if has_header else names)
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise ValueError(f"it has several columns called {', '.join(twice)}: rename them")
+    _check_names(columns)
+    separator = re.search(r"[;\t|]", columns[0])
+    if len(columns) == 1 and separator:
+        raise ValueError(f"its columns seem to be separated by {separator[0]!r}: commas would do")
     return Dataset.from_generator(
         _csv_records,
         gen_kwargs={"path": path, "columns": columns, "has_header": has_header, "version": _version(path)},
@@ -90,11 +122,19 @@ def _csv_rows(path: str) -> Iterator[list[str]]:
     """Yield the fields of each line that is not blank."""
     csv.field_size_limit(sys.maxsize)
     with fsspec.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_without_nul(file), strict=True)
         try:
             yield from filter(None, reader)
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    """Refuse what is no text, or UTF-16 without a byte order mark."""
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"line {number} has a NUL byte, which is no text in UTF-8: save it as that")
+        yield line
 
 
 def _version(path: str) -> str:
@@ -117,13 +157,25 @@ def _local(path: str) -> str:
     return str(copy)
 
 
+def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a local path or URL, and the path in it.
+
+    Raises:
+        ValueError: no file system has this scheme, or its package is missing.
+    """
+    try:
+        return fsspec.core.url_to_fs(path)
+    except Exception as error:
+        raise ValueError(f"{path!r} is no local path or fsspec URL: {reason(error)}") from error
+
+
 def read_folders(path: str, labels: Sequence[str] = ("*",)) -> Dataset:
     """Return the texts of a folder that has a folder for each label and a .txt file for each text.
 
     Raises:
         ValueError: there is no such folder, or nothing in it.
     """
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = locate(path)
     files: dict[str, Any] = {}
     for label in labels:
         found = filesystem.glob(f"{glob.escape(inner)}/{label}/*.txt", detail=True)
