@@ -21,6 +21,7 @@ class Topology:
     first_device: int  # this rank's first, counted over all ranks
     num_devices: int  # of all ranks
     entries: dict[int, int]  # this rank's sites -> their entry in the node's site_ids
+    num_slots: int  # the entries of all nodes' site_ids
 
     def turn(self, device: torch.device) -> slice:
         """Return which of many things a device of this rank takes, if all devices take turns."""
@@ -68,6 +69,7 @@ def place(site_ids: Sequence[int], num_sites: int | None = None) -> Topology:
         first_device=sum(num_devices[: rank()]),
         num_devices=sum(num_devices),
         entries=entries,
+        num_slots=sum(len(of_node) for local_rank_, of_node in nodes if local_rank_ == 0),
     )
 
 

@@ -22,6 +22,15 @@ DEVICE_IDS = Kind(
     lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(type(i) is int and i >= 0 for i in value),
     "a list of GPU ids such as [0,0,1,1]",
 )
+SITE_PATHS = Kind(
+    lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_site_path, value)),
+    "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
+)
+
+
+def _is_site_path(value: Any) -> bool:
+    files = value if isinstance(value, list | tuple) else [value]
+    return 1 <= len(files) <= 2 and all(map(TEXT.accepts, files))
 
 
 def whole_number(least: int, below: float = math.inf) -> Kind:

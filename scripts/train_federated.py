@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-import numpy as np
 import torch
 import transformers
 from sacred import SETTINGS, Experiment
@@ -22,15 +21,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaling_fl import checkpoint, observers, tracking
 from scaling_fl.distributed import first_of_node_first, gather, launched, local_rank, lost_after, num_threads, world
 from scaling_fl.federation import Federation, Site
+from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, read_own_files
 from scaling_fl.launch import launch, num_ranks, run_program
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
-from scaling_fl.partition import PARTITIONERS, deal
+from scaling_fl.partition import PARTITIONERS
 from scaling_fl.placement import Topology, place
 from scaling_fl.server import COMM_DTYPES, Server, trained_weights
-from scaling_fl.settings import DEVICE_IDS, FLAG, TEXT, check, literal, number, one_of, optional, whole_number
+from scaling_fl.settings import (
+    DEVICE_IDS,
+    FLAG,
+    SITE_PATHS,
+    TEXT,
+    check,
+    literal,
+    number,
+    one_of,
+    optional,
+    whole_number,
+)
 from scaling_fl.strategies import STRATEGIES, make_strategy
 from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
-from scaling_fl.tasks.task import Examples, encode, score_classes
+from scaling_fl.tasks.task import encode, score_classes
 from scaling_fl.training import OPTIMISERS, Batch
 from scaling_fl.vigil import Interrupted, PeerError
 
@@ -60,6 +71,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     proximal_mu = 0.0  # FedProx's pull of the local towards the global weights
     comm_dtype = "exact"  # what ranks send: exact (float64), or float32, bfloat16, float16, which depend on placement
 
+    site_paths = None  # the files of each of site_ids, which stay on this node: training file, or [it, test file]
     train_path = None  # the training file, for tasks that need one: a local path or any fsspec URL
     test_path = None  # the test file, which is evaluated whole after every round
     text_column = None  # the column of the text; None takes the task's own
@@ -102,6 +114,7 @@ KINDS = {
     "server_momentum": optional(number(least=0, below=1)),
     "proximal_mu": number(least=0, below=LARGE),
     "comm_dtype": one_of(COMM_DTYPES),
+    "site_paths": optional(SITE_PATHS),
     "train_path": OPTIONAL_TEXT,
     "test_path": OPTIONAL_TEXT,
     "text_column": OPTIONAL_TEXT,
@@ -122,8 +135,8 @@ KINDS = {
 }
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
 # A resumed run may change these; any other setting makes another run.
-FREE = {"site_ids", "num_sites", "num_rounds", "val_batch_size", "train_path", "test_path", "author", "job_name"}
-FREE |= {"checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
+FREE = {"site_ids", "num_sites", "site_paths", "train_path", "test_path", "num_rounds", "val_batch_size", "author"}
+FREE |= {"job_name", "checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 
 
@@ -132,6 +145,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     """Refuse unknown settings and wrong values before anything starts."""
     try:
         check(config, KINDS)
+        check_site_paths(config)
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
         num_ranks(config["num_sites"] or len(config["site_ids"]))
         num_threads()
@@ -142,6 +156,22 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return {}
+
+
+def check_site_paths(config: dict[str, Any]) -> None:
+    """Refuse settings that mean nothing for sites with files of their own."""
+    if config["site_paths"] is None:
+        return
+    if len(config["site_paths"]) != len(config["site_ids"]):
+        raise ValueError(
+            f"site_paths names the files of {len(config['site_paths'])} sites and site_ids the devices of "
+            f"{len(config['site_ids'])}: one entry for each would do"
+        )
+    for key in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
+        if config[key] is not None:
+            raise ValueError(f"{key}={config[key]!r} is of data that is dealt to sites: leave it out, or site_paths")
+    if config["partition"] != "iid":
+        raise ValueError(f"partition={config['partition']!r} deals data to sites: leave it out, or site_paths")
 
 
 @experiment.main
@@ -161,16 +191,18 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
     ledger = tracking.Ledger()
-    topology = place(config.site_ids, config.num_sites)
-    task = first_of_node_first(partial(prepare, config))
-    settings = what_matters(config, topology, task)
-    agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
-    parts = deal_data(config, topology, task)
+    agree(what_matters(config) | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
+    prepared = prepare(config, place(config.site_ids, config.num_sites))
+    held = prepared.held
+    settings = what_matters(config) | what_is_there(config, held)
+    agree(settings)
     strategy = make_strategy(config.strategy, config.server_learning_rate, config.server_momentum)
-    server = Server(task.model, strategy, config.comm_dtype, topology.devices[0])
+    server = Server(prepared.model, strategy, config.comm_dtype, held.topology.devices[0])
     history = checkpoint.restore(config.checkpoints_dir, server, settings)
-    federation = make_federation(config, topology, task, parts, server)
-    tracking.say(*describe(config, topology, task, parts), tracking.table_head())
+    federation = make_federation(config, prepared, server)
+    for site, entry in sorted(held.topology.entries.items()) if config.site_paths else ():
+        print(f"site {site:<4} {config.site_paths[entry]}, {held.sizes[site]:,} examples", flush=True)
+    tracking.say(*describe(config, prepared), tracking.table_head())
     for round_, metrics in enumerate(history):
         tracking.record(run.log_scalar, round_, metrics)
     if len(history) > config.num_rounds + 1:
@@ -191,80 +223,92 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         if round_ > 0:
             checkpoint.save(config.checkpoints_dir, server, history, settings, config.keep_checkpoints)
         metrics = {}
-    tracking.finish(observers.run_folder(run), federation.model, task.tokenizer, server.sha256(), history)
+    tracking.finish(observers.run_folder(run), federation.model, prepared.tokenizer, server.sha256(), history)
     return history[-1]["validation.accuracy"]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's examples, and the model and tokenizer for them."""
+    """The sites' examples, and the model and tokenizer for them."""
 
-    train: Examples
-    test: Examples
+    held: Holdings
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     drawn: list[str]  # the weights that are not pretrained
 
 
-def prepare(config: SimpleNamespace) -> Prepared:
+def prepare(config: SimpleNamespace, topology: Topology) -> Prepared:
     """Read and tokenise the data, and load the model."""
-    tokenizer = load_tokenizer(config.model, config.max_seq_len)
-    paths = config.train_path, config.test_path
-    corpus = read_task(config.task_name, *paths, config.text_column, config.label_column)
+    tokenizer = first_of_node_first(partial(load_tokenizer, config.model, config.max_seq_len))
+    tokens = partial(encode, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+    columns = config.text_column, config.label_column
+    if config.site_paths is None:
+        held = first_of_node_first(partial(deal_data, config, columns, topology, tokens))
+    else:
+        if config.num_sites not in (None, topology.num_slots):
+            raise ValueError(
+                f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
+                f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
+            )
+        held = read_own_files(config.task_name, config.site_paths, columns, topology, tokens, config.val_batch_size)
+    model, drawn = first_of_node_first(partial(make_classifier, config.model, held.label_names, tokenizer, config.seed))
+    return Prepared(held, tokenizer, model, drawn)
+
+
+def deal_data(
+    config: SimpleNamespace, columns: tuple[str | None, str | None], topology: Topology, tokens: Encode
+) -> Holdings:
+    """Read the task's data set, and deal it to the sites."""
+    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns)
     corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
-    model, drawn = make_classifier(config.model, corpus.label_names, tokenizer, config.seed)
-    train, test = (encode(part, tokenizer, config.max_seq_len) for part in (corpus.train, corpus.test))
-    return Prepared(train, test, tokenizer, model, drawn)
-
-
-def deal_data(config: SimpleNamespace, topology: Topology, task: Prepared) -> list[np.ndarray]:
-    """Return the indices of each site's examples, alike on every rank."""
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":
         partitioner = partial(partitioner, alpha=config.dirichlet_alpha)
-    return deal(task.train.labels, topology.num_sites, partitioner, config.data_seed)
+    return deal_corpus(corpus, topology, tokens, partitioner, config.data_seed, config.val_batch_size)
 
 
-def make_federation(
-    config: SimpleNamespace, topology: Topology, task: Prepared, parts: list[np.ndarray], server: Server
-) -> Federation:
+def make_federation(config: SimpleNamespace, prepared: Prepared, server: Server) -> Federation:
     """Bind the data to the sites of this rank."""
-    batches_of = {site: -(-len(parts[site]) // config.batch_size) for site in topology.sites}
-    test_batches = task.test.fixed_batches(config.val_batch_size)
-    num_test_batches = sum(len(test_batches[topology.turn(device)]) for device in topology.devices)
-    training = tracking.Progress("training", sum(batches_of.values()) * config.num_local_epochs)
-    testing = tracking.Progress("evaluating", num_test_batches)
+    held = prepared.held
+    num_batches = sum(-(-len(part) // config.batch_size) for part in held.train.values())
+    training = tracking.Progress("training", num_batches * config.num_local_epochs)
+    testing = tracking.Progress("evaluating", sum(map(len, held.test.values())))
 
-    def site_batches(indices: np.ndarray, seed: int) -> Iterator[Batch]:
-        return training.watch(task.train.shuffled_batches(indices, config.batch_size, seed))
+    def site_batches(part: Part, seed: int) -> Iterator[Batch]:
+        return training.watch(part.shuffled_batches(config.batch_size, seed))
 
     return Federation(
-        topology,
+        held.topology,
         [
-            Site(index, device, len(parts[index]), partial(site_batches, parts[index]))
-            for index, device in topology.sites.items()
+            Site(index, device, len(held.train[index]), partial(site_batches, held.train[index]))
+            for index, device in held.topology.sites.items()
         ],
-        task.model,
+        prepared.model,
         server,
         make_optimiser=partial(OPTIMISERS[config.optimiser], lr=config.learning_rate),
         score=score_classes,
-        test_batches=lambda device: testing.watch(map(task.test.batch, test_batches[topology.turn(device)])),
+        test_batches=lambda device: testing.watch(part.batch() for part in held.test[device]),
         seed=config.seed,
         proximal_mu=config.proximal_mu,
         min_sites=config.min_sites if config.on_site_failure == "skip" else None,
     )
 
 
-def what_matters(config: SimpleNamespace, topology: Topology, task: Prepared) -> dict[str, Any]:
-    """Return all that the weights of a round depend on: a resumed run must have the same."""
+def what_matters(config: SimpleNamespace) -> dict[str, Any]:
+    """Return the settings that the weights of a round depend on."""
     return {key: value for key, value in vars(config).items() if key not in FREE} | {
-        "number of sites": topology.num_sites,
-        "training data (SHA-256)": task.train.sha256(),
-        "test data (SHA-256)": task.test.sha256(),
-        "kind of device": topology.devices[0].type,
+        "data": "dealt" if config.site_paths is None else "of the sites' own (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "number of devices": "any" if config.comm_dtype == "exact" else topology.num_devices,
+    }
+
+
+def what_is_there(config: SimpleNamespace, held: Holdings) -> dict[str, Any]:
+    """Return what the weights of a round depend on besides: a resumed run must have the same."""
+    return held.sha256 | {
+        "number of sites": held.topology.num_sites,
+        "kind of device": held.topology.devices[0].type,
+        "number of devices": "any" if config.comm_dtype == "exact" else held.topology.num_devices,
     }
 
 
@@ -284,15 +328,16 @@ def agree(settings: dict[str, Any]) -> None:
                 )
 
 
-def describe(config: SimpleNamespace, topology: Topology, task: Prepared, parts: list[np.ndarray]) -> list[str]:
+def describe(config: SimpleNamespace, prepared: Prepared) -> list[str]:
     """Return what is about to run, in words."""
-    num_weights = sum(weight.numel() for weight in trained_weights(task.model).values())
-    sizes = sorted(map(len, parts))
+    held, topology = prepared.held, prepared.held.topology
+    num_weights = sum(weight.numel() for weight in trained_weights(prepared.model).values())
+    how = config.partition if config.site_paths is None else "of their own"
     return [
         f"model     {config.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"drawn at random: {', '.join(task.drawn) or 'none'}",
-        f"data      {config.task_name}: {len(task.train):,} examples to train on, {len(task.test):,} to evaluate on",
-        f"sites     {topology.num_sites} with {sizes[0]:,} to {sizes[-1]:,} examples each ({config.partition}), "
+        f"drawn at random: {', '.join(prepared.drawn) or 'none'}",
+        f"data      {config.task_name}: {sum(held.sizes):,} examples to train on, {held.num_test:,} to evaluate on",
+        f"sites     {topology.num_sites} with {min(held.sizes):,} to {max(held.sizes):,} examples each ({how}), "
         f"on {topology.num_devices} devices ({topology.devices[0].type})",
         f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",
     ]

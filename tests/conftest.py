@@ -99,8 +99,10 @@ def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Comma
         "num_rounds": 2,
     }
 
-    def run(*options: str, ranks: int = 1, env: dict[str, str] | None = None, **settings: object) -> tuple[int, str]:
-        output = tmp_path / "output.txt"
+    def run(
+        *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
+    ) -> tuple[int, str]:
+        output = folder / "output.txt"
         arguments = [*options, "with", *(f"{key}={value}" for key, value in {**base, **settings}.items())]
         pid = os.fork()
         if pid == 0:
@@ -111,7 +113,7 @@ def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Comma
                 os.dup2(file, 2)
                 sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
                 sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-                os.chdir(tmp_path)
+                os.chdir(folder)
                 os.environ.update({"RANKS": str(ranks), **(env or {})})
                 sys.argv = [str(SCRIPT), *arguments]
                 runpy.run_path(str(SCRIPT), run_name="__main__")

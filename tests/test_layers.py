@@ -16,6 +16,7 @@ LAYERS = [
     {"models", "tasks.corpus", "federation", "checkpoint"},
     {"tasks.bbcnews", "tasks.crepe", "tasks.imdb", "tasks.spooky_author", "tasks.text", "tracking", "observers"},
     {"tasks"},
+    {"holdings"},
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT / "scaling_fl").with_suffix("").parts).removesuffix(".__init__"): path

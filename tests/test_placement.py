@@ -72,8 +72,8 @@ def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
 
     cpu = torch.device("cpu")
     assert launch(topology, num_ranks=2) == [
-        Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2, {0: 0, 1: 1}),
-        Topology({2: cpu}, 3, (cpu,), 1, 2, {2: 2}),
+        Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2, {0: 0, 1: 1}, 3),
+        Topology({2: cpu}, 3, (cpu,), 1, 2, {2: 2}, 3),
     ]
 
 

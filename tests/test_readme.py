@@ -1,11 +1,14 @@
 """Every command of the README, run as a reader would, on small data where it names a file of the reader's."""
 
+import json
 import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +31,8 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
         },
         "max_seq_len=32",
     ),
+    "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32"),
+    "overhead": ({}, "--cases try --repetitions 1"),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32"),
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
@@ -42,6 +47,9 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
 def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, str]:
     (tmp_path / "agnews").mkdir()
     (tmp_path / "spooky").mkdir()
+    (tmp_path / "sites").mkdir()
+    for name, source in (("north", corpus[0]), ("north-test", corpus[1]), ("south", corpus[0])):
+        (tmp_path / "sites" / f"{name}.csv").write_text(source.read_text())
     rows = [f'{row % 4 + 1},"a title","goal match {row}"' for row in range(24)]
     for name in ("train.csv", "test.csv"):
         (tmp_path / "agnews" / name).write_text("\n".join(["Class Index,Title,Description", *rows]))
@@ -93,7 +101,7 @@ def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS[2:] if "torch.distributed.run" not in c and "overhead" not in c]
+    "command", [c for c in COMMANDS[2:] if "torch.distributed.run" not in c and "debugpy" not in c]
 )
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     finish(start(fill(command, places), tmp_path))
@@ -110,10 +118,31 @@ def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path:
     assert weights_hash(first) == weights_hash(alone)
 
 
+def test_a_debugger_that_comes_lets_the_program_go_on(places: dict[str, str], tmp_path: Path) -> None:
+    """A client that says as little as the debug adapter protocol allows."""
+    (command,) = [c for c in COMMANDS if "debugpy" in c]
+    port = int(places["port"])
+    process = start(f"{command.replace('5678', str(port))} print_config", tmp_path)
+    for _ in range(600):
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)) as client:
+            for number, (request, arguments) in enumerate(
+                [("initialize", {"adapterID": "test"}), ("attach", {}), ("configurationDone", {})], 1
+            ):
+                body = json.dumps({"seq": number, "type": "request", "command": request, "arguments": arguments})
+                client.sendall(f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+                time.sleep(0.5)
+            assert "Configuration" in finish(process)
+            return
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError("it never listened")
+
+
 def test_every_link_to_a_file_leads_to_one() -> None:
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / page).read_text()):
-            assert (ROOT / link).exists(), (page, link)
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
 
 
 def test_the_table_of_settings_has_every_setting() -> None:

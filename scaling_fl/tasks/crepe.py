@@ -1,8 +1,10 @@
 """AG News and Yelp reviews, as the CSV files of Crepe (Zhang et al. 2015, arXiv 1509.01626)."""
 
-from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from datasets import Dataset
+
+from scaling_fl.tasks.corpus import pick
 from scaling_fl.tasks.reading import read_table
-from scaling_fl.tasks.task import Corpus, Source
+from scaling_fl.tasks.task import Source
 
 AGNEWS_COLUMNS = ("Class Index", "Title", "Description")
 AGNEWS_LABELS = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
@@ -14,27 +16,17 @@ def _unescape(rows: dict[str, list]) -> dict[str, list]:
     return {"text": [text.replace("\\n", "\n") for text in rows["text"]]}
 
 
-def _read_agnews(
-    train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None
-) -> Corpus:
+def _read_agnews(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
     """Leave backslashes alone: in this file one stands for a new line, even before an n."""
-    train, test = (
-        pick(read_table(path, AGNEWS_COLUMNS), path, text_column or "Description", label_column or "Class Index")
-        for path in require_paths("agnews", train_path, test_path)
-    )
-    return make_corpus(train, test, AGNEWS_LABELS)
+    rows = read_table(path, AGNEWS_COLUMNS)
+    return pick(rows, path, text_column or "Description", label_column or "Class Index")
 
 
-def _read_yelp(
-    train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None
-) -> Corpus:
+def _read_yelp(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
     """Undo how Crepe writes a new line: as a backslash and an n."""
-    train, test = (
-        pick(read_table(path, YELP_COLUMNS), path, text_column or "text", label_column or "stars")
-        for path in require_paths("yelp", train_path, test_path)
-    )
-    return make_corpus(train.map(_unescape, batched=True), test.map(_unescape, batched=True), YELP_LABELS)
+    rows = pick(read_table(path, YELP_COLUMNS), path, text_column or "text", label_column or "stars")
+    return rows.map(_unescape, batched=True)
 
 
-AGNEWS = Source(_read_agnews)
-YELP = Source(_read_yelp)
+AGNEWS = Source(_read_agnews, labels=AGNEWS_LABELS)
+YELP = Source(_read_yelp, labels=YELP_LABELS)

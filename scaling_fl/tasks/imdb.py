@@ -4,38 +4,29 @@ from pathlib import PurePosixPath
 
 from datasets import Dataset, load_dataset
 
-from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from scaling_fl.tasks.corpus import pick
 from scaling_fl.tasks.reading import FORMATS, locate, read_folders, read_table, reason
-from scaling_fl.tasks.task import Corpus, Source
+from scaling_fl.tasks.task import Source
 
 HUB_ID = "stanfordnlp/imdb"
 LABELS = {"0": "neg", "1": "pos"}
 
 
-def _read(train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None) -> Corpus:
-    text_column, label_column = text_column or "text", label_column or "label"
-    if train_path is None and test_path is None:
-        hub = _load_hub()
-        parts = [pick(hub[split], HUB_ID, text_column, label_column) for split in ("train", "test")]
-    else:
-        paths = require_paths("imdb", train_path, test_path)
-        parts = [
-            pick(_read_part(path, split), path, text_column, label_column)
-            for path, split in zip(paths, ("train", "test"), strict=True)
-        ]
-    train, test = parts
-    return make_corpus(train, test, LABELS)
+def _read(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
+    return pick(_read_part(path, split), path, text_column or "text", label_column or "label")
 
 
-def _load_hub() -> dict[str, Dataset]:
-    """Load the labelled splits; the third one, "unsupervised", has no labels."""
+def _read_own(text_column: str | None, label_column: str | None) -> tuple[Dataset, Dataset]:
+    """Load the labelled splits of the hub; the third one, "unsupervised", has no labels."""
     try:
-        return {split: load_dataset(HUB_ID, split=split) for split in ("train", "test")}
+        train, test = (load_dataset(HUB_ID, split=split) for split in ("train", "test"))
     except Exception as error:
         raise ValueError(
             f"the data set {HUB_ID} cannot be loaded from the hub: "
             f"give train_path and test_path, or go online ({reason(error)})"
         ) from error
+    columns = text_column or "text", label_column or "label"
+    return pick(train, HUB_ID, *columns), pick(test, HUB_ID, *columns)
 
 
 def _read_part(path: str, split: str) -> Dataset:
@@ -47,4 +38,4 @@ def _read_part(path: str, split: str) -> Dataset:
     return read_folders(path if is_part else f"{path.rstrip('/')}/{split}", tuple(LABELS.values()))
 
 
-SOURCE = Source(_read)
+SOURCE = Source(_read, _read_own, labels=LABELS)

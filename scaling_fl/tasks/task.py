@@ -1,7 +1,7 @@
 """What is learned: labelled texts, their tokens, and the score of a model on them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Source:
-    """A task: how its texts are read, and the configuration that suits it.
+    """A task: how its rows are read, what labels there may be, and the configuration that suits it.
 
-    `read` takes train_path, test_path, text_column and label_column, each possibly None.
+    Rows have a `text` and a `label`. The columns that they are read from may be None, for the task's own.
     """
 
-    read: Callable[[str | None, str | None, str | None, str | None], Corpus]
+    read: Callable[[str, str, str | None, str | None], Dataset] | None = None  # path, "train" or "test", columns
+    read_own: Callable[[str | None, str | None], tuple[Dataset, Dataset]] | None = None  # of the task that has its own
+    is_whole: Callable[[str], bool] = lambda path: False  # one path stands for both, train and test
+    labels: Mapping[str, str] | None = None  # label -> name; None takes those of the data
     defaults: dict[str, Any] = field(default_factory=dict)
 
 

@@ -4,25 +4,14 @@ from pathlib import PurePosixPath
 
 from datasets import Dataset, load_dataset
 
-from scaling_fl.tasks.corpus import make_corpus, pick, require_paths
+from scaling_fl.tasks.corpus import pick
 from scaling_fl.tasks.reading import FORMATS, read_table, reason
-from scaling_fl.tasks.task import Corpus, Source
+from scaling_fl.tasks.task import Source
 
 
-def _read(train_path: str | None, test_path: str | None, text_column: str | None, label_column: str | None) -> Corpus:
-    if train_path is not None and test_path is None and not _is_table(train_path):
-        test_path = train_path
-    paths = require_paths("text", train_path, test_path)
-    train, test = (
-        pick(
-            read_table(path) if _is_table(path) else _load_hub(path, split),
-            path,
-            text_column or "text",
-            label_column or "label",
-        )
-        for path, split in zip(paths, ("train", "test"), strict=True)
-    )
-    return make_corpus(train, test)
+def _read(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
+    rows = read_table(path) if _is_table(path) else _load_hub(path, split)
+    return pick(rows, path, text_column or "text", label_column or "label")
 
 
 def _is_table(path: str) -> bool:
@@ -39,4 +28,4 @@ def _load_hub(name: str, split: str) -> Dataset:
         ) from error
 
 
-SOURCE = Source(_read)
+SOURCE = Source(_read, is_whole=lambda path: not _is_table(path))

@@ -1,0 +1,164 @@
+"""What the sites hold: parts of one data set that is dealt to them, or files of their own."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from scaling_fl.distributed import gather, rank
+from scaling_fl.partition import Partitioner, deal
+from scaling_fl.placement import Topology
+from scaling_fl.tasks import TASKS, read_rows
+from scaling_fl.tasks.corpus import agree_on_labels, index_labels, label_names_of
+from scaling_fl.tasks.task import Corpus, Examples
+from scaling_fl.training import Batch
+
+K = TypeVar("K")
+V = TypeVar("V")
+Encode = Callable[[Dataset], Examples]
+SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the examples that there are."""
+
+    examples: Examples
+    indices: np.ndarray
+
+    @classmethod
+    def whole(cls, examples: Examples) -> "Part":
+        """Return all of some examples."""
+        return cls(examples, np.arange(len(examples)))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self) -> Batch:
+        """Return all of them as one batch."""
+        return self.examples.batch(self.indices)
+
+    def shuffled_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yield one epoch of them in the order of `seed`; the last batch may be smaller."""
+        return self.examples.shuffled_batches(self.indices, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What the sites of this rank train on, what its devices evaluate on, and what all know of it."""
+
+    topology: Topology
+    label_names: tuple[str, ...]
+    train: dict[int, Part]  # of each site of this rank
+    test: dict[torch.device, list[Part]]  # the batches of each device of this rank
+    sizes: list[int]  # how many examples each site of the federation trains on
+    num_test: int  # examples in all
+    sha256: dict[str, str]  # of the data of all sites
+
+
+def deal_corpus(
+    corpus: Corpus, topology: Topology, encode: Encode, partitioner: Partitioner, seed: int, val_batch_size: int
+) -> Holdings:
+    """Deal the examples of a corpus, which every rank has, to the sites; and its test set to the devices.
+
+    Args:
+        corpus: what every rank has.
+        topology: where the sites run.
+        encode: tokenises.
+        partitioner: how the training set is dealt.
+        seed: of the dealing.
+        val_batch_size: most examples in a batch of the test set.
+    """
+    train, test = encode(corpus.train), encode(corpus.test)
+    dealt = deal(train.labels, topology.num_sites, partitioner, seed)
+    batches = [Part(test, indices) for indices in test.fixed_batches(val_batch_size)]
+    return Holdings(
+        topology=topology,
+        label_names=corpus.label_names,
+        train={site: Part(train, dealt[site]) for site in topology.sites},
+        test={device: batches[topology.turn(device)] for device in topology.devices},
+        sizes=[len(indices) for indices in dealt],
+        num_test=len(test),
+        sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},
+    )
+
+
+def read_own_files(
+    task_name: str,
+    site_paths: SitePaths,
+    columns: tuple[str | None, str | None],
+    topology: Topology,
+    encode: Encode,
+    val_batch_size: int,
+) -> Holdings:
+    """Read the files of each site of this rank. Other ranks learn their labels, sizes and SHA-256, and nothing else.
+
+    Sites are numbered by the SHA-256 of their files, so that a site keeps its number, and with it its random
+    numbers, whichever nodes come first.
+
+    Args:
+        task_name: a key of TASKS, of a task that takes files.
+        site_paths: the files of each site of this node.
+        columns: of the texts and of the labels; None takes the task's own.
+        topology: where the sites run, in the order of the nodes.
+        encode: tokenises.
+        val_batch_size: most examples in a batch of a test set.
+
+    Raises:
+        ValueError: a file is missing or not what it should be, or no site has a test file, or sites disagree on labels.
+    """
+    known = TASKS[task_name].labels
+    rows = {
+        site: {split: read_rows(task_name, path, split, *columns) for split, path in _files(site_paths[entry]).items()}
+        for site, entry in topology.entries.items()
+    }
+    found = {
+        f"site_paths[{topology.entries[site]}] on rank {rank()}": {
+            split: sorted(set(label_names_of(table).values())) for split, table in tables.items()
+        }
+        for site, tables in rows.items()
+    }
+    all_found = _merge(gather(found))
+    label_names = agree_on_labels(all_found, known)
+    examples = {
+        site: {split: encode(index_labels(table, label_names, known)) for split, table in tables.items()}
+        for site, tables in rows.items()
+    }
+    sums = {
+        site: {split: (table.sha256(), len(table)) for split, table in tables.items()}
+        for site, tables in examples.items()
+    }
+    all_sums = _merge(gather(sums))
+    order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
+    numbers = {site: number for number, site in enumerate(order)}
+    everything = repr([all_sums[site] for site in order])
+    batches = {
+        site: [Part(tables["test"], indices) for indices in tables["test"].fixed_batches(val_batch_size)]
+        for site, tables in examples.items()
+        if "test" in tables
+    }
+    return Holdings(
+        topology=topology.renumber(numbers),
+        label_names=label_names,
+        train={numbers[site]: Part.whole(tables["train"]) for site, tables in examples.items()},
+        test={
+            device: [batch for site in batches if topology.sites[site] == device for batch in batches[site]]
+            for device in topology.devices
+        },
+        sizes=[all_sums[site]["train"][1] for site in order],
+        num_test=sum(of["test"][1] for of in all_sums.values() if "test" in of),
+        sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
+    )
+
+
+def _files(entry: str | Sequence[str]) -> dict[str, str]:
+    """Return a site's files by what they are for."""
+    return dict(zip(("train", "test"), [entry] if isinstance(entry, str) else entry, strict=False))
+
+
+def _merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:
+    return {key: value for of_rank in dicts for key, value in of_rank.items()}

@@ -1,0 +1,220 @@
+"""Sites with files of their own: the same run wherever they are, and nothing of a file leaves its node."""
+
+import json
+import os
+import re
+import socket
+from ast import literal_eval
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
+from transformers import AutoTokenizer
+
+READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
+SIZES = (17, 9, 23)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """A training file for each of three sites, and a test file for two; the second site has one label only."""
+    folder, random = tmp_path_factory.mktemp("sites"), np.random.default_rng(1)
+
+    def write(name: str, count: int, labels: tuple[str, ...]) -> str:
+        rows = [f"{' '.join(random.choice(WORDS, 5))},{labels[row % len(labels)]}" for row in range(count)]
+        (folder / name).write_text("\n".join(["text,label", *rows]) + "\n")
+        return str(folder / name)
+
+    train = [write(f"{i}.csv", size, LABELS if i != 1 else LABELS[:1]) for i, size in enumerate(SIZES)]
+    return [[train[0], write("0-test.csv", 8, LABELS)], [train[1]], [train[2], write("2-test.csv", 13, LABELS)]]
+
+
+def own(files: list, **others: object) -> dict[str, object]:
+    return {
+        "site_paths": json.dumps(files).replace(" ", ""),
+        "site_ids": str([0] * len(files)).replace(" ", ""),
+        "train_path": None,
+        "test_path": None,
+        **others,
+    }
+
+
+def start_node(command: Command, number: int, port: int, **settings: object) -> int:
+    """Run one of two nodes in the background: one process, no launcher; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    node = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    status, output = 1, ""
+    try:
+        folder = Path(f"node-{number}")
+        folder.mkdir(exist_ok=True)
+        status, output = command(env={**node, "GLOO_SOCKET_IFNAME": "lo"}, folder=folder, **settings)
+        Path(f"node-{number}.txt").write_text(output)
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture
+def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Runs two nodes with settings of their own, and returns what each of them printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*nodes: dict[str, object]) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = [start_node(command, number, port, **settings) for number, settings in enumerate(nodes)]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+        outputs = [Path(f"node-{number}.txt").read_text() for number in range(2)]
+        assert statuses == [0, 0], outputs
+        return outputs
+
+    return run
+
+
+def test_the_same_sites_end_with_the_same_weights_wherever_they_are(
+    command: Command, two_nodes: Callable[..., list[str]], files: list
+) -> None:
+    alone = succeed(command(ranks=1, **own(files)))
+    assert "3 with 9 to 23 examples each (of their own)" in alone
+    assert "49 examples to train on, 21 to evaluate on" in alone
+    hashes = {weights_hash(succeed(command(ranks=ranks, **own(files)))) for ranks in (2, 3)}
+    hashes |= {weights_hash(succeed(command(ranks=2, **own(files[::-1]))))}
+    for first, second in ((files[:2], files[2:]), (files[2:], files[:2])):
+        outputs = two_nodes(own(first), own(second))
+        hashes.add(weights_hash(outputs[0]))
+        assert accuracies(outputs[0]) == accuracies(alone)
+        for (path, *_), size in zip(files, SIZES, strict=True):
+            (line,) = re.findall(rf"^site \d +.*{path}.*$", "\n".join(outputs), re.MULTILINE)
+            assert line.endswith(f"{size} examples")
+            assert (path in outputs[0]) == any(path == train for train, *_ in first), "a path stays on its node"
+    assert hashes == {weights_hash(alone)}
+
+
+def test_a_run_whose_nodes_come_back_in_another_order_goes_on(
+    command: Command, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
+) -> None:
+    whole = succeed(command(num_rounds=3, **own(files)))
+    settings = {"checkpoints_dir": tmp_path / "checkpoints"}
+    two_nodes(own(files[:1], num_rounds=1, **settings), own(files[1:], num_rounds=1, **settings))
+    two_nodes(own(files[1:], num_rounds=2, **settings), own(files[:1], num_rounds=2, **settings))
+    resumed = succeed(command(ranks=2, num_rounds=3, **own(files, **settings)))
+    assert weights_hash(resumed) == weights_hash(whole)
+    assert accuracies(resumed) == accuracies(whole)
+
+
+def test_the_test_files_are_evaluated_as_one_set(command: Command, files: list, tmp_path: Path) -> None:
+    own_metrics = succeed(command(num_rounds=0, **own(files)))
+    parts = [Path(pair[1]).read_text().splitlines() for pair in files if len(pair) == 2]
+    (tmp_path / "all.csv").write_text("\n".join([parts[0][0], *(row for part in parts for row in part[1:])]) + "\n")
+    together = succeed(command(num_rounds=0, train_path=files[2][0], test_path=tmp_path / "all.csv"))
+    assert accuracies(own_metrics) == accuracies(together)
+    losses = [float(line.split("|")[3]) for output in (own_metrics, together) for line in output.splitlines()[-4:-3]]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_ranks(
+    command: Command, two_nodes: Callable[..., list[str]], files: list, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every collective call of a run is read, on both nodes."""
+
+    def recorded(collective: Callable, kind: str) -> Callable:
+        def call(*tensors: object, **options: object) -> object:
+            sent = tensors[1] if kind == "all_gather" else tensors[0]
+            assert isinstance(sent, torch.Tensor)
+            with open("sent.txt", "a") as file:
+                file.write(f"{(kind, str(sent.dtype), sent.numel(), sent.numpy().tobytes())!r}\n")
+            return collective(*tensors, **options)
+
+        return call
+
+    for kind in READ:
+        monkeypatch.setattr(dist, kind, recorded(getattr(dist, kind), kind))
+    for kind in dir(dist):
+        if (
+            re.match("all|reduce|gather|scatter|send|recv|isend|irecv|broadcast|barrier|batch", kind)
+            and kind not in READ
+        ):
+            monkeypatch.setattr(dist, kind, None)  # no other collective is called
+    two_nodes(own(files[:2]), own(files[2:]))
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [row.split(",")[0] for pair in files for path in pair for row in Path(path).read_text().splitlines()[1:]]
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    secrets = [text.encode() for text in texts] + [str(ids)[1:-1].encode() for ids in tokens]
+    dtypes = (np.int64, np.int32, np.uint8, np.float32)
+    secrets += [np.array(ids, dtype).tobytes() for ids in tokens for dtype in dtypes]
+    secrets += [path.encode() for pair in files for path in pair]
+    num_weights = None
+    for node in range(2):
+        sent = [literal_eval(line) for line in Path(f"node-{node}/sent.txt").read_text().splitlines()]
+        assert len(sent) > 20
+        for kind, dtype, size, data in sent:
+            assert not any(secret in data for secret in secrets), (kind, dtype, size)
+            if dtype == "torch.uint8":  # the text of a value: read it
+                value = literal_eval(data.rstrip(b"\0").decode()) if data.rstrip(b"\0") else None
+                words = set(re.findall(r"[a-z]+", repr(value)))
+                assert not words & (set(WORDS) - {"of", "in", "on", "a", "the", "was", "and"}), value
+            elif dtype in ("torch.float32", "torch.float64"):  # weights, of which there is one number
+                num_weights = num_weights or size
+                assert size == num_weights
+            else:  # how long a text is
+                assert (dtype, size <= 2) == ("torch.int64", True)
+
+
+BAD = {
+    "another label": ("one file", "are taken for slips: typo (of site_paths[2] on rank 0); labels"),
+    "no test file": ("no test", "no site has a test file: [training file, test file] in site_paths of one or more"),
+    "a missing file": ("missing", "'/no/such.csv' cannot be read as csv: there is no such file"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("what", BAD)
+def test_files_that_will_not_do_are_one_sentence(
+    command: Command, files: list, tmp_path: Path, what: str, ranks: int
+) -> None:
+    (tmp_path / "typo.csv").write_text("text,label\ngoal,typo\nteam,sport\n")
+    given = {"one file": [files[0], files[2], [str(tmp_path / "typo.csv")]], "no test": [files[1], files[0][:1]]}
+    given["missing"] = [files[0], ["/no/such.csv"]]
+    kind, sentence = BAD[what]
+    status, output = command("--unobserved", ranks=ranks, **own(given[kind]))
+    assert (status, len(output.splitlines())) == (1, 1), output
+    assert output.startswith("error: ")
+    assert sentence in output or sentence.replace("rank 0", "rank 1") in output
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"site_ids": "[0,0]"},
+            "site_paths names the files of 3 sites and site_ids the devices of 2: one entry for each",
+        ),
+        ({"train_path": "x.csv"}, "train_path='x.csv' is of data that is dealt to sites: leave it out, or site_paths"),
+        ({"max_train_examples": 5}, "max_train_examples=5 is of data that is dealt"),
+        ({"partition": "by_label"}, "partition='by_label' deals data to sites: leave it out, or site_paths"),
+        ({"num_sites": 5}, "num_sites=5 was given, but the nodes that are here have the data of 3 sites (site_paths)"),
+        (
+            {"site_paths": "data.csv"},
+            "site_paths='data.csv' was given: a list of paths, or of [training file, test file]",
+        ),
+        ({"site_paths": "[['a','b','c']]"}, "a list of paths"),
+        ({"site_paths": "[]"}, "a list of paths"),
+        ({"task_name": "bbcnews", "model": "minilm"}, "brings its own texts: without "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_go_with_own_files_are_refused(
+    command: Command, files: list, settings: dict[str, object], sentence: str
+) -> None:
+    extra = {"max_train_examples": None} if settings.get("task_name") == "bbcnews" else {}
+    status, output = command("--unobserved", **{**own(files), **extra, **settings})
+    assert status == 1
+    assert sentence in output
+    assert len(output.splitlines()) == 1
