@@ -3,10 +3,11 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
+from threading import Event
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,7 @@ class Federation:
         self._min_sites = min_sites
         self._num_examples = sum(gather(sum(site.num_examples for site in sites)))
         self._failures: list[tuple[int, str]] = []  # of this round, on this rank
+        self._is_ending = Event()  # by an error: threads of other devices need not finish their sites
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
             device: _Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
@@ -170,7 +172,10 @@ class Federation:
 
         def batches() -> Iterator[Batch]:
             for epoch in range(num_epochs):
-                yield from site.batches(derive_seed(self._seed, "order", round_, site.index, epoch))
+                for batch in site.batches(derive_seed(self._seed, "order", round_, site.index, epoch)):
+                    if self._is_ending.is_set():
+                        raise RuntimeError("the run is ending")
+                    yield batch
 
         means = train(replica.model, batches(), optimiser, self._score)
         self._server.collect(replica.vector, Fraction(site.num_examples, self._num_examples))
@@ -199,7 +204,12 @@ class Federation:
             own = work(self._topology.devices[0])
         else:
             with ThreadPoolExecutor(len(self._topology.devices)) as pool:
-                own = Means().merge(pool.map(work, self._topology.devices))
+                turns = [pool.submit(work, device) for device in self._topology.devices]
+                try:
+                    own = Means().merge(turn.result() for turn in as_completed(turns))
+                except BaseException:
+                    self._is_ending.set()
+                    raise
         means = Means().merge(map(Means.of, gather(own.sums()))).result()
         return {f"{name}.{key}": value for key, value in means.items()}
 

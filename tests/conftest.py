@@ -6,7 +6,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from scaling_fl.distributed import world
 from scaling_fl.federation import Federation, Site
 from scaling_fl.launch import launch
 from scaling_fl.partition import deal, iid
-from scaling_fl.placement import place
+from scaling_fl.placement import Topology, place
 from scaling_fl.server import Server
 from scaling_fl.strategies import make_strategy
 from scaling_fl.tasks.task import Examples, score_classes
@@ -128,6 +128,20 @@ def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Comma
         return status, output.read_text()
 
     return run
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes every rank take the CPU for two devices."""
+    place_on_one = place
+
+    def on_two(site_ids: Sequence[int]) -> Topology:
+        topology = place_on_one(site_ids)
+        devices = (torch.device("cpu"), torch.device("cpu:0"))  # unequal names of one device
+        sites = {site: devices[site % 2] for site in topology.sites}
+        return replace(topology, sites=sites, devices=devices, num_devices=2)
+
+    return lambda: monkeypatch.setitem(Play.play.__globals__, "place", on_two)
 
 
 def succeed(result: tuple[int, str]) -> str:

@@ -1,9 +1,14 @@
 """Sites that fail: the end of the run, or of their part in the round."""
 
 import logging
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from conftest import Play
+
+from scaling_fl.tasks.task import Examples
+from scaling_fl.training import Batch
 
 BROKEN = Play(site_ids=(0,) * 5, broken=(1, 3))
 
@@ -15,6 +20,23 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         BROKEN.on_ranks(2)
     assert "failed with OSError: disk failure (of site 1 in round 1)" in capfd.readouterr().err
+
+
+class Endless(Play):
+    """A site that is not broken never ends."""
+
+    def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:
+        while True:
+            yield from super().batches(train, indices, is_broken, seed)
+
+
+@pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])
+def test_a_site_that_fails_ends_those_on_the_other_devices_of_its_rank(
+    two_devices: Callable[[], None], broken: tuple[int, ...]
+) -> None:
+    two_devices()
+    with pytest.raises(OSError, match="disk failure"):
+        Endless(broken=broken).play()
 
 
 def test_a_site_that_diverges_ends_the_run_and_is_named() -> None:

@@ -1,7 +1,7 @@
 """The promises: each a property that a mistake anywhere in the round would break."""
 
 import gc
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,20 +34,10 @@ def test_more_ranks_than_sites_changes_no_bit() -> None:
     assert play.on_ranks(4) == play.on_ranks(1)
 
 
-def test_a_rank_with_two_devices_drives_each_with_a_thread_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_with_two_devices_drives_each_with_a_thread_and_changes_no_bit(two_devices: Callable[[], None]) -> None:
     play = Play(make_model=QUIET)  # dropout draws from one generator for the whole CPU
     alone = play.on_ranks(1)
-
-    def two_devices(site_ids: tuple[int, ...]) -> object:
-        topology = place_on_one(site_ids)
-        devices = (torch.device("cpu"), torch.device("cpu:0"))  # unequal names of one device
-        sites = {site: devices[site % 2] for site in topology.sites}
-        return replace(topology, sites=sites, devices=devices, num_devices=2)
-
-    import conftest
-
-    place_on_one = conftest.place
-    monkeypatch.setattr(conftest, "place", two_devices)
+    two_devices()
     assert play.on_ranks(1) == alone
 
 
