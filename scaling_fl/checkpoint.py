@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -16,6 +17,7 @@ from torch import Tensor
 from scaling_fl.distributed import gather, rank, share_bytes
 from scaling_fl.server import Server
 from scaling_fl.settings import one_line
+from scaling_fl.stores import ask, knock, patiently, put
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +26,51 @@ NAME = re.compile(r"round-(\d+)\.pt")
 History = list[dict[str, float]]  # the metrics of each round, from round 0
 
 
+def check(directory: str | None) -> None:
+    """Find out from rank 0, before training, whether checkpoints can be written.
+
+    Raises:
+        ValueError: they cannot, or a store does not answer within half a minute.
+    """
+    if directory is None or rank() != 0:
+        return
+    try:
+        filesystem, path = fsspec.core.url_to_fs(directory)
+        ask(filesystem, partial(put, filesystem), f"{path}/.writable.part", b"")
+        filesystem.rm(f"{path}/.writable.part")
+    except Exception as error:
+        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {one_line(error)}") from error
+
+
 def save(directory: str | None, server: Server, history: History, settings: dict[str, Any], keep: int | None) -> None:
     """Write the last round's `round-N.pt` from rank 0, aside and then renamed.
 
     Removes all checkpoints but the last `keep`. Does nothing without a directory.
+
+    Raises:
+        ValueError: a store refuses, or is away for longer than `stores.PATIENCE`.
     """
     if directory is None or rank() != 0:
         return
     filesystem, path = fsspec.core.url_to_fs(directory)
-    filesystem.makedirs(path, exist_ok=True)
     round_ = len(history) - 1
     state = {"round": round_, "server": server.state_dict(), "history": history, "settings": settings}
-    aside = f"{path}/.round-{round_}.pt.part"
-    with filesystem.open(aside, "wb") as file:
-        torch.save(state | {"sha256": _sha256(state)}, file)
-    filesystem.mv(aside, f"{path}/round-{round_}.pt")
-    if keep is not None:
+    data = io.BytesIO()  # torch's writer would hide what a store says behind an error of its own
+    torch.save(state | {"sha256": _sha256(state)}, data)
+
+    def write() -> None:
+        # One name for all rounds: what a killed run has left is written over. A store's rename is a copy, which
+        # is there whole or not at all, and a removal.
+        put(filesystem, f"{path}/.round.pt.part", data.getvalue())
+        filesystem.mv(f"{path}/.round.pt.part", f"{path}/round-{round_}.pt")
+
+    def remove_old() -> None:
         for number in _rounds(filesystem, path)[keep:]:
             filesystem.rm(f"{path}/round-{number}.pt")
+
+    patiently(filesystem, f"{directory}/round-{round_}.pt cannot be written", write)
+    if keep is not None:
+        patiently(filesystem, f"old checkpoints in {directory} cannot be removed", remove_old)
 
 
 def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> History:
@@ -57,9 +86,7 @@ def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> 
     """
     if directory is None:
         return []
-    if rank() == 0:
-        _check_directory(directory)
-    lasts = gather(max(_rounds(*fsspec.core.url_to_fs(directory)), default=0))
+    lasts = gather(max(_list(directory), default=0))
     if not any(lasts):
         return []
     state = _load(share_bytes(lambda: _read_last(directory), source=lasts.index(max(lasts))))
@@ -69,19 +96,22 @@ def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> 
 
 
 def exists(directory: str | None) -> bool:
-    """Tell whether a directory has a checkpoint."""
-    return directory is not None and bool(_rounds(*fsspec.core.url_to_fs(directory)))
+    """Tell whether a directory has a checkpoint.
+
+    Raises:
+        ValueError: a store does not say.
+    """
+    return directory is not None and bool(_list(directory))
 
 
-def _check_directory(directory: str) -> None:
-    """Find out before training whether checkpoints can be written."""
+def _list(directory: str) -> list[int]:
+    """Return the rounds that have a checkpoint, the last one first; a store must say soon."""
     try:
         filesystem, path = fsspec.core.url_to_fs(directory)
-        filesystem.makedirs(path, exist_ok=True)
-        filesystem.pipe_file(f"{path}/.writable.part", b"")
-        filesystem.rm(f"{path}/.writable.part")
+        knock(filesystem, path)
+        return _rounds(filesystem, path)
     except Exception as error:
-        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {one_line(error)}") from error
+        raise ValueError(f"checkpoints_dir={directory!r} cannot be read: {one_line(error)}") from error
 
 
 def _read_last(directory: str) -> bytes:
@@ -91,12 +121,14 @@ def _read_last(directory: str) -> bytes:
     for number in rounds:
         try:
             data = filesystem.cat_file(f"{path}/round-{number}.pt")
-            _load(data)
-            return data
-        except OSError as error:  # a store that does not answer says nothing about the file
+        except Exception as error:  # a store that does not answer says nothing about the file
             raise ValueError(f"{directory}/round-{number}.pt cannot be read: {one_line(error)}") from error
+        try:
+            _load(data)
         except ValueError as error:
             log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, one_line(error))
+        else:
+            return data
     raise ValueError(
         f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
         "another folder, or removing the files, would do"
@@ -127,9 +159,11 @@ def _load(data: bytes) -> dict:
 
 def _rounds(filesystem: fsspec.AbstractFileSystem, path: str) -> list[int]:
     """Return the rounds that have a checkpoint, the last one first."""
-    if not filesystem.isdir(path):
+    try:
+        found = filesystem.ls(path, detail=False, refresh=True)  # others' files are not in what it remembers
+    except FileNotFoundError:
         return []
-    names = (found.rsplit("/", 1)[-1] for found in filesystem.ls(path, detail=False, refresh=True))
+    names = (name.rsplit("/", 1)[-1] for name in found)
     return sorted((int(match[1]) for name in names if (match := NAME.fullmatch(name))), reverse=True)
 
 

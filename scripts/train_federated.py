@@ -192,6 +192,7 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
     ledger = tracking.Ledger()
     agree(what_matters(config) | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
+    checkpoint.check(config.checkpoints_dir)
     prepared = prepare(config, place(config.site_ids, config.num_sites))
     held = prepared.held
     settings = what_matters(config) | what_is_there(config, held)
@@ -363,6 +364,7 @@ def main() -> None:
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stack traces of what it raises, or tries again
     for signum in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, interrupt)

@@ -10,7 +10,7 @@ from conftest import ROOT
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
     {"settings", "metrics", "partition", "strategies", "vigil"},
-    {"distributed"},
+    {"distributed", "stores"},
     {"launch", "training", "placement", "tasks.reading"},
     {"server", "tasks.task"},
     {"models", "tasks.corpus", "federation", "checkpoint"},

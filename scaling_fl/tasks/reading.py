@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from fsspec.implementations.local import LocalFileSystem
 
 from scaling_fl.settings import one_line
+from scaling_fl.stores import knock
 
 FORMATS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -35,6 +36,7 @@ def read_table(path: str, names: Sequence[str] = ()) -> Dataset:
         raise ValueError(f"{path!r} is no table: a file that ends in {', '.join(FORMATS)} would do")
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
+        knock(filesystem, inner)
         if not filesystem.isfile(inner):
             raise ValueError("there is no such file, and a local path or fsspec URL of one would do")
         if filesystem.size(inner) == 0:

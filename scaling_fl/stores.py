@@ -1,0 +1,93 @@
+"""Stores over the network: how long to wait for one that is away, and when not to."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+import fsspec
+
+from scaling_fl.settings import one_line
+
+T = TypeVar("T")
+
+ANSWER = 30.0  # seconds in which a store must answer a first question: s3fs alone might take half an hour
+PATIENCE = 300.0  # seconds for which what failed is tried again, beside what s3fs and gcsfs try themselves
+LONGEST_PAUSE = 30.0  # seconds from one try to the next, which start at one and double
+
+log = logging.getLogger(__name__)
+
+
+def is_remote(filesystem: fsspec.AbstractFileSystem) -> bool:
+    """Tell stores of objects, such as s3 and gs, from disks: fsspec's classes for them are asynchronous."""
+    return filesystem.async_impl
+
+
+def ask(filesystem: fsspec.AbstractFileSystem, question: Callable[..., T], *args: object) -> T:
+    """Return the answer of a file system's method, for which a store has `ANSWER` seconds.
+
+    Raises:
+        TimeoutError: they are over.
+    """
+    if not is_remote(filesystem):
+        return question(*args)
+    try:
+        return question(*args, timeout=ANSWER)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {ANSWER:.0f} seconds") from None
+
+
+def put(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes, timeout: float | None = None) -> None:
+    """Write a file, and its folder on a disk. A bucket must be there: s3fs would make one of a name misspelt.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
+    if not is_remote(filesystem):
+        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(path, data)
+        return
+    try:
+        filesystem.pipe_file(path, data, timeout=timeout)
+    except FileNotFoundError:  # which names but a URL of the store's own
+        raise FileNotFoundError("there is no such bucket") from None
+
+
+def knock(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+    """Raise what keeps us from a store, if anything: `isfile` and `isdir` would take it for a no."""
+    if is_remote(filesystem):
+        with suppress(FileNotFoundError):
+            ask(filesystem, filesystem.info, path)
+
+
+def patiently(filesystem: fsspec.AbstractFileSystem, aim: str, work: Callable[[], T]) -> T:
+    """Return what `work` returns, which is called again while a store is away, for `PATIENCE` seconds.
+
+    Args:
+        filesystem: where it works. A disk is no better the second time.
+        aim: what cannot be done meanwhile, in words.
+        work: may be called again after it got halfway.
+
+    Raises:
+        ValueError: the store refuses, or stays away.
+    """
+    if not is_remote(filesystem):
+        return work()
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return work()
+        except Exception as error:  # botocore's and gcsfs's have no class in common
+            if _is_refusal(error) or time.monotonic() + pause > deadline:
+                raise ValueError(
+                    f"{aim}: {one_line(error)}. What is there is kept: the same command goes on"
+                ) from error
+            log.warning("%s, the next try is in %.0f s: %s", aim, pause, one_line(error))
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether a store does not let us in: s3fs raises PermissionError, gcsfs has no class for it."""
+    return isinstance(error, PermissionError) or getattr(error, "code", 0) == 401 or str(error).startswith("Forbidden")
