@@ -226,8 +226,8 @@ def apart(store: Store, function: Callable[[], T]) -> T:
     return result
 
 
-def make_server(num_weights: int = 5, rounds: int = 0) -> Server:
-    torch.manual_seed(0)
+def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> Server:
+    torch.manual_seed(seed)
     server = Server(nn.Linear(num_weights, 1, bias=False), make_strategy("fedavg"))
     for _ in range(rounds):
         server.collect(server.weights - 0.1, 1.0)
@@ -239,8 +239,8 @@ def history(rounds: int) -> checkpoint.History:
     return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
 
 
-def save(url: str, rounds: int, num_weights: int = 5) -> None:
-    checkpoint.save(url, make_server(num_weights, rounds), history(rounds), SETTINGS, keep=None)
+def save(url: str, rounds: int) -> None:
+    checkpoint.save(url, make_server(rounds=rounds), history(rounds), SETTINGS, keep=None)
 
 
 def restored(url: str) -> int:
@@ -320,7 +320,7 @@ def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: St
 
 def test_a_checkpoint_of_100_megabytes_is_restored(store: Store, bucket: str) -> None:
     def there_and_back() -> tuple[str, str, float, float]:
-        url, saved, found = store.url(bucket, "runs/a"), make_server(LARGE, rounds=1), make_server(LARGE)
+        url, saved, found = store.url(bucket, "runs/a"), make_server(LARGE), make_server(LARGE, seed=1)
         started = time.monotonic()
         checkpoint.save(url, saved, history(1), SETTINGS, keep=None)
         written = time.monotonic()
@@ -340,7 +340,7 @@ def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("moment", ["soon", "later", "when it is aside", "when it is renamed"])
+@pytest.mark.parametrize("moment", ["soon", "when it is aside", "when it is there"])
 def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
     store: Store, bucket: str, tmp_path: Path, moment: str
 ) -> None:
@@ -349,15 +349,15 @@ def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
 
     def write() -> None:
         os.environ.update(store.env)
-        server = make_server(LARGE, rounds=2)
         with world():
+            server = make_server(LARGE)
             store.put(bucket, "ready", b"")
             checkpoint.save(url, server, history(2), SETTINGS, keep=None)
 
     process, _ = begin(write)
     until(lambda: "ready" in store.names(bucket))
-    if moment in ("soon", "later"):
-        time.sleep(0.5 if moment == "soon" else 1.0)
+    if moment == "soon":
+        time.sleep(0.5)
     else:
         name = ".round.pt.part" if moment == "when it is aside" else "round-2.pt"
         until(lambda: name in store.names(bucket))
@@ -365,7 +365,7 @@ def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert all(is_whole(store, bucket, f"runs/a/round-{found}.pt", tmp_path) for found in rounds_of(store, bucket))
-    assert rounds_of(store, bucket) == ([1, 2] if moment == "when it is renamed" else [1]) or moment[:4] == "when"
+    assert moment != "when it is there" or rounds_of(store, bucket) == [1, 2]
     apart(store, lambda: save(url, rounds=3))
     assert ".round.pt.part" not in store.names(bucket), "what was left is cleared away"
     assert apart(store, lambda: restored(url)) == 3
