@@ -1,0 +1,123 @@
+"""Ranks that are killed at random moments, on numbers of ranks that change, change nothing.
+
+How it is done is in benchmarks/chaos.py, which kills for as long as you like.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from chaos import NUM_ROUNDS, PHASES, SCRIPT, SOON, STRATEGIES, Board, Result, campaign, family, finish, start, wait
+from conftest import Command, succeed, weights_hash
+
+SEED = 5
+NUM_KILLS = 7  # of each strategy: one at each aim
+torch.set_num_threads(1)
+
+if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+    pytest.skip("ranks are found in /proc, which is not here", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
+    """A federation of six sites, with dropout, AdamW and only the last checkpoints kept."""
+    runpy.run_path(str(SCRIPT))  # imports what the forks need
+    return {
+        "task_name": "text",
+        "train_path": corpus[0],
+        "test_path": corpus[1],
+        "model": tiny_model,
+        "max_seq_len": 32,
+        "optimiser": "adamw",
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "num_local_epochs": 1,
+        "num_rounds": NUM_ROUNDS,
+        "site_ids": [0] * 6,
+        "keep_checkpoints": 2,
+    }
+
+
+def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:
+    """A run that is left alone, and one that is not."""
+    (folder / "alone").mkdir()
+    alone = finish(settings, folder / "alone", num_ranks=2)
+    return alone, campaign(settings, folder, NUM_KILLS, Random(seed))
+
+
+@pytest.fixture(scope="module")
+def results(
+    settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Result, Result]]]:
+    """Of each strategy; all at once, as a rank that hears of another's death waits for seconds."""
+    with ProcessPoolExecutor(len(STRATEGIES), multiprocessing.get_context("fork")) as pool:
+        futures = {
+            strategy: pool.submit(play, settings | {"strategy": strategy}, tmp_path_factory.mktemp(strategy), seed)
+            for seed, strategy in enumerate(STRATEGIES, start=SEED)
+        }
+        yield {strategy: future.result() for strategy, future in futures.items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
+    results: dict[str, tuple[Result, Result]], strategy: str
+) -> None:
+    alone, killed = results[strategy]
+    assert killed.weights == alone.weights
+    assert killed.num_rounds == alone.num_rounds == NUM_ROUNDS
+    assert killed.metrics == alone.metrics
+    assert {"train.loss", "train.accuracy", "validation.loss", "validation.accuracy"} <= killed.metrics.keys()
+    assert killed.metrics["train.loss"][0] == list(range(1, NUM_ROUNDS + 1))
+
+
+def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result, Result]]) -> None:
+    kills = [kill for _, killed in results.values() for kill in killed.kills]
+    assert len(kills) >= 20
+    assert {kill.phase for kill in kills} >= set(PHASES) - {"elsewhere"}
+    assert {kill.num_ranks for kill in kills} == {1, 2, 3}
+    assert any(kill.rank > 0 for kill in kills)
+    assert sum(kill.next_ranks != kill.num_ranks for kill in kills) >= 5
+    assert sum(kill.is_torn for kill in kills) >= 3, "no checkpoint was half written"
+    assert len({kill.last_round for kill in kills}) >= 4
+    assert len({alone.weights for alone, _ in results.values()}) == len(STRATEGIES), "a strategy does not act"
+
+
+def test_the_federation_of_the_benchmark_is_that_of_the_command(
+    results: dict[str, tuple[Result, Result]], settings: dict[str, object], command: Command
+) -> None:
+    output = succeed(command(**settings, strategy="diloco"))
+    assert weights_hash(output) == results["diloco"][0].weights
+
+
+def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, object], tmp_path: Path) -> None:
+    board = Board()
+    pid = start(settings | {"num_rounds": 10_000}, tmp_path, 3, None, board)
+    ranks: list[int] = []
+
+    def starter() -> int | None:
+        if not (tmp_path / "checkpoints/round-1.pt").exists() or 0 in [row.process for row in board.rows]:
+            return None
+        ranks.extend(set(family(pid)) & {row.process for row in board.rows})
+        return pid
+
+    assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
+    assert len(ranks) == 3, "these are its own"
+    began = time.monotonic()
+    while any(is_running(rank) for rank in ranks):
+        assert time.monotonic() - began < SOON
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
