@@ -58,7 +58,8 @@ def world() -> Iterator[None]:
     dist.init_process_group(timeout=TIMEOUT, store=store, rank=number, world_size=num_ranks)
     own = store.clone()
     own.set_timeout(patience)
-    with Vigil(own, number, num_ranks, patience.total_seconds()).kept():
+    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
+    with Vigil(own, number, num_ranks, patience.total_seconds(), is_one_node=is_one_node).kept():
         yield
         gather(None)  # nobody leaves before all are done
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never end

@@ -154,7 +154,7 @@ class Federation:
         if num_left < self._min_sites:
             raise ValueError(
                 f"{num_left} of {self._topology.num_sites} sites are left in round {round_}, and min_sites="
-                f"{self._min_sites}: {failures[0][1]}"
+                f"{self._min_sites}: {failures[0][1]}" + (f" (and {len(failures) - 1} more)" if failures[1:] else "")
             )
         for _, sentence in failures if rank() == 0 else ():
             log.warning("%s; the round goes on without it", sentence)

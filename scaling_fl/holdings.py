@@ -20,6 +20,7 @@ from scaling_fl.training import Batch
 K = TypeVar("K")
 V = TypeVar("V")
 Encode = Callable[[Dataset], Examples]
+SPLITS = ("train", "test")
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
 
@@ -112,9 +113,10 @@ def read_own_files(
         ValueError: a file is missing or not what it should be, or no site has a test file, or sites disagree on labels.
     """
     known = TASKS[task_name].labels
+    files = {site: files_of(site_paths[entry]) for site, entry in topology.entries.items()}
     rows = {
-        site: {split: read_rows(task_name, path, split, *columns) for split, path in _files(site_paths[entry]).items()}
-        for site, entry in topology.entries.items()
+        site: {split: read_rows(task_name, path, split, *columns) for split, path in zip(SPLITS, paths, strict=False)}
+        for site, paths in files.items()
     }
     found = {
         f"site_paths[{topology.entries[site]}] on rank {rank()}": {
@@ -155,9 +157,9 @@ def read_own_files(
     )
 
 
-def _files(entry: str | Sequence[str]) -> dict[str, str]:
-    """Return a site's files by what they are for."""
-    return dict(zip(("train", "test"), [entry] if isinstance(entry, str) else entry, strict=False))
+def files_of(entry: str | Sequence[str]) -> list[str]:
+    """Return the paths that an entry of `site_paths` names: the training file, and perhaps the test file."""
+    return [entry] if isinstance(entry, str) else list(entry)
 
 
 def _merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:

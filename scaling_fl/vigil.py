@@ -57,13 +57,15 @@ class Vigil:
         rank: of this process.
         num_ranks: of all.
         patience: seconds without a sign of life after which a rank is lost.
+        is_one_node: all ranks are on this machine, so that nobody asks which of them could not read a file.
     """
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, patience: float) -> None:
+    def __init__(self, store: Store, rank: int, num_ranks: int, patience: float, *, is_one_node: bool = False) -> None:
         self._store = store
         self._rank = rank
         self._num_ranks = num_ranks
         self._patience = patience
+        self._is_one_node = is_one_node
         self._state = ALIVE  # or the report of how this rank ended
         self._seen = [b""] * num_ranks
         self._heard = [time.monotonic()] * num_ranks  # when each rank last gave a sign of life
@@ -91,8 +93,10 @@ class Vigil:
         except BaseException as error:
             self._state = _report(error)
             self._hurry.set()
-            # A launcher ends all ranks as soon as one has ended, and would interrupt the others' last words.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # A launcher ends all ranks as soon as one has ended, and many a signal comes twice: neither may interrupt
+            # this rank's last words.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             self._await_farewells()
             if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause()):
                 raise cause from None
@@ -172,7 +176,7 @@ class Vigil:
         """Return what is known of why another rank has ended, as an error to raise here."""
         for rank, (kind, message) in sorted(self._reports.items()):
             if kind == "refused":
-                return ValueError(f"rank {rank}: {message}")
+                return ValueError(message if self._is_one_node else f"rank {rank}: {message}")
             if kind == "failed":
                 return PeerError(f"rank {rank} failed with {message}")
         if silent := self._silent(SILENCE):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaling_fl import checkpoint, observers, tracking
 from scaling_fl.distributed import first_of_node_first, gather, launched, local_rank, lost_after, num_threads, world
 from scaling_fl.federation import Federation, Site
-from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, read_own_files
+from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
 from scaling_fl.launch import launch, num_ranks, run_program
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
 from scaling_fl.partition import PARTITIONERS
@@ -200,16 +200,19 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
     strategy = make_strategy(config.strategy, config.server_learning_rate, config.server_momentum)
     server = Server(prepared.model, strategy, config.comm_dtype, held.topology.devices[0])
     history = checkpoint.restore(config.checkpoints_dir, server, settings)
-    federation = make_federation(config, prepared, server)
-    for site, entry in sorted(held.topology.entries.items()) if config.site_paths else ():
-        print(f"site {site:<4} {config.site_paths[entry]}, {held.sizes[site]:,} examples", flush=True)
-    tracking.say(*describe(config, prepared), tracking.table_head())
-    for round_, metrics in enumerate(history):
-        tracking.record(run.log_scalar, round_, metrics)
     if len(history) > config.num_rounds + 1:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
         )
+    federation = make_federation(config, prepared, server)
+    for site, entry in sorted(held.topology.entries.items()) if config.site_paths else ():
+        print(f"site {site:<4} {' and '.join(files_of(config.site_paths[entry]))}, {held.sizes[site]:,} examples")
+    tracking.say(*describe(config, prepared))
+    if history:
+        tracking.say(f"resumed   after round {len(history) - 1}, from {config.checkpoints_dir}")
+    tracking.say(tracking.table_head())
+    for round_, metrics in enumerate(history):
+        tracking.record(run.log_scalar, round_, metrics)
     metrics = ledger.lap("setup")
     for round_ in range(len(history), config.num_rounds + 1):
         if round_ > 0:
@@ -339,7 +342,7 @@ def describe(config: SimpleNamespace, prepared: Prepared) -> list[str]:
         f"drawn at random: {', '.join(prepared.drawn) or 'none'}",
         f"data      {config.task_name}: {sum(held.sizes):,} examples to train on, {held.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(held.sizes):,} to {max(held.sizes):,} examples each ({how}), "
-        f"on {topology.num_devices} devices ({topology.devices[0].type})",
+        f"on {topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})",
         f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",
     ]
 
@@ -369,9 +372,22 @@ def main() -> None:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, interrupt)
     try:
+        check_updates(argv)
         experiment.run_commandline(argv)
     except Interrupted as error:
+        if is_observed():
+            print(f"interrupted by {signal.Signals(error.number).name}", file=sys.stderr)
         raise SystemExit(128 + error.number) from None
+
+
+def check_updates(argv: list[str]) -> None:
+    """Refuse what follows `with` and is neither a setting nor a file of settings, such as half a list."""
+    for word in argv[argv.index("with") + 1 :] if "with" in argv else ():
+        if "=" not in word and not word.startswith("-") and not os.path.isfile(word):
+            raise SystemExit(
+                f"error: {word!r} is neither a setting nor a file of settings: key=value would do, in quotes if there "
+                "is a space in it"
+            )
 
 
 def is_rank() -> bool:
