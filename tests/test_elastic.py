@@ -1,0 +1,147 @@
+"""torchrun starts ranks again that were killed, and goes on with the nodes that are left: it changes nothing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from chaos import family
+from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
+
+from scaling_fl import checkpoint
+
+SOON = 15.0  # seconds on a busy machine from a node's end until the others know
+PATIENCE = 150.0  # seconds after which torchrun hangs
+SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}
+SETTINGS |= {"num_local_epochs": 4, "num_rounds": 12}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+class Agent:
+    """A torchrun on loopback, with the ranks that it starts."""
+
+    def __init__(self, folder: Path, options: Sequence[str], settings: Sequence[str]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.output_file = folder / "output.txt"
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": loopback, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with self.output_file.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), "with", *settings],
+                cwd=folder,
+                env={**os.environ, **env, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.output_file.read_text()
+
+    def ranks(self) -> list[int]:
+        return list(family(self.process.pid))
+
+    def kill(self) -> None:
+        """End it and all its ranks at once, as where a node loses its power."""
+        for pid in [self.process.pid, *self.ranks()]:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def weights(self) -> str:
+        """Wait until it is done, and return the final weights."""
+        try:
+            assert self.process.wait(PATIENCE) == 0, self.output
+        finally:
+            if self.process.returncode is None:
+                self.kill()
+        return weights_hash(self.output)
+
+
+@pytest.fixture
+def torchrun(tiny_model: str, corpus: tuple[Path, Path]) -> Iterator[Callable[..., Agent]]:
+    """Starts torchrun in a folder, with options and settings."""
+    files = {"task_name": "text", "train_path": corpus[0], "test_path": corpus[1], "model": tiny_model}
+    agents = []
+
+    def start(folder: Path, *options: str, **settings: object) -> Agent:
+        agents.append(
+            Agent(folder, options, [f"{key}={value}" for key, value in {**files, **SETTINGS, **settings}.items()])
+        )
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        if agent.process.poll() is None:
+            agent.kill()
+
+
+ALONE: list[str] = []
+
+
+@pytest.fixture
+def alone(command: Command) -> str:
+    """The weights of one process with six sites, which trains once for all tests."""
+    if not ALONE:
+        ALONE.append(weights_hash(succeed(command(site_ids=[0] * 6, **SETTINGS))))
+    return ALONE[0]
+
+
+def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
+    began = time.monotonic()
+    while not something():
+        assert time.monotonic() - began < PATIENCE, "\n".join(agent.output for agent in agents)
+        assert all(agent.process.poll() is None for agent in agents), "\n".join(agent.output for agent in agents)
+        time.sleep(0.02)
+
+
+def test_torchrun_starts_ranks_again_that_were_killed(
+    torchrun: Callable[..., Agent], alone: str, tmp_path: Path
+) -> None:
+    agent = torchrun(
+        tmp_path,
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=2",
+        site_ids="[0,0,0,0,0,0]",
+        checkpoints_dir="checkpoints",
+    )
+    wait_for((tmp_path / "checkpoints/round-3.pt").exists, [agent])
+    os.kill(agent.ranks()[-1], signal.SIGKILL)
+    assert agent.weights() == alone
+    assert agent.output.count("round | ") == 2, "it was not started again"
+
+
+@pytest.mark.parametrize(("disks", "lost"), [("shared", 1), ("own", 0)])
+def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost(
+    torchrun: Callable[..., Agent], alone: str, tmp_path: Path, disks: str, lost: int
+) -> None:
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
+    nodes = []
+    for node in range(2):  # the first has rank 0, which writes the checkpoints
+        conf = f"--rdzv-conf=is_host={int(node != lost)},last_call_timeout=3"
+        options = ["--nnodes=1:2", "--max-restarts=3", *meeting, conf, "--local-addr=127.0.0.1"]
+        where = tmp_path / "checkpoints" if disks == "shared" else "checkpoints"
+        folder = tmp_path / f"node-{node}"
+        nodes.append(torchrun(folder, *options, site_ids="[0,0,0]", num_sites=6, checkpoints_dir=where))
+    written = tmp_path / ("checkpoints" if disks == "shared" else "node-0/checkpoints")
+    wait_for((written / "round-3.pt").exists, nodes)
+    left = nodes[1 - lost]
+    killed = time.monotonic()
+    nodes[lost].kill()
+    wait_for(lambda: "error: " in left.output, [left])
+    assert time.monotonic() - killed < SOON
+    assert left.weights() == alone
+    assert disks == "shared" or (tmp_path / "node-1/checkpoints/round-1.pt").exists(), "it had none of the others"
+    for path in tmp_path.glob("**/round-*.pt"):
+        checkpoint.read(str(path))
