@@ -51,7 +51,7 @@ if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose v
 fi
 
 export RANKS=${RANKS:-auto}
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # warnings of a lost connection bury what we say of it
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)
 if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

@@ -127,7 +127,7 @@ def settings(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
         "learning_rate": 3e-3,
         "batch_size": 4,
         "strategy": "fedadam",
-        "num_local_epochs": 3,
+        "num_local_epochs": 2,
         "num_rounds": 6,
     }
 
