@@ -5,9 +5,9 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from scaling_fl import checkpoint
@@ -88,11 +88,11 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
 ) -> None:
     checkpoint.save(str(tmp_path), make_server(), history(1), SETTINGS, keep=None)
 
-    def fail_midway(state: object, file: fsspec.core.OpenFile) -> None:
-        file.write(b"PK half a file")
+    def fail_midway(disk: LocalFileSystem, path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[: len(data) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", fail_midway)
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", fail_midway)
     with pytest.raises(OSError, match="no space left"):
         checkpoint.save(str(tmp_path), make_server(), history(2), SETTINGS, keep=1)
     assert len(checkpoint.restore(str(tmp_path), make_server(), SETTINGS)) == 2
