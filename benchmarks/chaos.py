@@ -12,7 +12,6 @@ checkpoint must be whole as soon as it has its name. Linux only, as ranks are fo
 import argparse
 import ctypes
 import faulthandler
-import io
 import json
 import mmap
 import os
@@ -224,15 +223,12 @@ def watch_phases(board: Board, strike: Strike | None) -> None:
         Timer((strike.fraction if strike else 0) * 0.03, die).start()  # a site takes some 30 ms
         return call(*args, **options)
 
-    def halfway(call: Callable, state: object, file: Any) -> None:
-        whole = io.BytesIO()
-        call(state, whole)
-        file.write(whole.getvalue()[: int((strike.fraction if strike else 0) * whole.tell())])
-        file.flush()
+    def halfway(call: Callable, filesystem: Any, path: str, data: bytes) -> None:
+        call(filesystem, path, data[: int((strike.fraction if strike else 0) * len(data))])
         die()
 
-    def watch(owner: Any, name: str, phase: str, kill: Callable) -> None:
-        call, num_calls = getattr(owner, name), 0
+    def watch(owner: Any, name: str, phase: str, kill: Callable, num_calls: int = 0) -> None:
+        call = getattr(owner, name)
 
         def watched(*args: Any, **options: Any) -> Any:
             nonlocal num_calls
@@ -255,7 +251,7 @@ def watch_phases(board: Board, strike: Strike | None) -> None:
     watch(federation, "evaluate", EVALUATION, within)
     watch(Server, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
-    watch(torch, "save", WRITING, halfway)
+    watch(checkpoint, "put", WRITING, halfway, num_calls=-1)  # the first one tries whether the folder can be written to
     watch(LocalFileSystem, "mv", RENAMING, around)
 
 
@@ -354,7 +350,7 @@ def strike_once(
         assert strike.aim == ANY or int(found) == rank, output
         rank = int(found)
     assert max(after, default=0) >= max(before, default=0), "a round is lost"
-    parts = list((folder / "checkpoints").glob(".round-*.part"))
+    parts = list((folder / "checkpoints").glob(".round*.part"))
     return Kill(
         phase=PHASES[board.rows[rank].phase],
         num_ranks=strike.num_ranks,
