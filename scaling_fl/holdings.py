@@ -19,6 +19,7 @@ from scaling_fl.training import Batch
 
 K = TypeVar("K")
 V = TypeVar("V")
+W = TypeVar("W")
 Encode = Callable[[Dataset], Examples]
 SPLITS = ("train", "test")
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
@@ -113,40 +114,31 @@ def read_own_files(
         ValueError: a file is missing or not what it should be, or no site has a test file, or sites disagree on labels.
     """
     known = TASKS[task_name].labels
-    files = {site: files_of(site_paths[entry]) for site, entry in topology.entries.items()}
+    paths = {
+        site: dict(zip(SPLITS, files_of(site_paths[entry]), strict=False)) for site, entry in topology.entries.items()
+    }
     rows = {
-        site: {split: read_rows(task_name, path, split, *columns) for split, path in zip(SPLITS, paths, strict=False)}
-        for site, paths in files.items()
+        site: {split: read_rows(task_name, path, split, *columns) for split, path in of_site.items()}
+        for site, of_site in paths.items()
     }
-    found = {
-        f"site_paths[{topology.entries[site]}] on rank {rank()}": {
-            split: sorted(set(label_names_of(table).values())) for split, table in tables.items()
-        }
-        for site, tables in rows.items()
-    }
-    all_found = _merge(gather(found))
-    label_names = agree_on_labels(all_found, known)
-    examples = {
-        site: {split: encode(index_labels(table, label_names, known)) for split, table in tables.items()}
-        for site, tables in rows.items()
-    }
-    sums = {
-        site: {split: (table.sha256(), len(table)) for split, table in tables.items()}
-        for site, tables in examples.items()
-    }
-    all_sums = _merge(gather(sums))
+    labels = _each(lambda table: sorted(set(label_names_of(table).values())), rows)
+    names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
+    all_labels = _merge(gather({names[site]: of_site for site, of_site in labels.items()}))
+    label_names = agree_on_labels(all_labels, known)
+    examples = _each(lambda table: encode(index_labels(table, label_names, known)), rows)
+    all_sums = _merge(gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
     order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
     numbers = {site: number for number, site in enumerate(order)}
     everything = repr([all_sums[site] for site in order])
     batches = {
-        site: [Part(tables["test"], indices) for indices in tables["test"].fixed_batches(val_batch_size)]
-        for site, tables in examples.items()
-        if "test" in tables
+        site: [Part(of_site["test"], indices) for indices in of_site["test"].fixed_batches(val_batch_size)]
+        for site, of_site in examples.items()
+        if "test" in of_site
     }
     return Holdings(
         topology=topology.renumber(numbers),
         label_names=label_names,
-        train={numbers[site]: Part.whole(tables["train"]) for site, tables in examples.items()},
+        train={numbers[site]: Part.whole(of_site["train"]) for site, of_site in examples.items()},
         test={
             device: [batch for site in batches if topology.sites[site] == device for batch in batches[site]]
             for device in topology.devices
@@ -160,6 +152,11 @@ def read_own_files(
 def files_of(entry: str | Sequence[str]) -> list[str]:
     """Return the paths that an entry of `site_paths` names: the training file, and perhaps the test file."""
     return [entry] if isinstance(entry, str) else list(entry)
+
+
+def _each(function: Callable[[V], W], files: dict[int, dict[str, V]]) -> dict[int, dict[str, W]]:
+    """Return what a function makes of each file of each site."""
+    return {site: {split: function(value) for split, value in of_site.items()} for site, of_site in files.items()}
 
 
 def _merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:

@@ -195,7 +195,7 @@ class Vigil:
 
 def _report(error: BaseException) -> str:
     """Return as text what the others are told of an error."""
-    if isinstance(error, Interrupted | KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):
         return repr(("interrupted", getattr(error, "number", int(signal.SIGINT))))
     if isinstance(error, Bereft):
         return repr(("bereft", ""))

@@ -147,7 +147,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
         check(config, KINDS)
         check_site_paths(config)
         make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
-        num_ranks(config["num_sites"] or len(config["site_ids"]))
+        count_ranks(config)
         num_threads()
         lost_after()
         if command_name == "train_federated" and is_observed():
@@ -156,6 +156,11 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return {}
+
+
+def count_ranks(config: dict[str, Any]) -> int:
+    """Return how many ranks this node starts."""
+    return num_ranks(config["num_sites"] or len(config["site_ids"]))
 
 
 def check_site_paths(config: dict[str, Any]) -> None:
@@ -178,7 +183,7 @@ def check_site_paths(config: dict[str, Any]) -> None:
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run, and start them first if nobody has."""
     if not is_rank():
-        launch(main, num_ranks=num_ranks(_config["num_sites"] or len(_config["site_ids"])))
+        launch(main, num_ranks=count_ranks(_config))
         return None
     try:
         with world():
@@ -191,11 +196,12 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
     ledger = tracking.Ledger()
-    agree(what_matters(config) | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
+    settings = what_matters(config)
+    agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
     checkpoint.check(config.checkpoints_dir)
     prepared = prepare(config, place(config.site_ids, config.num_sites))
     held = prepared.held
-    settings = what_matters(config) | what_is_there(config, held)
+    settings |= what_is_there(config, held)
     agree(settings)
     strategy = make_strategy(config.strategy, config.server_learning_rate, config.server_momentum)
     server = Server(prepared.model, strategy, config.comm_dtype, held.topology.devices[0])

@@ -83,10 +83,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write("train.csv", 61), write("test.csv", 31)
 
 
-@pytest.fixture
-def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Command:
-    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
-    base = {
+@pytest.fixture(scope="session")
+def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
+    """The settings of a run of two short rounds, with dropout and AdamW, that learns."""
+    return {
         "task_name": "text",
         "train_path": corpus[0],
         "test_path": corpus[1],
@@ -99,11 +99,16 @@ def command(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> Comma
         "num_rounds": 2,
     }
 
+
+@pytest.fixture
+def command(tmp_path: Path, small_run: dict[str, object]) -> Command:
+    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
+
     def run(
         *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
     ) -> tuple[int, str]:
         output = folder / "output.txt"
-        arguments = [*options, "with", *(f"{key}={value}" for key, value in {**base, **settings}.items())]
+        arguments = [*options, "with", *(f"{key}={value}" for key, value in {**small_run, **settings}.items())]
         pid = os.fork()
         if pid == 0:
             status = 70
@@ -159,6 +164,11 @@ def refusal(call: Callable[[], object]) -> str:
     assert "\n" not in sentence
     assert 20 < len(sentence) < 500
     return sentence
+
+
+def history(rounds: int) -> checkpoint.History:
+    """The metrics of round 0 and of so many rounds after it."""
+    return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
 
 
 def weights_hash(output: str) -> str:

@@ -27,23 +27,10 @@ if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
+def settings(small_run: dict[str, object]) -> dict[str, object]:
     """A federation of six sites, with dropout, AdamW and only the last checkpoints kept."""
     runpy.run_path(str(SCRIPT))  # imports what the forks need
-    return {
-        "task_name": "text",
-        "train_path": corpus[0],
-        "test_path": corpus[1],
-        "model": tiny_model,
-        "max_seq_len": 32,
-        "optimiser": "adamw",
-        "learning_rate": 3e-3,
-        "batch_size": 4,
-        "num_local_epochs": 1,
-        "num_rounds": NUM_ROUNDS,
-        "site_ids": [0] * 6,
-        "keep_checkpoints": 2,
-    }
+    return small_run | {"num_rounds": NUM_ROUNDS, "site_ids": [0] * 6, "keep_checkpoints": 2}
 
 
 def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:

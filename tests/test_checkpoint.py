@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import history
 from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
@@ -29,10 +30,6 @@ def make_server(strategy: str = "fedadam", num_weights: int = 5, rounds: int = 0
         server.collect(server.weights - 0.1, 1.0)
         server.step()
     return server
-
-
-def history(rounds: int) -> checkpoint.History:
-    return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
 
 
 SETTINGS = {"seed": 1, "strategy": "fedadam", "betas": None}

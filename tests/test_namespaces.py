@@ -114,22 +114,10 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
+def settings(small_run: dict[str, object]) -> dict[str, object]:
     """A federation with dropout and AdamW."""
     runpy.run_path(str(SCRIPT))  # imports what the forks need
-    return {
-        "task_name": "text",
-        "train_path": corpus[0],
-        "test_path": corpus[1],
-        "model": tiny_model,
-        "max_seq_len": 32,
-        "optimiser": "adamw",
-        "learning_rate": 3e-3,
-        "batch_size": 4,
-        "strategy": "fedadam",
-        "num_local_epochs": 2,
-        "num_rounds": 6,
-    }
+    return small_run | {"strategy": "fedadam", "num_local_epochs": 2, "num_rounds": 6}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import Command, accuracies, refusal, succeed, weights_hash
+from conftest import Command, accuracies, history, refusal, succeed, weights_hash
 from torch import nn
 
 from scaling_fl import checkpoint, stores
@@ -234,10 +234,6 @@ def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> Server:
         server.collect(server.weights - 0.1, 1.0)
         server.step()
     return server
-
-
-def history(rounds: int) -> checkpoint.History:
-    return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
 
 
 def save(url: str, rounds: int) -> None:

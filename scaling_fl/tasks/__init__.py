@@ -36,17 +36,17 @@ def read_task(
         ValueError: there is no such task, or its data is missing or not what it should be.
     """
     source, columns = _source(task_name), (text_column, label_column)
-    given = {key: path for key, path in (("train_path", train_path), ("test_path", test_path)) if path is not None}
-    if source.read_own and not given:
+    given = {"train_path": train_path, "test_path": test_path}
+    missing = [key for key, path in given.items() if path is None]
+    if source.read_own and len(missing) == 2:
         return make_corpus(*source.read_own(*columns), source.labels)
     if source.read is None:
-        key, path = next(iter(given.items()))
+        key, path = next((key, path) for key, path in given.items() if path is not None)
         raise ValueError(f"task_name={task_name!r} brings its own texts: leave out {key}={path!r}")
     if train_path is not None and test_path is None and source.is_whole(train_path):
         test_path = train_path
     if train_path is None or test_path is None:
-        missing = " and ".join(key for key, path in (("train_path", train_path), ("test_path", test_path)) if not path)
-        raise ValueError(f"task_name={task_name!r} needs {missing}: a local path or any fsspec URL")
+        raise ValueError(f"task_name={task_name!r} needs {' and '.join(missing)}: a local path or any fsspec URL")
     train, test = (source.read(path, split, *columns) for path, split in ((train_path, "train"), (test_path, "test")))
     return make_corpus(train, test, source.labels)
 
