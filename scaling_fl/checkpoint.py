@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scaling_fl.distributed import gather, rank, share_bytes
+from scaling_fl.metrics import Metrics
 from scaling_fl.server import Server
 from scaling_fl.settings import one_line
 from scaling_fl.stores import ask, knock, patiently, put
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"round-(\d+)\.pt")
 
-History = list[dict[str, float]]  # the metrics of each round, from round 0
+History = list[Metrics]  # of each round, from round 0
 
 
 def check(directory: str | None) -> None:

@@ -93,6 +93,11 @@ def rank() -> int:
     return dist.get_rank()
 
 
+def world_size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size()
+
+
 def bytes_sent() -> int:
     """Return how many bytes this rank has handed to collectives so far (0 in a world of one)."""
     return _bytes_sent
@@ -101,7 +106,7 @@ def bytes_sent() -> int:
 def _finish(num_bytes: int, work: Any) -> None:
     """Wait for a collective in a way that signals can interrupt, and count what was handed to it."""
     global _bytes_sent
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         _bytes_sent += num_bytes
     try:
         while not work.is_completed():
@@ -117,10 +122,10 @@ def gather(value: T) -> list[T]:
     It is sent as the text of a Python literal: numbers, texts, None, and tuples, lists and dicts of them.
     """
     own = _encode(value)
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
     sizes[rank()] = len(own)
     sum_(sizes)
-    texts = torch.zeros(dist.get_world_size(), int(sizes.max()), dtype=torch.uint8)
+    texts = torch.zeros(world_size(), int(sizes.max()), dtype=torch.uint8)
     padded = torch.zeros_like(texts[0])
     padded[: len(own)] = own
     _finish(len(own), dist.all_gather(list(texts), padded, async_op=True))

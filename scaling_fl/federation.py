@@ -2,6 +2,9 @@
 
 import hashlib
 import logging
+import resource
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.distributed import gather, rank
-from scaling_fl.metrics import Means
+from scaling_fl.metrics import Means, Metrics, spread
 from scaling_fl.placement import Topology
 from scaling_fl.server import Server, flatten_, trained_weights
 from scaling_fl.training import Batch, Score, evaluate, pull_towards, train
@@ -98,6 +101,7 @@ class Federation:
         self._min_sites = min_sites
         self._num_examples = sum(gather(sum(site.num_examples for site in sites)))
         self._failures: list[tuple[int, str]] = []  # of this round, on this rank
+        self._turns: dict[int, Metrics] = {}  # the same of the sites that did not fail
         self._is_ending = Event()  # by an error: threads of other devices need not finish their sites
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
@@ -111,11 +115,12 @@ class Federation:
         replica.reset(self._server)
         return replica.model
 
-    def train(self, round_: int, num_epochs: int) -> dict[str, float]:
+    def train(self, round_: int, num_epochs: int) -> Metrics:
         """Let every site train the global weights, and collect the drifts.
 
         Returns:
-            The means of the scores over all examples of all ranks, and with `min_sites` how many sites failed.
+            The means of the scores over all examples of all ranks, and with `min_sites` how many sites failed. Then
+            the scores, seconds and peak memory (MB) of each site and their spread: see `metrics.spread`.
 
         Raises:
             ValueError: a site's loss or weights are not finite, or too few sites are left.
@@ -125,14 +130,18 @@ class Federation:
             turns = [site for site in self._sites if site.device == device]
             return Means().merge(self._try_site(site, round_, num_epochs) for site in turns)
 
-        self._failures = []
+        self._failures, self._turns = [], {}
         means = self._on_devices("train", train_sites)
-        return means | self._count_failures(round_)
+        means |= self._count_failures(round_)
+        turns = {site: turn for of_rank in gather(self._turns) for site, turn in of_rank.items()}
+        return means | spread(turns, self._topology.num_sites)
 
     def _try_site(self, site: Site, round_: int, num_epochs: int) -> Means:
         """Let a site train, or find out why it does not."""
+        start = time.perf_counter()
+        _reset_peak_memory(site.device)
         try:
-            return self._train_site(site, round_, num_epochs)
+            means = self._train_site(site, round_, num_epochs)
         except Exception as error:
             if isinstance(error, FloatingPointError):
                 sentence = f"site {site.index} diverged in round {round_}: {error}; a lower learning_rate would do"
@@ -145,8 +154,11 @@ class Federation:
                 raise ValueError(sentence) from error
             error.add_note(f"(of site {site.index} in round {round_})")
             raise
+        cost = {"seconds": time.perf_counter() - start, "memory_mb": _peak_memory_mb(site.device)}
+        self._turns[site.index] = means.result() | cost
+        return means
 
-    def _count_failures(self, round_: int) -> dict[str, float]:
+    def _count_failures(self, round_: int) -> Metrics:
         if self._min_sites is None:
             return {}
         failures = sorted(failure for of_rank in gather(self._failures) for failure in of_rank)
@@ -181,7 +193,7 @@ class Federation:
         self._server.collect(replica.vector, Fraction(site.num_examples, self._num_examples))
         return means
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Metrics:
         """Return the means of the scores of the global weights over the whole test set.
 
         The batches are the same however many devices share them, and so are the means.
@@ -198,7 +210,7 @@ class Federation:
 
         return self._on_devices("validation", evaluate_batches)
 
-    def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> dict[str, float]:
+    def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> Metrics:
         """Do `work` on each device of each rank, a thread a device, and return the means of all."""
         if len(self._topology.devices) == 1:
             own = work(self._topology.devices[0])
@@ -227,3 +239,16 @@ def _seed_device(device: torch.device, seed: int) -> None:
     else:
         with torch.accelerator.device_index(device.index):
             torch.get_device_module(device).manual_seed(seed)
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory allocated on an accelerator since the reset; on the CPU, the process's most so far."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 1e6
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes * 1024 / 1e6

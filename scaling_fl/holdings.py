@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +26,15 @@ SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file,
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much a site trains on."""
+
+    num_examples: int
+    num_tokens: int
+    label_counts: tuple[int, ...]  # how many examples each class has
+
+
+@dataclass(frozen=True)
 class Part:
     """Some of the examples that there are."""
 
@@ -39,6 +48,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def extent(self, num_labels: int) -> Extent:
+        """Return how much there is of them."""
+        counts = np.bincount(self.examples.labels[self.indices], minlength=num_labels)
+        return Extent(len(self), int(self.examples.lengths[self.indices].sum()), tuple(counts.tolist()))
 
     def batch(self) -> Batch:
         """Return all of them as one batch."""
@@ -57,7 +71,7 @@ class Holdings:
     label_names: tuple[str, ...]
     train: dict[int, Part]  # of each site of this rank
     test: dict[torch.device, list[Part]]  # the batches of each device of this rank
-    sizes: list[int]  # how many examples each site of the federation trains on
+    extents: list[Extent]  # of each site of the federation
     num_test: int  # examples in all
     sha256: dict[str, str]  # of the data of all sites
 
@@ -77,13 +91,14 @@ def deal_corpus(
     """
     train, test = encode(corpus.train), encode(corpus.test)
     dealt = deal(train.labels, topology.num_sites, partitioner, seed)
+    parts = [Part(train, indices) for indices in dealt]
     batches = [Part(test, indices) for indices in test.fixed_batches(val_batch_size)]
     return Holdings(
         topology=topology,
         label_names=corpus.label_names,
-        train={site: Part(train, dealt[site]) for site in topology.sites},
+        train={site: parts[site] for site in topology.sites},
         test={device: batches[topology.turn(device)] for device in topology.devices},
-        sizes=[len(indices) for indices in dealt],
+        extents=[part.extent(len(corpus.label_names)) for part in parts],
         num_test=len(test),
         sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},
     )
@@ -97,7 +112,7 @@ def read_own_files(
     encode: Encode,
     val_batch_size: int,
 ) -> Holdings:
-    """Read the files of each site of this rank. Other ranks learn their labels, sizes and SHA-256, and nothing else.
+    """Read the files of each site of this rank. Of them other ranks learn the labels, counts and SHA-256, nothing else.
 
     Sites are numbered by the SHA-256 of their files, so that a site keeps its number, and with it its random
     numbers, whichever nodes come first.
@@ -127,6 +142,8 @@ def read_own_files(
     label_names = agree_on_labels(all_labels, known)
     examples = _each(lambda table: encode(index_labels(table, label_names, known)), rows)
     all_sums = _merge(gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
+    train = {site: Part.whole(of_site["train"]) for site, of_site in examples.items()}
+    extents = _merge(gather({site: astuple(part.extent(len(label_names))) for site, part in train.items()}))
     order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
     numbers = {site: number for number, site in enumerate(order)}
     everything = repr([all_sums[site] for site in order])
@@ -138,12 +155,12 @@ def read_own_files(
     return Holdings(
         topology=topology.renumber(numbers),
         label_names=label_names,
-        train={numbers[site]: Part.whole(of_site["train"]) for site, of_site in examples.items()},
+        train={numbers[site]: part for site, part in train.items()},
         test={
             device: [batch for site in batches if topology.sites[site] == device for batch in batches[site]]
             for device in topology.devices
         },
-        sizes=[all_sums[site]["train"][1] for site in order],
+        extents=[Extent(*extents[site]) for site in order],
         num_test=sum(of["test"][1] for of in all_sums.values() if "test" in of),
         sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
     )

@@ -1,10 +1,14 @@
 """Weighted means that do not depend on the order of adding: sums and counts, divided once, last."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from statistics import fmean, pstdev
+from typing import Any
 
 from torch import Tensor
+
+Metrics = dict[str, Any]  # name -> a number, or a list with a number for each site
 
 
 class Means:
@@ -67,3 +71,24 @@ class Means:
         """Return each mean, correctly rounded."""
         self.settle()
         return {name: float(total / self._counts[name]) for name, total in self._sums.items()}
+
+
+def spread(by_site: Mapping[int, Mapping[str, float]], num_sites: int) -> Metrics:
+    """Return each quantity site by site, with None for a site that has none, and how it spreads over the sites.
+
+    Args:
+        by_site: site -> quantity -> value.
+        num_sites: in the whole federation.
+
+    Returns:
+        `site.<quantity>`, a list, and `sites.<quantity>.worst`, `.mean` and `.std` (of the population). The worst
+        accuracy is the least, of all else the worst is the most.
+    """
+    metrics: Metrics = {}
+    for name in dict.fromkeys(name for values in by_site.values() for name in values):
+        column = [by_site.get(site, {}).get(name) for site in range(num_sites)]
+        there = [value for value in column if value is not None]
+        worst = min(there) if name == "accuracy" else max(there)
+        metrics |= {f"site.{name}": column, f"sites.{name}.worst": worst}
+        metrics |= {f"sites.{name}.mean": fmean(there), f"sites.{name}.std": pstdev(there)}
+    return metrics

@@ -200,6 +200,15 @@ def run_folder(run: Run) -> str | None:
     return next((observer.dir for observer in run.observers if isinstance(observer, Files)), None)
 
 
+def results(run: Run, checkpoints_dir: str | None) -> list[str]:
+    """Return where a run's results go, in words without credentials."""
+    places = [observer.dir for observer in run.observers if isinstance(observer, Files)]
+    for observer in run.observers:
+        if isinstance(observer, Mongo):
+            places.append(f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})")
+    return places + ([f"checkpoints in {checkpoints_dir}"] if checkpoints_dir is not None else [])
+
+
 # What Sacred logs that we say better, or that is no news.
 NOISE = ("Changed type of config entry", "No observers have been added", "Failed after", "Aborted after")
 

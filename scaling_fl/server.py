@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling_fl.distributed import gather, share_, sum_
+from scaling_fl.distributed import gather, share_, sum_, world_size
 
 # The exact sum starts at GRID, in the middle of the float64 numbers from 2**8 to 2**9, which are 2**-44
 # apart: adding a term rounds it to a multiple of 2**-44, and sums of such multiples are the same in any
@@ -110,6 +110,12 @@ class Server:
     @property
     def _is_exact(self) -> bool:
         return self._wire == torch.float64
+
+    @property
+    def bytes_a_round(self) -> int:
+        """How many bytes all ranks hand to the all-reduce of a round; 0 in a world of one."""
+        num_ranks = world_size()
+        return num_ranks * self.weights.numel() * self._wire.itemsize if num_ranks > 1 else 0
 
     def send(self, replica: Tensor) -> None:
         """Overwrite a model's flat vector with the global weights."""

@@ -2,18 +2,17 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from threading import Lock
-from typing import TypeVar
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl.checkpoint import History
-from scaling_fl.distributed import bytes_sent, gather, rank
-
-T = TypeVar("T")
+from scaling_fl.distributed import rank
+from scaling_fl.metrics import Metrics
+from scaling_fl.training import Batch
 
 
 def say(*lines: str) -> None:
@@ -41,10 +40,11 @@ def table_head() -> str:
     return " | ".join(["round", *COLUMNS])
 
 
-def record(log_scalar: Callable[[str, float, int], None], round_: int, metrics: dict[str, float]) -> None:
-    """Log a round's metrics by `log_scalar(name, value, round)`, and print its line of the table."""
+def record(log_scalar: Callable[[str, float, int], None], round_: int, metrics: Metrics) -> None:
+    """Log a round's metrics but for those of single sites by `log_scalar(name, value, round)`, and print its line."""
     for name, value in metrics.items():
-        log_scalar(name, value, round_)
+        if not isinstance(value, list):
+            log_scalar(name, value, round_)
     cells = [f"{round_:>5}"]
     for title, (name, scale, form) in COLUMNS.items():
         cells.append((form.format(metrics[name] * scale) if name in metrics else "-").rjust(len(title)))
@@ -72,61 +72,41 @@ def finish(
         say(f"model     {path}")
     say(f"weights   SHA-256 {sha256}")
     last = history[-1]
+    best = max(range(len(history)), key=lambda round_: history[round_]["validation.accuracy"])  # the first of equals
+    failed = sum(metrics.get("sites.failed", 0) for metrics in history)
     say(
+        f"best      validation accuracy {history[best]['validation.accuracy']:.4f}, after round {best}",
         f"final     validation accuracy {last['validation.accuracy']:.4f}, loss {last['validation.loss']:.4f}, "
         f"after {len(history) - 1} rounds in {sum(metrics['time.round_s'] for metrics in history):.1f} s"
+        + (f", in which sites failed {failed} times" if failed else ""),
     )
 
 
-class Ledger:
-    """The seconds and bytes of a round."""
-
-    def __init__(self) -> None:
-        self._lap = self._start = time.perf_counter()
-        self._sent = bytes_sent()
-
-    def lap(self, name: str) -> dict[str, float]:
-        """Return the seconds since the last lap, as a metric."""
-        last, self._lap = self._lap, time.perf_counter()
-        return {f"time.{name}_s": self._lap - last}
-
-    def total(self, name: str) -> dict[str, float]:
-        """Return the seconds since the last total and the bytes that all ranks sent since, as metrics."""
-        sent, self._sent = bytes_sent() - self._sent, bytes_sent()
-        all_sent = sum(gather(sent))
-        last, self._start = self._start, time.perf_counter()
-        self._lap = self._start
-        return {f"time.{name}_s": self._start - last, "comm.bytes": all_sent}
-
-
 class Progress:
-    """A bar over batches on a terminal, from rank 0; nothing elsewhere."""
+    """A bar over the examples of this rank with their speed and the time that is left, from rank 0 on a terminal."""
 
-    def __init__(self, name: str, num_batches: int) -> None:
-        self._name = name
-        self._num_batches = num_batches
-        self._num_done = 0
+    def __init__(self, num_examples: int) -> None:
+        self._num_examples = num_examples
         self._bar: tqdm | None = None
         self._lock = Lock()  # of the threads of a rank's devices
 
-    def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the batches and move the bar, which goes away when it is full."""
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Show an empty bar, and take it away at the end."""
+        with tqdm(
+            total=self._num_examples,
+            desc=name,
+            unit=" examples",
+            leave=False,
+            file=sys.__stderr__,  # not sys.stderr, which Sacred writes down
+            disable=None if rank() == 0 else True,
+        ) as self._bar:
+            yield
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches and move the bar."""
         for batch in batches:
-            with self._lock:
-                if self._bar is None:
-                    # Not sys.stderr, which Sacred writes down.
-                    self._bar = tqdm(
-                        total=self._num_batches,
-                        desc=self._name,
-                        unit="batch",
-                        leave=False,
-                        file=sys.__stderr__,
-                        disable=None if rank() == 0 else True,
-                    )
             yield batch
-            with self._lock:
-                self._num_done += 1
-                self._bar.update()
-                if self._num_done == self._num_batches:
-                    self._bar.close()
-                    self._bar, self._num_done = None, 0
+            if self._bar is not None:
+                with self._lock:
+                    self._bar.update(len(batch["labels"]))

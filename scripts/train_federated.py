@@ -23,6 +23,8 @@ from scaling_fl.distributed import first_of_node_first, gather, launched, local_
 from scaling_fl.federation import Federation, Site
 from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
 from scaling_fl.launch import launch, num_ranks, run_program
+from scaling_fl.ledger import Ledger, machine, places, write_round
+from scaling_fl.metrics import Metrics
 from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
 from scaling_fl.partition import PARTITIONERS
 from scaling_fl.placement import Topology, place
@@ -195,7 +197,7 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
-    ledger = tracking.Ledger()
+    ledger = Ledger()
     settings = what_matters(config)
     agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
     checkpoint.check(config.checkpoints_dir)
@@ -210,30 +212,48 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
         )
-    federation = make_federation(config, prepared, server)
+    training = tracking.Progress(config.num_local_epochs * sum(map(len, held.train.values())))
+    testing = tracking.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
+    federation = make_federation(config, prepared, server, training, testing)
     for site, entry in sorted(held.topology.entries.items()) if config.site_paths else ():
-        print(f"site {site:<4} {' and '.join(files_of(config.site_paths[entry]))}, {held.sizes[site]:,} examples")
-    tracking.say(*describe(config, prepared))
+        files = " and ".join(files_of(config.site_paths[entry]))
+        print(f"site {site:<4} {files}, {held.extents[site].num_examples:,} examples")
+    folder = observers.run_folder(run)
+    tracking.say(*describe(config, prepared, observers.results(run, config.checkpoints_dir)))
+    run.info |= {
+        "labels": list(held.label_names),
+        "sites": describe_sites(held),
+        "machine": machine(held.topology.devices),
+    }
     if history:
         tracking.say(f"resumed   after round {len(history) - 1}, from {config.checkpoints_dir}")
     tracking.say(tracking.table_head())
-    for round_, metrics in enumerate(history):
+
+    def record(round_: int, metrics: Metrics) -> None:
         tracking.record(run.log_scalar, round_, metrics)
+        write_round(folder, round_, metrics)
+
+    for round_, metrics in enumerate(history):
+        record(round_, metrics)
     metrics = ledger.lap("setup")
     for round_ in range(len(history), config.num_rounds + 1):
         if round_ > 0:
-            metrics |= federation.train(round_, config.num_local_epochs)
+            with training.shown(f"round {round_}, training"):
+                metrics |= federation.train(round_, config.num_local_epochs)
             metrics |= ledger.lap("train")
             server.step()
-            metrics |= ledger.lap("aggregate")
-        metrics |= federation.evaluate()
-        metrics |= ledger.lap("evaluate") | ledger.total("round")
-        tracking.record(run.log_scalar, round_, metrics)
+            metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
+        with testing.shown(f"round {round_}, evaluating"):
+            metrics |= federation.evaluate()
+        metrics |= ledger.lap("evaluate")
+        metrics |= ledger.total(metrics)
         history.append(metrics)
         if round_ > 0:
             checkpoint.save(config.checkpoints_dir, server, history, settings, config.keep_checkpoints)
+            metrics |= ledger.lap("checkpoint")
+        record(round_, metrics)
         metrics = {}
-    tracking.finish(observers.run_folder(run), federation.model, prepared.tokenizer, server.sha256(), history)
+    tracking.finish(folder, federation.model, prepared.tokenizer, server.sha256(), history)
     return history[-1]["validation.accuracy"]
 
 
@@ -277,12 +297,15 @@ def deal_data(
     return deal_corpus(corpus, topology, tokens, partitioner, config.data_seed, config.val_batch_size)
 
 
-def make_federation(config: SimpleNamespace, prepared: Prepared, server: Server) -> Federation:
+def make_federation(
+    config: SimpleNamespace,
+    prepared: Prepared,
+    server: Server,
+    training: tracking.Progress,
+    testing: tracking.Progress,
+) -> Federation:
     """Bind the data to the sites of this rank."""
     held = prepared.held
-    num_batches = sum(-(-len(part) // config.batch_size) for part in held.train.values())
-    training = tracking.Progress("training", num_batches * config.num_local_epochs)
-    testing = tracking.Progress("evaluating", sum(map(len, held.test.values())))
 
     def site_batches(part: Part, seed: int) -> Iterator[Batch]:
         return training.watch(part.shuffled_batches(config.batch_size, seed))
@@ -338,18 +361,40 @@ def agree(settings: dict[str, Any]) -> None:
                 )
 
 
-def describe(config: SimpleNamespace, prepared: Prepared) -> list[str]:
+def count(config: SimpleNamespace, held: Holdings, server: Server, metrics: Metrics) -> Metrics:
+    """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
+    trained = [extent for extent, loss in zip(held.extents, metrics["site.loss"], strict=True) if loss is not None]
+    epochs_a_second = config.num_local_epochs / metrics["time.train_s"]
+    return {
+        "site.examples": [extent.num_examples for extent in held.extents],
+        "speed.examples_per_s": epochs_a_second * sum(extent.num_examples for extent in trained),
+        "speed.tokens_per_s": epochs_a_second * sum(extent.num_tokens for extent in trained),
+        "comm.expected_bytes": server.bytes_a_round,
+    }
+
+
+def describe(config: SimpleNamespace, prepared: Prepared, results: list[str]) -> list[str]:
     """Return what is about to run, in words."""
     held, topology = prepared.held, prepared.held.topology
     num_weights = sum(weight.numel() for weight in trained_weights(prepared.model).values())
+    sizes = [extent.num_examples for extent in held.extents]
     how = config.partition if config.site_paths is None else "of their own"
+    devices = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
     return [
         f"model     {config.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"drawn at random: {', '.join(prepared.drawn) or 'none'}",
-        f"data      {config.task_name}: {sum(held.sizes):,} examples to train on, {held.num_test:,} to evaluate on",
-        f"sites     {topology.num_sites} with {min(held.sizes):,} to {max(held.sizes):,} examples each ({how}), "
-        f"on {topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})",
+        f"data      {config.task_name}: {sum(sizes):,} examples to train on, {held.num_test:,} to evaluate on",
+        f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {devices}",
         f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",
+        f"results   {', '.join(results) or 'not on record'}",
+    ]
+
+
+def describe_sites(held: Holdings) -> list[dict[str, Any]]:
+    """Return for each site where it runs and what it trains on."""
+    return [
+        place | {"examples": extent.num_examples, "tokens": extent.num_tokens, "labels": list(extent.label_counts)}
+        for place, extent in zip(places(held.topology), held.extents, strict=True)
     ]
 
 

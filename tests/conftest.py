@@ -272,6 +272,7 @@ class Play:
             watched = [self.watch(server, federation)]
             for round_ in range(len(history), self.num_rounds + 1):
                 metrics = federation.train(round_, self.num_epochs) if round_ > 0 else {}
+                metrics = {name: value for name, value in metrics.items() if not re.search("seconds|memory", name)}
                 if round_ > 0:
                     server.step()
                 history.append(metrics | federation.evaluate())

@@ -14,7 +14,16 @@ LAYERS = [
     {"launch", "training", "placement", "tasks.reading"},
     {"server", "tasks.task"},
     {"models", "tasks.corpus", "federation", "checkpoint"},
-    {"tasks.bbcnews", "tasks.crepe", "tasks.imdb", "tasks.spooky_author", "tasks.text", "tracking", "observers"},
+    {
+        "ledger",
+        "tasks.bbcnews",
+        "tasks.crepe",
+        "tasks.imdb",
+        "tasks.spooky_author",
+        "tasks.text",
+        "tracking",
+        "observers",
+    },
     {"tasks"},
     {"holdings"},
 ]

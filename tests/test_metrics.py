@@ -4,12 +4,13 @@ import math
 import pickle
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.metrics import Means
+from scaling_fl.metrics import Means, spread
 
 TERMS = st.lists(
     st.tuples(st.sampled_from(["loss", "accuracy"]), st.floats(-1e300, 1e300), st.integers(1, 2**40)), min_size=1
@@ -92,3 +93,15 @@ def test_merging_leaves_the_others_as_they_were() -> None:
     Means().merge([other, other])
     assert other.result() == {"loss": 1.0}
     assert Means().result() == {}
+
+
+def test_the_spread_over_the_sites_is_that_of_numpy_and_leaves_out_those_that_failed() -> None:
+    losses, accuracies = [0.5, 2.0, 0.25], [0.75, 0.125, 1.0]
+    by_site = {site: {"loss": losses[i], "accuracy": accuracies[i]} for i, site in enumerate((3, 0, 2))}
+    metrics = spread(by_site, num_sites=4)
+    assert metrics["site.loss"] == [2.0, None, 0.25, 0.5]
+    assert metrics["site.accuracy"] == [0.125, None, 1.0, 0.75]
+    assert (metrics["sites.loss.worst"], metrics["sites.accuracy.worst"]) == (2.0, 0.125)
+    for name, values in (("loss", losses), ("accuracy", accuracies)):
+        assert metrics[f"sites.{name}.mean"] == pytest.approx(np.mean(values))
+        assert metrics[f"sites.{name}.std"] == pytest.approx(np.std(values))

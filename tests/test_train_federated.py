@@ -1,18 +1,24 @@
 """The main job as a user meets it: its command line, from a folder of the user's own."""
 
+import contextlib
+import fcntl
 import json
+import operator
 import os
+import pty
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, SCRIPT, Command, accuracies, succeed, weights_hash
+from conftest import LABELS, ROOT, SCRIPT, Command, accuracies, succeed, weights_hash
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scaling_fl import checkpoint
@@ -42,7 +48,9 @@ def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Comm
     }
     assert metrics["time.setup_s"]["steps"] == [0]
     parts = (sum(seconds[name]) for name in ("setup", "train", "aggregate", "evaluate"))
-    assert sum(parts) == pytest.approx(sum(seconds["round"]), rel=0.2)
+    assert sum(parts) == pytest.approx(sum(seconds["round"]))
+    assert len(rounds(run)) == 13
+    assert best_line(output) == max(accuracies(output))
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     assert model.config.id2label == dict(enumerate(sorted(LABELS)))
@@ -50,6 +58,90 @@ def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Comm
     with torch.inference_mode():
         guesses = model.eval()(**tokens).logits.argmax(-1).tolist()
     assert [model.config.id2label[guess] for guess in guesses] == ["sport", "food"]
+
+
+def rounds(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def best_line(output: str) -> float:
+    (found,) = re.findall(r"^best +validation accuracy ([\d.]+), after round \d+$", output, re.MULTILINE)
+    return float(found)
+
+
+def documented_columns() -> set[str]:
+    """The columns that docs/records.md explains."""
+    table = (ROOT / "docs" / "records.md").read_text().partition("## rounds.jsonl")[2]
+    names: list[str] = []
+    for line in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+        for name in re.findall(r"`(.*?)`", line):
+            names.append(names[-1].rpartition(".")[0] + name if name.startswith(".") else name)
+    return set(names)
+
+
+def test_every_column_of_a_round_is_what_the_page_says(command: Command, tmp_path: Path) -> None:
+    settings = {"site_ids": "[0,0,1]", "partition": "dirichlet", "num_local_epochs": 2, "on_site_failure": "skip"}
+    output = succeed(command(ranks=2, checkpoints_dir=tmp_path / "checkpoints", **settings))
+    run = tmp_path / "runs" / "1"
+    zero, one, two = rounds(run)
+    assert set(zero) | set(one) == documented_columns()
+    assert not [name for name in zero if name.startswith(("train", "site", "speed"))]
+    assert set(one) == set(two) == documented_columns() - {"time.setup_s"}
+    info = json.loads((run / "info.json").read_text())
+    assert info["labels"] == sorted(LABELS)
+    assert [site["rank"] for site in info["sites"]] == [0, 0, 1]
+    assert [sum(site["labels"]) for site in info["sites"]] == one["site.examples"] == two["site.examples"]
+    assert sum(one["site.examples"]) == 61
+    assert info["machine"]["torch"] == torch.__version__
+    for line in (one, two):
+        for name in ("loss", "accuracy"):
+            weighted = sum(map(operator.mul, line[f"site.{name}"], line["site.examples"])) / 61
+            assert weighted == pytest.approx(line[f"train.{name}"], rel=1e-12)
+        assert line["sites.loss.worst"] == max(line["site.loss"])
+        assert max(line["site.seconds"]) < line["time.train_s"]
+        assert line["speed.examples_per_s"] * line["time.train_s"] == pytest.approx(2 * 61)
+        num_tokens = sum(site["tokens"] for site in info["sites"])
+        assert line["speed.tokens_per_s"] * line["time.train_s"] == pytest.approx(2 * num_tokens)
+        assert 0 < line["comm.bytes"] - line["comm.expected_bytes"] < 10_000
+        assert all(50 < memory < 10_000 for memory in line["site.memory_mb"])
+    assert f"results   {Path('runs') / '1'}, checkpoints in {tmp_path / 'checkpoints'}\n" in output
+    alone = succeed(command(ranks=1, **settings))
+    assert weights_hash(alone) == weights_hash(output)
+    incidental = re.compile("time|comm|speed|seconds|memory")
+    for line, other in zip(rounds(run), rounds(tmp_path / "runs" / "2"), strict=True):
+        for name in line:
+            assert incidental.search(name) or line[name] == other[name]
+
+
+def test_a_stopped_run_has_all_rounds_of_all_sites_in_its_last_record(command: Command, tmp_path: Path) -> None:
+    settings = {"checkpoints_dir": tmp_path / "checkpoints"}
+    succeed(command(num_rounds=1, **settings))
+    succeed(command(num_rounds=2, ranks=2, **settings))
+    first, last = (rounds(tmp_path / "runs" / run) for run in ("1", "2"))
+    missing = {"time.checkpoint_s"}
+    assert last[:2] == [{name: line[name] for name in line.keys() - missing} for line in first]
+    assert [line["round"] for line in last] == [0, 1, 2]
+
+
+def test_bars_are_for_a_terminal_and_in_no_record(tiny_model: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=1"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.environ |= {"RANKS": "2", "TQDM_MININTERVAL": "0"}
+        os.execv(sys.executable, [sys.executable, str(SCRIPT), "with", *settings.split(), "max_seq_len=32"])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal ends
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    assert os.waitpid(pid, 0)[1] == 0, shown
+    for bar in (b"round 0, evaluating: 100%", b"round 1, training:   0%", b"round 1, training: 100%"):
+        assert shown.count(bar) == 1, "from one rank, and once"
+    assert b"examples/s]" in shown
+    record = (tmp_path / "runs" / "1" / "cout.txt").read_text()
+    assert "%" not in record
+    assert len(accuracies(record)) == 2
 
 
 def test_every_byte_that_ranks_send_is_on_record(command: Command, tmp_path: Path) -> None:
@@ -186,7 +278,7 @@ REFUSED = {
 def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
     key, value = setting.split("=", 1)
     status, output = command("--unobserved", ranks=ranks, **{key: value})
-    head = re.compile(r"(model|data|sites|strategy) |round \|| +0 \|")
+    head = re.compile(r"(model|data|sites|strategy|results) |round \|| +0 \|")
     lines = [line for line in output.splitlines() if not head.match(line)]
     assert status == 1
     assert len(lines) == 1, output

@@ -1,0 +1,98 @@
+"""What is on record of a run besides its scores: seconds, bytes, speed, machines; and a line a round in a file."""
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaling_fl.distributed import bytes_sent, gather
+from scaling_fl.metrics import Metrics
+from scaling_fl.placement import Topology
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = "rounds.jsonl"
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+
+
+class Ledger:
+    """The seconds and bytes of a round."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._sent = bytes_sent()
+
+    def lap(self, name: str) -> Metrics:
+        """Return the seconds since the last lap, as a metric."""
+        last, self._last = self._last, time.perf_counter()
+        return {f"time.{name}_s": self._last - last}
+
+    def total(self, metrics: Metrics) -> Metrics:
+        """Return the seconds of a round's laps, and the bytes that all ranks sent since the last total."""
+        sent, self._sent = bytes_sent() - self._sent, bytes_sent()
+        seconds = sum(value for name, value in metrics.items() if name.startswith("time."))
+        return {"time.round_s": seconds, "comm.bytes": sum(gather(sent))}
+
+
+def write_round(folder: str | None, round_: int, metrics: Metrics) -> None:
+    """Append a round's line to `rounds.jsonl` in the folder of a run's files, if there is one."""
+    if folder is not None:
+        with open(os.path.join(folder, ROUNDS), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": round_, **metrics}, allow_nan=False) + "\n")
+
+
+def places(topology: Topology) -> list[dict[str, Any]]:
+    """Return the rank and the device of each site of the federation."""
+    by_rank = gather({site: str(device) for site, device in topology.sites.items()})
+    found = {
+        site: {"rank": rank, "device": device}
+        for rank, of_rank in enumerate(by_rank)
+        for site, device in of_rank.items()
+    }
+    return [found[site] for site in range(topology.num_sites)]
+
+
+def machine(devices: Sequence[torch.device]) -> dict[str, str]:
+    """Return what all ranks run on: hosts, devices, versions, the state of the code and of its constraints."""
+    names = [
+        device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+        for device in devices
+    ]
+    by_rank = gather((socket.gethostname(), names))
+    constraints = ROOT / "constraints.txt"
+    return {
+        "hosts": ", ".join(dict.fromkeys(host for host, _ in by_rank)),
+        "devices": "; ".join(f"rank {rank}: {', '.join(of_rank)}" for rank, (_, of_rank) in enumerate(by_rank)),
+        "CPU threads of a rank": str(torch.get_num_threads()),
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "git": _git_state(),
+        "constraints.txt (SHA-256)": hashlib.sha256(constraints.read_bytes()).hexdigest()
+        if constraints.exists()
+        else "none",
+    }
+
+
+def _git_state() -> str:
+    """Return the commit of this code, and whether it was changed since. A remote's URL may hold a password."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    if not (ROOT / ".git").exists():
+        return "none"
+    try:
+        return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
