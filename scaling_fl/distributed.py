@@ -132,6 +132,22 @@ def gather(value: T) -> list[T]:
     return [_decode(text[:size]) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
+def agree(values: dict[str, Any]) -> None:
+    """Find out whether all ranks have the same values.
+
+    Raises:
+        ValueError: some rank's differ from those of rank 0.
+    """
+    by_rank = gather(values)
+    for number, theirs in enumerate(by_rank):
+        for key, value in theirs.items():
+            if value != by_rank[0][key]:
+                raise ValueError(
+                    f"all ranks must have the same settings and data: {key} is {by_rank[0][key]!r} on rank 0 "
+                    f"and {value!r} on rank {number}"
+                )
+
+
 def share(value: T, source: int = 0) -> T:
     """Return the `value` of rank `source`, which is as for `gather`, on every rank."""
     return _decode(share_bytes(lambda: _encode(value).numpy().tobytes(), source))

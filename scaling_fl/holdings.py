@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,11 @@ class Part:
         """Return all of them as one batch."""
         return self.examples.batch(self.indices)
 
+    def longest_batch(self, batch_size: int) -> Batch:
+        """Return the batch of them that takes the most memory."""
+        longest_first = np.argsort(-self.examples.lengths[self.indices], kind="stable")
+        return self.examples.batch(self.indices[longest_first[:batch_size]])
+
     def shuffled_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yield one epoch of them in the order of `seed`; the last batch may be smaller."""
         return self.examples.shuffled_batches(self.indices, batch_size, seed)
@@ -74,6 +79,21 @@ class Holdings:
     extents: list[Extent]  # of each site of the federation
     num_test: int  # examples in all
     sha256: dict[str, str]  # of the data of all sites
+
+    def describe_sites(self) -> list[dict[str, Any]]:
+        """Return for each site of the federation its rank and device, and how much it trains on."""
+        by_rank = gather({site: str(device) for site, device in self.topology.sites.items()})
+        places = _merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
+        return [
+            {
+                "rank": places[site][0],
+                "device": places[site][1],
+                "examples": extent.num_examples,
+                "tokens": extent.num_tokens,
+                "labels": list(extent.label_counts),
+            }
+            for site, extent in enumerate(self.extents)
+        ]
 
 
 def deal_corpus(

@@ -10,13 +10,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from scaling_fl.distributed import bytes_sent, gather
 from scaling_fl.metrics import Metrics
-from scaling_fl.placement import Topology
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = "rounds.jsonl"
@@ -47,17 +45,6 @@ def write_round(folder: str | None, round_: int, metrics: Metrics) -> None:
     if folder is not None:
         with open(os.path.join(folder, ROUNDS), "a", encoding="utf-8") as file:
             file.write(json.dumps({"round": round_, **metrics}, allow_nan=False) + "\n")
-
-
-def places(topology: Topology) -> list[dict[str, Any]]:
-    """Return the rank and the device of each site of the federation."""
-    by_rank = gather({site: str(device) for site, device in topology.sites.items()})
-    found = {
-        site: {"rank": rank, "device": device}
-        for rank, of_rank in enumerate(by_rank)
-        for site, device in of_rank.items()
-    }
-    return [found[site] for site in range(topology.num_sites)]
 
 
 def machine(devices: Sequence[torch.device]) -> dict[str, str]:

@@ -117,6 +117,11 @@ class Server:
         num_ranks = world_size()
         return num_ranks * self.weights.numel() * self._wire.itemsize if num_ranks > 1 else 0
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the weights and their sum take, without what the strategy keeps."""
+        return self.weights.nbytes + self._sum.nbytes
+
     def send(self, replica: Tensor) -> None:
         """Overwrite a model's flat vector with the global weights."""
         replica.copy_(self.weights)

@@ -70,16 +70,18 @@ def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     """Compare settings with their kinds.
 
     Raises:
-        ValueError: a key is unknown, or a value is not of its kind.
+        ValueError: keys are unknown, or values are not of their kinds, a line for each.
     """
-    for key in settings:
+    problems = []
+    for key, value in settings.items():
         if key not in kinds:
             near = get_close_matches(key, kinds, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{', '.join(kinds)} would do"
-            raise ValueError(f"there is no setting {key!r}: {hint}")
-    for key, kind in kinds.items():
-        if not kind.accepts(settings[key]):
-            raise ValueError(f"{key}={settings[key]!r} was given: {kind.wanted} would do")
+            problems.append(f"there is no setting {key!r}: {hint}")
+        elif not kinds[key].accepts(value):
+            problems.append(f"{key}={value!r} was given: {kinds[key].wanted} would do")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def one_line(error: BaseException) -> str:

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,38 @@ def record(log_scalar: Callable[[str, float, int], None], round_: int, metrics: 
     for title, (name, scale, form) in COLUMNS.items():
         cells.append((form.format(metrics[name] * scale) if name in metrics else "-").rjust(len(title)))
     say(" | ".join(cells))
+
+
+def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_size: int, num_epochs: int) -> list[str]:
+    """Return the lines of a table with where each site runs and what it trains on in a round.
+
+    Args:
+        sites: as `Holdings.describe_sites` returns them.
+        label_names: of the classes.
+        batch_size: examples in a step.
+        num_epochs: of a round.
+    """
+    lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
+    for number, site in enumerate(sites):
+        num_steps = num_epochs * -(-site["examples"] // batch_size)
+        labels = ", ".join(f"{name} {count:,}" for name, count in zip(label_names, site["labels"], strict=True))
+        lines.append(
+            f"{number:>4} | {site['rank']:>4} | {site['device']:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
+            f"{num_steps:>13,} | {labels}"
+        )
+    return lines
+
+
+def device_table(num_bytes: list[dict[str, int]]) -> list[str]:
+    """Return the lines of a table with the memory that each device takes.
+
+    Args:
+        num_bytes: for each rank, device -> bytes.
+    """
+    lines = ["rank | device | memory, estimated"]
+    for number, of_rank in enumerate(num_bytes):
+        lines += [f"{number:>4} | {device:>6} | {size / 1e6:,.0f} MB" for device, size in of_rank.items()]
+    return lines
 
 
 def finish(

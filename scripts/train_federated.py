@@ -4,31 +4,26 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import huggingface_hub
-import torch
 import transformers
 from sacred import SETTINGS, Experiment
 from sacred.run import Run
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint, observers, tracking
-from scaling_fl.distributed import first_of_node_first, gather, launched, local_rank, lost_after, num_threads, world
-from scaling_fl.federation import Federation, Site
-from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
+from scaling_fl.distributed import gather, launched, local_rank, lost_after, num_threads, world
+from scaling_fl.job import count, describe, estimate_memory, make_federation, set_up
 from scaling_fl.launch import launch, num_ranks, run_program
-from scaling_fl.ledger import Ledger, machine, places, write_round
+from scaling_fl.ledger import Ledger, machine, write_round
 from scaling_fl.metrics import Metrics
-from scaling_fl.models import load_tokenizer, make_classifier, model_defaults
+from scaling_fl.models import model_defaults
 from scaling_fl.partition import PARTITIONERS
-from scaling_fl.placement import Topology, place
-from scaling_fl.server import COMM_DTYPES, Server, trained_weights
+from scaling_fl.server import COMM_DTYPES
 from scaling_fl.settings import (
     DEVICE_IDS,
     FLAG,
@@ -42,10 +37,11 @@ from scaling_fl.settings import (
     whole_number,
 )
 from scaling_fl.strategies import STRATEGIES, make_strategy
-from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
-from scaling_fl.tasks.task import encode, score_classes
-from scaling_fl.training import OPTIMISERS, Batch
+from scaling_fl.tasks import TASKS, task_defaults
+from scaling_fl.training import OPTIMISERS
 from scaling_fl.vigil import Interrupted, PeerError
+
+T = TypeVar("T")
 
 SETTINGS.CAPTURE_MODE = "sys"
 experiment = Experiment("train_federated", save_git_info=False)
@@ -136,28 +132,37 @@ KINDS = {
     "author": TEXT,
 }
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
-# A resumed run may change these; any other setting makes another run.
-FREE = {"site_ids", "num_sites", "site_paths", "train_path", "test_path", "num_rounds", "val_batch_size", "author"}
-FREE |= {"job_name", "checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 
 
 @experiment.config_hook
 def check_settings(config: dict[str, Any], command_name: str, logger: logging.Logger) -> dict[str, Any]:
     """Refuse unknown settings and wrong values before anything starts."""
-    try:
-        check(config, KINDS)
-        check_site_paths(config)
-        make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"])
-        count_ranks(config)
-        num_threads()
-        lost_after()
-        if command_name == "train_federated" and is_observed():
-            observers.check_mongo(config, goes_on)
-            observers.check_files()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    is_on_record = command_name in ("train_federated", "plan") and is_observed()
+    problems = find_problems([lambda: check(config, KINDS)]) or find_problems(
+        [
+            lambda: check_site_paths(config),
+            lambda: make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"]),
+            lambda: count_ranks(config),
+            num_threads,
+            lost_after,
+            *([lambda: observers.check_mongo(config, goes_on), observers.check_files] if is_on_record else []),
+        ]
+    )
+    if problems:
+        raise SystemExit("\n".join(f"error: {problem}" for problem in problems))
     return {}
+
+
+def find_problems(checks: list[Callable[[], object]]) -> list[str]:
+    """Return what all checks that fail have to say."""
+    problems = []
+    for check_ in checks:
+        try:
+            check_()
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return problems
 
 
 def count_ranks(config: dict[str, Any]) -> int:
@@ -183,13 +188,24 @@ def check_site_paths(config: dict[str, Any]) -> None:
 
 @experiment.main
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
-    """Train on the ranks of this run, and start them first if nobody has."""
+    """Train on the ranks of this run."""
+    return on_ranks(_config, lambda config: run_rounds(config, _run))
+
+
+@experiment.command(unobserved=True)
+def plan(_config: dict[str, Any]) -> None:
+    """Print what would run where, and what it takes, or what would be refused. Trains nothing."""
+    on_ranks(_config, show_plan)
+
+
+def on_ranks(config: dict[str, Any], work: Callable[[SimpleNamespace], T]) -> T | None:
+    """Do `work` as one of the ranks of this run, or start them if nobody has: each comes back here."""
     if not is_rank():
-        launch(main, num_ranks=count_ranks(_config))
+        launch(main, num_ranks=count_ranks(config))
         return None
     try:
         with world():
-            return run_rounds(SimpleNamespace(**_config), _run)
+            return work(SimpleNamespace(**config))
     except (ValueError, PeerError) as error:
         # Every rank knows of the error; one of each node says it.
         raise SystemExit(f"error: {error}" if local_rank() == 0 else 1) from error
@@ -198,35 +214,21 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
     """Train, average, evaluate, record and save, round by round; return the last accuracy."""
     ledger = Ledger()
-    settings = what_matters(config)
-    agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
-    checkpoint.check(config.checkpoints_dir)
-    prepared = prepare(config, place(config.site_ids, config.num_sites))
-    held = prepared.held
-    settings |= what_is_there(config, held)
-    agree(settings)
-    strategy = make_strategy(config.strategy, config.server_learning_rate, config.server_momentum)
-    server = Server(prepared.model, strategy, config.comm_dtype, held.topology.devices[0])
-    history = checkpoint.restore(config.checkpoints_dir, server, settings)
-    if len(history) > config.num_rounds + 1:
-        raise ValueError(
-            f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
-        )
+    job = set_up(config)
+    held, server, history = job.held, job.server, job.history
     training = tracking.Progress(config.num_local_epochs * sum(map(len, held.train.values())))
     testing = tracking.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
-    federation = make_federation(config, prepared, server, training, testing)
-    for site, entry in sorted(held.topology.entries.items()) if config.site_paths else ():
-        files = " and ".join(files_of(config.site_paths[entry]))
-        print(f"site {site:<4} {files}, {held.extents[site].num_examples:,} examples")
+    federation = make_federation(config, job, training, testing)
     folder = observers.run_folder(run)
-    tracking.say(*describe(config, prepared, observers.results(run, config.checkpoints_dir)))
+    tracking.say(
+        *describe(config, job),
+        f"results   {', '.join(observers.results(run, config.checkpoints_dir)) or 'not on record'}",
+    )
     run.info |= {
         "labels": list(held.label_names),
-        "sites": describe_sites(held),
+        "sites": held.describe_sites(),
         "machine": machine(held.topology.devices),
     }
-    if history:
-        tracking.say(f"resumed   after round {len(history) - 1}, from {config.checkpoints_dir}")
     tracking.say(tracking.table_head())
 
     def record(round_: int, metrics: Metrics) -> None:
@@ -249,153 +251,27 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         metrics |= ledger.total(metrics)
         history.append(metrics)
         if round_ > 0:
-            checkpoint.save(config.checkpoints_dir, server, history, settings, config.keep_checkpoints)
+            checkpoint.save(config.checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
             metrics |= ledger.lap("checkpoint")
         record(round_, metrics)
         metrics = {}
-    tracking.finish(folder, federation.model, prepared.tokenizer, server.sha256(), history)
+    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history)
     return history[-1]["validation.accuracy"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The sites' examples, and the model and tokenizer for them."""
-
-    held: Holdings
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    drawn: list[str]  # the weights that are not pretrained
-
-
-def prepare(config: SimpleNamespace, topology: Topology) -> Prepared:
-    """Read and tokenise the data, and load the model."""
-    tokenizer = first_of_node_first(partial(load_tokenizer, config.model, config.max_seq_len))
-    tokens = partial(encode, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
-    columns = config.text_column, config.label_column
-    if config.site_paths is None:
-        held = first_of_node_first(partial(deal_data, config, columns, topology, tokens))
-    else:
-        if config.num_sites not in (None, topology.num_slots):
-            raise ValueError(
-                f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
-                f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
-            )
-        held = read_own_files(config.task_name, config.site_paths, columns, topology, tokens, config.val_batch_size)
-    model, drawn = first_of_node_first(partial(make_classifier, config.model, held.label_names, tokenizer, config.seed))
-    return Prepared(held, tokenizer, model, drawn)
-
-
-def deal_data(
-    config: SimpleNamespace, columns: tuple[str | None, str | None], topology: Topology, tokens: Encode
-) -> Holdings:
-    """Read the task's data set, and deal it to the sites."""
-    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns)
-    corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
-    partitioner = PARTITIONERS[config.partition]
-    if config.partition == "dirichlet":
-        partitioner = partial(partitioner, alpha=config.dirichlet_alpha)
-    return deal_corpus(corpus, topology, tokens, partitioner, config.data_seed, config.val_batch_size)
-
-
-def make_federation(
-    config: SimpleNamespace,
-    prepared: Prepared,
-    server: Server,
-    training: tracking.Progress,
-    testing: tracking.Progress,
-) -> Federation:
-    """Bind the data to the sites of this rank."""
-    held = prepared.held
-
-    def site_batches(part: Part, seed: int) -> Iterator[Batch]:
-        return training.watch(part.shuffled_batches(config.batch_size, seed))
-
-    return Federation(
-        held.topology,
-        [
-            Site(index, device, len(held.train[index]), partial(site_batches, held.train[index]))
-            for index, device in held.topology.sites.items()
-        ],
-        prepared.model,
-        server,
-        make_optimiser=partial(OPTIMISERS[config.optimiser], lr=config.learning_rate),
-        score=score_classes,
-        test_batches=lambda device: testing.watch(part.batch() for part in held.test[device]),
-        seed=config.seed,
-        proximal_mu=config.proximal_mu,
-        min_sites=config.min_sites if config.on_site_failure == "skip" else None,
+def show_plan(config: SimpleNamespace) -> None:
+    """Set a run up as if to train, and print what it comes to."""
+    job = set_up(config)
+    held, server = job.held, job.server
+    memory = gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
+    sites = held.describe_sites()
+    tracking.say(
+        *describe(config, job),
+        f"round     {server.weights.numel():,} weights shared, {server.bytes_a_round * 1e-6:.1f} MB sent by all ranks",
+        *tracking.site_table(sites, held.label_names, config.batch_size, config.num_local_epochs),
+        *tracking.device_table(memory),
+        "the plan holds: nothing of it would be refused",
     )
-
-
-def what_matters(config: SimpleNamespace) -> dict[str, Any]:
-    """Return the settings that the weights of a round depend on."""
-    return {key: value for key, value in vars(config).items() if key not in FREE} | {
-        "data": "dealt" if config.site_paths is None else "of the sites' own (site_paths)",
-        "OMP_NUM_THREADS": num_threads(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
-
-
-def what_is_there(config: SimpleNamespace, held: Holdings) -> dict[str, Any]:
-    """Return what the weights of a round depend on besides: a resumed run must have the same."""
-    return held.sha256 | {
-        "number of sites": held.topology.num_sites,
-        "kind of device": held.topology.devices[0].type,
-        "number of devices": "any" if config.comm_dtype == "exact" else held.topology.num_devices,
-    }
-
-
-def agree(settings: dict[str, Any]) -> None:
-    """Refuse to train on nodes that were started with different settings or data.
-
-    Raises:
-        ValueError: some rank's differ from those of rank 0.
-    """
-    by_rank = gather(settings)
-    for rank_, theirs in enumerate(by_rank):
-        for key, value in theirs.items():
-            if value != by_rank[0][key]:
-                raise ValueError(
-                    f"all ranks must have the same settings and data: {key} is {by_rank[0][key]!r} on rank 0 "
-                    f"and {value!r} on rank {rank_}"
-                )
-
-
-def count(config: SimpleNamespace, held: Holdings, server: Server, metrics: Metrics) -> Metrics:
-    """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    trained = [extent for extent, loss in zip(held.extents, metrics["site.loss"], strict=True) if loss is not None]
-    epochs_a_second = config.num_local_epochs / metrics["time.train_s"]
-    return {
-        "site.examples": [extent.num_examples for extent in held.extents],
-        "speed.examples_per_s": epochs_a_second * sum(extent.num_examples for extent in trained),
-        "speed.tokens_per_s": epochs_a_second * sum(extent.num_tokens for extent in trained),
-        "comm.expected_bytes": server.bytes_a_round,
-    }
-
-
-def describe(config: SimpleNamespace, prepared: Prepared, results: list[str]) -> list[str]:
-    """Return what is about to run, in words."""
-    held, topology = prepared.held, prepared.held.topology
-    num_weights = sum(weight.numel() for weight in trained_weights(prepared.model).values())
-    sizes = [extent.num_examples for extent in held.extents]
-    how = config.partition if config.site_paths is None else "of their own"
-    devices = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
-    return [
-        f"model     {config.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"drawn at random: {', '.join(prepared.drawn) or 'none'}",
-        f"data      {config.task_name}: {sum(sizes):,} examples to train on, {held.num_test:,} to evaluate on",
-        f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {devices}",
-        f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",
-        f"results   {', '.join(results) or 'not on record'}",
-    ]
-
-
-def describe_sites(held: Holdings) -> list[dict[str, Any]]:
-    """Return for each site where it runs and what it trains on."""
-    return [
-        place | {"examples": extent.num_examples, "tokens": extent.num_tokens, "labels": list(extent.label_counts)}
-        for place, extent in zip(places(held.topology), held.extents, strict=True)
-    ]
 
 
 def interrupt(signum: int, _: object) -> None:
@@ -407,10 +283,8 @@ def main() -> None:
     """Run Sacred's command line. Of several ranks the first alone is observed."""
     argv = [literal(argument, TEXT_KEYS) for argument in sys.argv]
     if is_observed() and is_rank():
-        try:
+        with suppress(ValueError):  # which check_settings says, beside all else that is wrong
             experiment.observers.extend(observers.make_observers(goes_on))
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()

@@ -13,7 +13,7 @@ LAYERS = [
     {"distributed", "stores"},
     {"launch", "training", "placement", "tasks.reading"},
     {"server", "tasks.task"},
-    {"models", "tasks.corpus", "federation", "checkpoint"},
+    {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
     {
         "ledger",
         "tasks.bbcnews",
@@ -26,6 +26,7 @@ LAYERS = [
     },
     {"tasks"},
     {"holdings"},
+    {"job"},
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT / "scaling_fl").with_suffix("").parts).removesuffix(".__init__"): path

@@ -37,6 +37,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "split_data.py": ({"/path/to": "{tmp}"}, ""),
     "print_config": ({}, ""),
+    " plan with": ({}, ""),
 }
 
 

@@ -1,0 +1,65 @@
+"""The memory that is foretold is the memory that is taken."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, make_bert, make_examples
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from scaling_fl.footprint import Meter, passing, state_bytes
+from scaling_fl.strategies import make_strategy
+from scaling_fl.training import OPTIMISERS
+
+
+def make_llama() -> nn.Module:
+    return AutoModelForSequenceClassification.from_config(
+        LlamaConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            vocab_size=50,
+            num_labels=len(LABELS),
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("make_model", [make_bert, make_llama])
+def test_what_a_batch_is_said_to_take_is_what_it_takes(make_model: Callable[[], nn.Module], is_training: bool) -> None:
+    model = make_model().train(is_training)
+    batch = make_examples(7).batch(np.arange(7))
+    with Meter([*model.parameters(), *model.buffers(), *batch.values()]) as meter, torch.set_grad_enabled(is_training):
+        output = model(**batch)
+        if is_training:
+            output.loss.backward()
+    assert passing(model, batch, is_training) == pytest.approx(meter.peak, rel=0.02)
+
+
+def test_a_meter_counts_what_there_is_at_once() -> None:
+    known = torch.zeros(100)
+    with Meter([known]) as meter:
+        known.view(10, 10)
+        for _ in range(3):
+            torch.zeros(1_000)
+        both = torch.zeros(1_000), torch.zeros(500)
+    assert meter.peak == sum(tensor.nbytes for tensor in both)
+
+
+@pytest.mark.parametrize(
+    ("make", "num_copies"),
+    [(OPTIMISERS["sgd"], 0), (OPTIMISERS["adamw"], 2)]
+    + [(make_strategy(name, None, None), copies) for name, copies in (("fedavg", 0), ("fedavgm", 1), ("fedadam", 2))],
+)
+def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Optimizer], num_copies: int) -> None:
+    weights = nn.Parameter(torch.ones(12_345))
+    weights.grad = torch.ones_like(weights)
+    optimiser = make([weights])
+    optimiser.step()
+    kept = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
+    assert state_bytes(make, 12_345) == kept == num_copies * weights.nbytes
