@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from scaling_fl.distributed import accelerator, whole_number
 from scaling_fl.vigil import PeerError
 
+RUN_ID = "scaling_fl"
 # A rank that fails waits so many seconds before it ends: the agent reports the first to end, and a rank
 # that was killed is why others fail.
 HEAD_START = 0.5
@@ -39,6 +40,11 @@ def num_ranks(num_sites: int) -> int:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return 1 if accelerator() else min(num_cores, num_sites)
     return whole_number("RANKS", wanted)
+
+
+def was_launched_here() -> bool:
+    """Tell whether this process is a rank that `launch` started, whose settings were checked before."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
 
 def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
@@ -66,7 +72,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
-        run_id="scaling_fl",
+        run_id=RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",

