@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +72,8 @@ def estimate(
 
 def passing(model: nn.Module, batch: Batch, is_training: bool) -> int:
     """Return the most bytes of activations, and in training of gradients, while a batch passes through a model."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
     fakes = FakeTensorMode()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
