@@ -40,6 +40,7 @@ if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose v
   export HOST_UID HOST_GID IMAGE=${IMAGE:-scaling-fl:$HOST_UID}
   export DATA_MOUNT_DIR=${DATA_MOUNT_DIR:-./data} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
   export SACRED_RUNS_DIR=${SACRED_RUNS_DIR:-./runs}
+  [[ ${DEBUG:-} != 1 ]] || export COMPOSE_FILE=${COMPOSE_FILE:-docker-compose.yaml:docker-compose.debug.yaml}
   # Docker would make a missing folder as root.
   mkdir -p checkpoints "$SACRED_RUNS_DIR" "$DATA_MOUNT_DIR" "$HF_HOME"
   user=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
@@ -50,6 +51,7 @@ if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose v
   exec "${compose[@]}" run --rm --service-ports main "$@"
 fi
 
+[[ ${DEBUG:-} != 1 ]] || RANKS=${RANKS:-1} # the debugger's rank trains all sites, to the same bits
 export RANKS=${RANKS:-auto}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)

@@ -43,6 +43,7 @@ def _environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANKS", "OMP_NUM_THREADS", "SACRED_HOST", "SACRED_RUNS_DIR"):
             patch.delenv(name, raising=False)
+        patch.delenv("DEBUG", raising=False)
         yield
 
 
@@ -101,19 +102,19 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
 
 
 @pytest.fixture
-def command(tmp_path: Path, small_run: dict[str, object]) -> Command:
-    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
+def start(tmp_path: Path, small_run: dict[str, object]) -> Callable[..., tuple[int, Path]]:
+    """Starts the script with settings, in a fork of this process, which has imported all that takes long."""
 
-    def run(
+    def start(
         *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
-    ) -> tuple[int, str]:
+    ) -> tuple[int, Path]:
         output = folder / "output.txt"
         arguments = [*options, "with", *(f"{key}={value}" for key, value in {**small_run, **settings}.items())]
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = os.fork()
         if pid == 0:
             status = 70
             try:
-                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -129,6 +130,18 @@ def command(tmp_path: Path, small_run: dict[str, object]) -> Command:
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
             finally:
                 os._exit(status)
+        os.close(file)
+        return pid, output
+
+    return start
+
+
+@pytest.fixture
+def command(start: Callable[..., tuple[int, Path]]) -> Command:
+    """Runs the script with settings to its end."""
+
+    def run(*options: str, **settings: Any) -> tuple[int, str]:
+        pid, output = start(*options, **settings)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return status, output.read_text()
 

@@ -176,15 +176,18 @@ def test_hadolint_has_nothing_to_say():
 
 
 def test_the_debugger_waits_and_only_this_machine_can_reach_it():
-    assert DEBUG["entrypoint"][:1] == ["python"]
-    assert " ".join(DEBUG["entrypoint"]).endswith("-m debugpy --listen 0.0.0.0:5678 --wait-for-client")
-    assert DEBUG["ports"] == ["127.0.0.1:5678:5678"]
+    assert DEBUG["environment"]["DEBUG"] == "1"
+    assert DEBUG["environment"]["DEBUG_HOST"] == "0.0.0.0"
+    port = DEBUG["environment"]["DEBUG_PORT"]
+    assert port == "${DEBUG_PORT:-5678}"
+    assert DEBUG["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert "ports" not in MAIN
 
 
 def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
-    assert DEBUG.keys() == {"entrypoint", "ports", "environment"}
-    assert (MAIN["environment"]["RANKS"], DEBUG["environment"]) == ("${RANKS:-auto}", {"RANKS": "${RANKS:-1}"})
+    assert DEBUG.keys() == {"ports", "environment"}
+    assert DEBUG["environment"].keys() == {"DEBUG", "DEBUG_HOST", "DEBUG_PORT", "DEBUG_RANK", "RANKS"}
+    assert (MAIN["environment"]["RANKS"], DEBUG["environment"]["RANKS"]) == ("${RANKS:-auto}", "${RANKS:-1}")
 
 
 # Compose's own word.

@@ -165,6 +165,14 @@ def test_the_debug_overlay_may_choose_the_number_of_ranks(project):
     assert project.compose("a.py", RANKS="2")[1]["RANKS"] == "2"
 
 
+def test_a_debugger_is_waited_for_in_the_container_too(project):
+    both = "docker-compose.yaml:docker-compose.debug.yaml"
+    assert "COMPOSE_FILE" not in project.compose("a.py", DEBUG="0")[1]
+    assert project.compose("a.py", DEBUG="1")[1]["COMPOSE_FILE"] == both
+    assert project.compose("a.py", DEBUG="1", COMPOSE_FILE="mine.yaml")[1]["COMPOSE_FILE"] == "mine.yaml"
+    assert project.compose("a.py", COMPOSE_FILE=both)[1]["COMPOSE_FILE"] == both
+
+
 # Which of the two.
 
 
@@ -211,6 +219,12 @@ def test_there_are_as_many_ranks_as_cores_unless_somebody_says(project):
     assert project.environment_of_run(RANKS="3")["RANKS"] == "3"
     (project.folder / ".env").write_text("RANKS=2")
     assert project.environment_of_run()["RANKS"] == "2"
+
+
+def test_the_debugged_rank_is_the_only_one_unless_somebody_says(project):
+    assert project.environment_of_run(DEBUG="1")["RANKS"] == "1"
+    assert project.environment_of_run(DEBUG="1", RANKS="auto")["RANKS"] == "auto"
+    assert project.environment_of_run(DEBUG="0")["RANKS"] == "auto"
 
 
 def test_sigterm_reaches_the_program(project):
