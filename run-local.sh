@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run Python on this machine with everything that it needs: ./run-local.sh scripts/train_federated.py with ...
 # In a container where Docker answers, in a virtual environment where it does not or RUNTIME=venv.
+# ./run-local.sh dashboard shows the runs that are recorded in MongoDB.
 # Paths in the arguments are relative to this folder. Settings in .env count where the environment has none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -35,21 +36,38 @@ read_env() {
 
 if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; then
   echo "run-local: in a container (RUNTIME=venv takes a virtual environment)" >&2
+  if [[ ${1:-} == dashboard ]]; then
+    [[ -n ${SACRED_USER:-} && -n ${SACRED_PASSWORD:-} ]] ||
+      fail "SACRED_USER and SACRED_PASSWORD are needed: those of the MongoDB that is about to start"
+    exec docker compose --env-file /dev/null --profile=dashboard up
+  fi
   # What the container leaves belongs to this user.
   HOST_UID=${HOST_UID:-$(id -u)} HOST_GID=${HOST_GID:-$(id -g)}
   export HOST_UID HOST_GID IMAGE=${IMAGE:-scaling-fl:$HOST_UID}
   export DATA_MOUNT_DIR=${DATA_MOUNT_DIR:-./data} HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
   export SACRED_RUNS_DIR=${SACRED_RUNS_DIR:-./runs}
+  [[ ${DEBUG:-} != 1 ]] || export COMPOSE_FILE=${COMPOSE_FILE:-docker-compose.yaml:docker-compose.debug.yaml}
   # Docker would make a missing folder as root.
   mkdir -p checkpoints "$SACRED_RUNS_DIR" "$DATA_MOUNT_DIR" "$HF_HOME"
   user=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
   project=scaling-fl-$user-$(printf '%s\0' "$@" | cksum | cut -d' ' -f1)
   # .env has been read: Compose would understand its quotes and dollars in another way.
-  compose=(docker compose --env-file /dev/null --project-name "$project")
+  compose=(docker compose --env-file /dev/null --project-name "$project" --profile=main)
   "${compose[@]}" build --quiet main >&2
   exec "${compose[@]}" run --rm --service-ports main "$@"
 fi
 
+if [[ ${1:-} == dashboard ]]; then
+  [[ -n ${SACRED_HOST:-} ]] || fail "SACRED_HOST is needed: the MongoDB whose runs are to be seen"
+  omniboard=(omniboard)
+  command -v omniboard >/dev/null || omniboard=(npm exec --yes --package=omniboard@2.16.1 -- omniboard)
+  command -v "${omniboard[0]}" >/dev/null || fail "npm is needed for the dashboard, and not here: Node.js brings it"
+  export PORT=${DASHBOARD_PORT:-9000} OMNIBOARD_CONFIG=$PWD/docker/omniboard.js
+  echo "run-local: the dashboard is about to be at http://127.0.0.1:$PORT" >&2
+  exec "${omniboard[@]}"
+fi
+
+[[ ${DEBUG:-} != 1 ]] || RANKS=${RANKS:-1} # the debugger's rank trains all sites, to the same bits
 export RANKS=${RANKS:-auto}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)

@@ -49,7 +49,7 @@ SOON = 10.0  # seconds from a kill until the command has ended
 PATIENCE = 60.0  # seconds after which a command that was not killed hangs
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 # What differs from run to run and is no result: seconds, and bytes, of which more ranks send more.
-INCIDENTAL = re.compile(r"time\.|comm\.bytes$|speed\.|sites\.(seconds|memory_mb)\.")
+INCIDENTAL = re.compile(r"(time|comm|speed)\.|sites\.(seconds|memory_mb)\.")
 
 TRAINING, COLLECTIVE, STEP, EVALUATION = "local training", "collective", "server step", "evaluation"
 WRITING, RENAMING, ANY = "checkpoint half written", "checkpoint renamed", "any moment"

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaling_fl.debugger import await_debugger, debugging
+from scaling_fl.settings import whole_number_from_environment
 from scaling_fl.vigil import Bereft, Vigil
 
 T = TypeVar("T")
@@ -19,6 +21,7 @@ T = TypeVar("T")
 # A collective waits for the slowest site of the federation, and that one may need hours.
 TIMEOUT = timedelta(hours=24)
 JOINING = timedelta(minutes=30)  # for all ranks to be there at the start
+EVER = timedelta(days=365)  # with a debugger, as nobody knows how long a rank stands at a breakpoint
 POLL = 5e-4  # seconds between two looks whether a collective is done
 
 _bytes_sent = 0
@@ -34,10 +37,10 @@ def world() -> Iterator[None]:
 
     What one rank raises ends all of them within seconds, and so does a rank that gives no sign of life
     for `LOST_AFTER` seconds (60). After that a process should end, by `launch.run_program` if it
-    may have been in a collective.
+    may have been in a collective. With `DEBUG=1` one rank waits for a debugger first, and none is ever lost.
 
     Raises:
-        ValueError: another rank raised one.
+        ValueError: another rank raised one, or no debugger can be waited for.
         PeerError: another rank failed, vanished or hangs.
         Interrupted: another rank was asked to end.
     """
@@ -46,20 +49,26 @@ def world() -> Iterator[None]:
         # Some kernels add in no fixed order otherwise, and a resumed run would end with other bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    is_debugged = debugging()
     if not launched():
         dist.init_process_group(timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
         try:
+            if is_debugged:
+                await_debugger(0, 1)
             yield
         finally:
             dist.destroy_process_group()
         return
     patience = timedelta(seconds=lost_after())
     store, number, num_ranks = next(dist.rendezvous("env://", timeout=JOINING))
-    dist.init_process_group(timeout=TIMEOUT, store=store, rank=number, world_size=num_ranks)
+    timeout = EVER if is_debugged else TIMEOUT
+    dist.init_process_group(timeout=timeout, store=store, rank=number, world_size=num_ranks)
     own = store.clone()
     own.set_timeout(patience)
     is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
     with Vigil(own, number, num_ranks, patience.total_seconds(), is_one_node=is_one_node).kept():
+        if is_debugged:
+            await_debugger(number, num_ranks)
         yield
         gather(None)  # nobody leaves before all are done
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
@@ -76,7 +85,8 @@ def lost_after() -> int:
     Raises:
         ValueError: LOST_AFTER is not a whole number from 1.
     """
-    return whole_number("LOST_AFTER", "60")
+    seconds = whole_number_from_environment("LOST_AFTER", "60")
+    return int(EVER.total_seconds()) if debugging() else seconds
 
 
 def num_threads() -> int:
@@ -85,7 +95,7 @@ def num_threads() -> int:
     Raises:
         ValueError: OMP_NUM_THREADS is not a whole number from 1.
     """
-    return whole_number("OMP_NUM_THREADS", "1")
+    return whole_number_from_environment("OMP_NUM_THREADS", "1")
 
 
 def rank() -> int:
@@ -202,15 +212,3 @@ def accelerator() -> str | None:
     """Return the kind of accelerator here; MPS does not count, as the exact mean needs float64."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None or device.type == "mps" else device.type
-
-
-def whole_number(name: str, default: str) -> int:
-    """Return a variable of the environment that is a number from 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    value = os.environ.get(name) or default
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}={value!r} was given: a whole number from 1 would do")
-    return int(value)

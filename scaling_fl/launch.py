@@ -17,7 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from scaling_fl.distributed import accelerator, whole_number
+from scaling_fl.distributed import accelerator
+from scaling_fl.settings import whole_number_from_environment
 from scaling_fl.vigil import PeerError
 
 RUN_ID = "scaling_fl"
@@ -39,7 +40,7 @@ def num_ranks(num_sites: int) -> int:
     if wanted == "auto":
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return 1 if accelerator() else min(num_cores, num_sites)
-    return whole_number("RANKS", wanted)
+    return whole_number_from_environment("RANKS", wanted)
 
 
 def was_launched_here() -> bool:

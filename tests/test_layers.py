@@ -10,7 +10,8 @@ from conftest import ROOT
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
     {"settings", "metrics", "partition", "strategies", "vigil"},
-    {"distributed", "mongo", "stores"},
+    {"debugger", "mongo", "stores"},
+    {"distributed"},
     {"launch", "training", "placement", "tasks.reading"},
     {"server", "tasks.task"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},

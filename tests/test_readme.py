@@ -6,17 +6,20 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, accuracies, weights_hash
+from dap import PATIENCE, Debugger, stop_in_the_loop
 
 COMMANDS = [
     re.sub(r"\s*\\\n\s*", " ", command).strip()
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for command in re.findall(r"^\$ (.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
 ]
+IN_OTHER_TESTS = "torch.distributed.run|DEBUG|dashboard"  # the last in test_dashboard.py
 # By a word of the command: what stands for the reader's own files and models, and what is added.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
@@ -34,6 +37,10 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
         "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32",
+    ),
+    "DEBUG=1": (
+        {"DEBUG=1": "DEBUG=1 DEBUG_PORT={port}"},
+        "with task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32",
     ),
     "split_data.py": ({"/path/to": "{tmp}"}, ""),
     "print_config": ({}, ""),
@@ -98,7 +105,7 @@ def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
     assert accuracies(output)[-1] > 0.9
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if "torch.distributed.run" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     finish(start(fill(command, places), tmp_path))
 
@@ -112,6 +119,24 @@ def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path:
     settings = command.partition(" with ")[2].replace("[0,0]", "[0,0,0,0]")
     alone = finish(start(f"RANKS=1 ./run-local.sh scripts/train_federated.py with {settings}", tmp_path))
     assert weights_hash(first) == weights_hash(alone)
+
+
+def test_the_debugged_run_waits_and_goes_on(places: dict[str, str], tmp_path: Path) -> None:
+    (command,) = [fill(c, places) for c in COMMANDS if "DEBUG" in c]
+    process = start(command, tmp_path)
+    deadline = threading.Timer(5 * PATIENCE, process.kill)
+    deadline.start()
+    try:
+        assert process.stdout is not None
+        assert any("waits for a debugger" in line for line in process.stdout), "it has ended instead"
+        with Debugger(int(places["port"])) as debugger:
+            stop_in_the_loop(debugger)
+            debugger.ask("disconnect", terminateDebuggee=False)
+        assert len(accuracies(finish(process))) == 4
+    finally:
+        deadline.cancel()
+        process.kill()
+        process.wait()
 
 
 def test_every_link_to_a_file_leads_to_one() -> None:

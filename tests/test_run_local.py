@@ -165,6 +165,58 @@ def test_the_debug_overlay_may_choose_the_number_of_ranks(project):
     assert project.compose("a.py", RANKS="2")[1]["RANKS"] == "2"
 
 
+def test_a_debugger_is_waited_for_in_the_container_too(project):
+    both = "docker-compose.yaml:docker-compose.debug.yaml"
+    assert "COMPOSE_FILE" not in project.compose("a.py", DEBUG="0")[1]
+    assert project.compose("a.py", DEBUG="1")[1]["COMPOSE_FILE"] == both
+    assert project.compose("a.py", DEBUG="1", COMPOSE_FILE="mine.yaml")[1]["COMPOSE_FILE"] == "mine.yaml"
+    assert project.compose("a.py", COMPOSE_FILE=both)[1]["COMPOSE_FILE"] == both
+
+
+# The dashboard.
+
+MONGO = {"SACRED_USER": "me", "SACRED_PASSWORD": "p$w"}
+
+
+def test_docker_starts_the_dashboard_with_its_database(project):
+    argv, environment = project.compose("dashboard", **MONGO)
+    assert argv == ["compose", "--env-file", "/dev/null", "--profile=dashboard", "up"]
+    assert environment["SACRED_PASSWORD"] == "p$w"
+
+
+@pytest.mark.parametrize("missing", MONGO)
+def test_docker_starts_no_database_without_a_password(project, missing):
+    result = project.run("dashboard", **{**MONGO, missing: ""})
+    assert (result.returncode, project.calls()) == (1, [])
+    assert "SACRED_USER and SACRED_PASSWORD are needed" in result.stderr
+
+
+def test_npm_starts_the_dashboard_where_there_is_no_docker(project):
+    (project.bin / "npm").write_text('#!/bin/sh\necho "$* $PORT $OMNIBOARD_CONFIG"\n')
+    (project.bin / "npm").chmod(0o755)
+    result = project.run("dashboard", RUNTIME="venv", SACRED_HOST="db", PATH=f"{project.bin}:/usr/bin:/bin")
+    config = project.folder / "docker/omniboard.js"
+    assert result.stdout == f"exec --yes --package=omniboard@2.16.1 -- omniboard 9000 {config}\n"
+    assert project.calls() == [], "it needs no virtual environment"
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({}, "SACRED_HOST is needed: the MongoDB whose runs are to be seen"),
+        ({"SACRED_HOST": "db", "PATH": "{few}"}, "npm is needed for the dashboard, and not here: Node.js brings it"),
+    ],
+)
+def test_a_dashboard_that_cannot_be_is_one_sentence(project, environment, sentence):
+    few = project.folder / "few"  # of the commands
+    few.mkdir()
+    for name in ("bash", "dirname"):
+        (few / name).symlink_to(shutil.which(name))
+    given = {name: value.format(few=few) for name, value in environment.items()}
+    result = project.run("dashboard", RUNTIME="venv", **given)
+    assert (result.returncode, result.stderr) == (1, f"run-local: {sentence}\n")
+
+
 # Which of the two.
 
 
@@ -211,6 +263,12 @@ def test_there_are_as_many_ranks_as_cores_unless_somebody_says(project):
     assert project.environment_of_run(RANKS="3")["RANKS"] == "3"
     (project.folder / ".env").write_text("RANKS=2")
     assert project.environment_of_run()["RANKS"] == "2"
+
+
+def test_the_debugged_rank_is_the_only_one_unless_somebody_says(project):
+    assert project.environment_of_run(DEBUG="1")["RANKS"] == "1"
+    assert project.environment_of_run(DEBUG="1", RANKS="auto")["RANKS"] == "auto"
+    assert project.environment_of_run(DEBUG="0")["RANKS"] == "auto"
 
 
 def test_sigterm_reaches_the_program(project):
@@ -386,4 +444,4 @@ def test_every_line_of_the_template_can_be_used(project):
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
 def test_shellcheck_has_nothing_to_say():
-    subprocess.run(["shellcheck", ROOT / "run-local.sh"], check=True)
+    subprocess.run(["shellcheck", ROOT / "run-local.sh", ROOT / "docker/check.sh"], check=True)
