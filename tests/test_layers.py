@@ -9,11 +9,11 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil"},
-    {"distributed", "stores"},
-    {"launch", "training", "placement", "tasks.reading"},
-    {"server", "tasks.task"},
-    {"models", "tasks.corpus", "federation", "checkpoint"},
+    {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
+    {"distributed", "stores", "report.canvas", "report.findings"},
+    {"launch", "training", "placement", "tasks.reading", "report.charts", "report.tables"},
+    {"server", "tasks.task", "report.page"},
+    {"models", "tasks.corpus", "federation", "checkpoint", "report"},
     {"tasks.bbcnews", "tasks.crepe", "tasks.imdb", "tasks.spooky_author", "tasks.text", "tracking", "observers"},
     {"tasks"},
     {"holdings"},
