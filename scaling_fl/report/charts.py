@@ -54,7 +54,7 @@ class Chart:
     png: bytes
 
 
-Draw = Callable[["Axes", list[Run]], Key | None]
+Draw = Callable[["Axes", list[Run]], Key | None]  # returns what colours mean, None where they are of the runs
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def draw_plot(plot: Plot, runs: list[Run]) -> Chart | None:
         if not axes.has_data():
             return None
         svg = as_svg(figure, plot.title)
-        png = as_png(figure, plot.title, run_key(runs) if key is None else key)
+        png = as_png(figure, plot.title, [] if key == [] else [*run_key(runs), *(key or [])])
         return Chart(plot.name, plot.section, plot.title, plot.look, key or [], svg, png)
 
 
@@ -180,7 +180,7 @@ def draw_sorted(axes: "Axes", runs: list[Run], *, values: Callable[[Run], np.nda
         if not len(order):
             continue
         x = np.arange(1, len(order) + 1) if same else 100 * (np.arange(len(order)) + 0.5) / len(order)
-        line(axes, index, x, sites[order], drawstyle="default" if len(order) <= MANY_SITES else "steps-mid")
+        line(axes, index, x, sites[order])
         if len(runs) == 1 and len(order) > 1:
             axes.annotate(f"site {order[0]}", (x[0], sites[order[0]]), xytext=(8, 0), textcoords="offset points")
     words = "sites, from the worst" if same else "% of the sites, from the worst"
