@@ -62,6 +62,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "axes.xmargin": 0.03,
+    "axes.ymargin": 0.08,
 }
 MANY_POINTS = 10  # markers on a line
 MAX_NAME = 28  # characters of a name in a PNG's legend
@@ -120,10 +121,12 @@ def dress(axes: "Axes", x: str, y: str, *, from_zero: bool = False, whole: bool 
     plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel(x)
     axes.set_title(y, loc="left", fontsize=10.5, color=QUIET.light)  # of the y axis, to be read without turning
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole or x == "round"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole or x == "round", min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(plain)
     axes.yaxis.set_major_formatter(plain)
+    if x == "round" and axes.has_data() and axes.dataLim.width == 0:
+        axes.set_xlim(axes.dataLim.x0 - 0.5, axes.dataLim.x0 + 0.5)
     if from_zero and axes.has_data():
         axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, 1e-9))
 
@@ -136,4 +139,6 @@ def line(axes: "Axes", index: int, x: np.ndarray, y: np.ndarray, **style: Any) -
         every = max(1, len(x) // MANY_POINTS)
         y = np.where(np.isnan(x), np.nan, y)
         whole: dict[str, Any] = {"color": colour.light, "marker": marker, "markevery": every} | style
+        if known.sum() == 1 and not whole["marker"]:
+            whole |= {"marker": marker, "markerfacecolor": "none"}  # a line of one point would not be seen
         axes.plot(x, y, **whole)

@@ -182,7 +182,12 @@ def draw_sorted(axes: "Axes", runs: list[Run], *, values: Callable[[Run], np.nda
         x = np.arange(1, len(order) + 1) if same else 100 * (np.arange(len(order)) + 0.5) / len(order)
         line(axes, index, x, sites[order])
         if len(runs) == 1 and len(order) > 1:
-            axes.annotate(f"site {order[0]}", (x[0], sites[order[0]]), xytext=(8, 0), textcoords="offset points")
+            beside: Any = {
+                "xytext": (7, -3 * sign),
+                "va": "top" if sign > 0 else "bottom",
+                "textcoords": "offset points",
+            }
+            axes.annotate(f"site {order[0]}", (x[0], sites[order[0]]), **beside)
     words = "sites, from the worst" if same else "% of the sites, from the worst"
     dress(axes, words, y, from_zero=sign < 0, whole=same)
 
