@@ -156,6 +156,15 @@ def test_what_files_say_is_shown_as_text(written: list[Path]) -> None:
         ElementTree.fromstring(chart.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
 
 
+def test_charts_have_the_colours_of_the_page_which_may_be_dark(written: list[Path]) -> None:
+    charts = re.findall(r"<svg.*?</svg>", written[0].read_text(), re.DOTALL)
+    assert len(charts) == len(written) - 1
+    for chart in charts:
+        assert "fill: var(--quiet)" in chart
+        assert set(re.findall(r"(?:stroke|fill): (#\w+)", chart)) <= {"#ffffff"}, "a colour of its own"
+    assert all(f"stroke: var(--run{index})" in charts[0] for index in range(3))
+
+
 def test_each_chart_is_a_png_too(written: list[Path]) -> None:
     charts = written[1:]
     assert {path.name.removeprefix("sweep-").removesuffix(".png") for path in charts} == {
