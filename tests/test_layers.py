@@ -9,11 +9,11 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil"},
-    {"debugger", "mongo", "stores"},
-    {"distributed"},
-    {"launch", "training", "placement", "tasks.reading"},
-    {"server", "tasks.task"},
+    {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
+    {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
+    {"distributed", "report.charts", "report.tables"},
+    {"launch", "training", "placement", "tasks.reading", "report.page"},
+    {"server", "tasks.task", "report"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
     {
         "ledger",

@@ -1,0 +1,160 @@
+"""What stands out in a run, in sentences."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from scaling_fl.report.runs import Run, best, last_known, over_rounds
+
+FALLEN = 0.02  # below the best accuracy
+UNFAIR = 0.1  # below the median site's accuracy
+SLOW = 1.5  # times the median site's seconds
+UNEVEN = 1.25  # times the mean device's seconds
+OFF = 0.01  # of the expected bytes
+
+
+def findings(run: Run) -> list[str]:
+    """Return what a reader should know first of a run."""
+    checks = (ending, divergence, fall, failures, straggler, unevenness, unfairness, gaps, bytes_off)
+    return [sentence for check in checks for sentence in check(run)]
+
+
+def status(run: Run) -> str:
+    """Return how a run ended, or that it goes on."""
+    said = str(run.record.get("status", "unknown")).lower()
+    planned = run.config.get("num_rounds")
+    if said == "running" and isinstance(planned, int) and run.steps[-1] >= planned:
+        return "all rounds done"
+    return said
+
+
+def site_name(run: Run, site: int) -> str:
+    """Return a site's number, and where it trains if that is known."""
+    known = run.sites[site] if site < len(run.sites) else {}
+    where = [f"rank {known['rank']}"] * ("rank" in known) + [str(known["device"])] * ("device" in known)
+    return f"site {site}" + (f" ({', '.join(where)})" if where else "")
+
+
+def main_label(run: Run, site: int) -> str | None:
+    """Return a site's most common label and its share."""
+    counts = run.label_counts[site] if site < len(run.label_counts) else np.zeros(0)
+    if not counts.sum():
+        return None
+    return f"{run.labels[counts.argmax()]} {100 * counts.max() / counts.sum():.0f} %"
+
+
+def ending(run: Run) -> Iterator[str]:
+    """Tell of a run that did not come to its end."""
+    now = status(run)
+    if now == "running":
+        yield f"It was running when this was written; it was last heard from at {run.record.get('heartbeat')} (UTC)."
+    elif now not in ("completed", "all rounds done"):
+        trace = run.record.get("fail_trace")
+        why = str(trace[-1]).strip() if isinstance(trace, list) and trace else ""
+        yield f"It ended as {now} after round {run.steps[-1]:.0f}{': ' if why else '.'}{why[:300]}"
+
+
+def divergence(run: Run) -> Iterator[str]:
+    """Tell of losses that are no numbers."""
+    for name in ("train.loss", "validation.loss"):
+        broken = [
+            int(round_["round"]) for round_, value in zip(run.rounds, run.metric(name), strict=True)
+            if name in round_ and np.isnan(value)
+        ]  # fmt: skip
+        if broken:
+            yield f"{name} is no number in round {broken[0]} and in {len(broken)} of {len(run.rounds)} in all."
+
+
+def fall(run: Run) -> Iterator[str]:
+    """Tell of a model that was better before."""
+    accuracy = run.metric("validation.accuracy")
+    peak = best(accuracy)
+    if peak is not None and accuracy[peak] - accuracy[-1] > FALLEN:
+        yield (
+            f"Validation accuracy was best in round {run.steps[peak]:.0f} ({accuracy[peak]:.4f}) and is "
+            f"{accuracy[-1]:.4f} after the last: fewer rounds or a smaller learning rate may do."
+        )
+
+
+def failed_rounds(run: Run) -> np.ndarray:
+    """Return in how many rounds each site failed: it has no loss where others have."""
+    losses = np.isnan(run.of_sites("loss"))
+    return losses[~losses.all(axis=1)].sum(axis=0)
+
+
+def failures(run: Run) -> Iterator[str]:
+    """Tell which sites failed."""
+    failed = failed_rounds(run)
+    if failed.any():
+        order = np.argsort(-failed, kind="stable")[: min(5, int((failed > 0).sum()))]
+        which = ", ".join(f"{site_name(run, site)} in {failed[site]}" for site in order)
+        more = int((failed > 0).sum()) - len(order)
+        yield f"Sites failed, in so many rounds: {which}{f', and {more} more' if more else ''}."
+    elif np.nansum(run.metric("sites.failed")):
+        rounds = int((run.metric("sites.failed") > 0).sum())
+        yield f"Sites failed in {rounds} of {len(run.rounds)} rounds."
+
+
+def straggler(run: Run) -> Iterator[str]:
+    """Tell of the slowest site, and whether its data explains it."""
+    seconds = over_rounds(run.of_sites("seconds"))
+    slowest = best(seconds)
+    if slowest is None or not (ratio := seconds[slowest] / np.nanmedian(seconds)) > SLOW:
+        return
+    pace = seconds / run.examples
+    per_example = pace[slowest] / np.nanmedian(pace) if not np.isnan(pace[slowest]) else ratio
+    if per_example > SLOW:
+        why = f"and {per_example:.1f} times as long for an example: its machine is slow or its texts are long"
+    else:
+        why = "as it has more examples"
+    yield f"{site_name(run, slowest).capitalize()} takes {ratio:.1f} times as long as the median site, {why}."
+
+
+def unevenness(run: Run) -> Iterator[str]:
+    """Tell of a device that the others wait for."""
+    seconds = over_rounds(run.of_sites("seconds"))
+    load: dict[tuple[str, str], float] = {}
+    for site, value in zip(run.sites, seconds, strict=False):
+        if "rank" in site and not np.isnan(value):
+            key = str(site["rank"]), str(site.get("device"))
+            load[key] = load.get(key, 0.0) + float(value)
+    if len(load) < 2:
+        return
+    (rank, device), most = max(load.items(), key=lambda item: item[1])
+    mean = sum(load.values()) / len(load)
+    if most > UNEVEN * mean:
+        yield (
+            f"Rank {rank} ({device}) trains {most:.1f} s a round where the mean is {mean:.1f} s: the others wait for "
+            f"it, and sites dealt evenly would save up to {100 * (1 - mean / most):.0f} % of training."
+        )
+
+
+def unfairness(run: Run) -> Iterator[str]:
+    """Tell of the site that the model fits least."""
+    accuracy = last_known(run.of_sites("accuracy"))
+    if np.isnan(accuracy).all():
+        return
+    worst, median = int(np.nanargmin(accuracy)), np.nanmedian(accuracy)
+    if median - accuracy[worst] > UNFAIR:
+        label = main_label(run, worst)
+        yield (
+            f"{site_name(run, worst).capitalize()} has a training accuracy of {accuracy[worst]:.3f} in the last round, "
+            f"the median site {median:.3f}{f'; it holds mostly {label}' if label else ''}."
+        )
+
+
+def gaps(run: Run) -> Iterator[str]:
+    """Tell of classes that sites have no example of."""
+    lacking = (run.label_counts == 0).any(axis=1)
+    if lacking.any() and run.label_counts.any():
+        yield f"{lacking.sum():,} of {len(lacking):,} sites have no example of one class or more."
+
+
+def bytes_off(run: Run) -> Iterator[str]:
+    """Tell of bytes that the model's size does not explain."""
+    sent, expected = run.metric("comm.bytes"), run.metric("comm.expected_bytes")
+    known = ~(np.isnan(sent) | np.isnan(expected))
+    if known.any() and (should := expected[known].sum()) > 0:
+        off = sent[known].sum() / should - 1
+        if abs(off) > OFF:
+            yield f"{abs(off):.0%} {'more' if off > 0 else 'fewer'} bytes were sent than the model's size lets expect."

@@ -1,0 +1,222 @@
+"""The folder of a run, read: what Sacred wrote of it, its rounds, and what its sites hold."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+PHASES = ("setup", "train", "aggregate", "evaluate", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is on record of a run. A number that is missing is NaN.
+
+    Args:
+        folder: where it was read.
+        name: tells it from the other runs.
+        config: its settings.
+        record: Sacred's `run.json`.
+        info: of the sites' data and the machine.
+        rounds: the metrics of each round, by increasing `round`.
+    """
+
+    folder: str
+    name: str
+    config: dict[str, Any]
+    record: dict[str, Any]
+    info: dict[str, Any]
+    rounds: list[dict[str, Any]]
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """The numbers of the rounds."""
+        return self.metric("round")
+
+    def metric(self, name: str) -> np.ndarray:
+        """Return a metric's value in each round."""
+        return numbers(round_.get(name) for round_ in self.rounds)
+
+    def of_sites(self, name: str) -> np.ndarray:
+        """Return what `site.{name}` lists: a row a round, a column a site."""
+        rows = [as_list(round_.get(f"site.{name}")) for round_ in self.rounds]
+        table = np.full((len(rows), self.num_sites), np.nan)
+        for row, values in zip(table, rows, strict=True):
+            row[: len(values)] = numbers(values)
+        return table
+
+    @cached_property
+    def sites(self) -> list[dict[str, Any]]:
+        """What each site is and holds, as far as that is known."""
+        return [site if isinstance(site, dict) else {} for site in as_list(self.info.get("sites"))]
+
+    @cached_property
+    def num_sites(self) -> int:
+        """How many sites are on record."""
+        listed = (len(value) for round_ in self.rounds for key, value in round_.items() if is_of_sites(key, value))
+        return max([len(self.sites), *listed])
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of the classes."""
+        names = [str(name) for name in as_list(self.info.get("labels"))]
+        return names + [f"class {index}" for index in range(len(names), self.label_counts.shape[1])]
+
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        """How many examples of each class a site has: a row a site, a column a class."""
+        rows = [numbers(as_list(site.get("labels"))) for site in self.sites]
+        table = np.zeros((len(rows), max(map(len, rows), default=0)))
+        for row, counts in zip(table, rows, strict=True):
+            row[: len(counts)] = np.nan_to_num(counts)
+        return table
+
+    @cached_property
+    def examples(self) -> np.ndarray:
+        """How many examples each site trains on."""
+        held = np.full(self.num_sites, np.nan)
+        held[: len(self.sites)] = numbers(site.get("examples") for site in self.sites)
+        return np.where(np.isnan(held), over_rounds(self.of_sites("examples")), held)
+
+    @cached_property
+    def phases(self) -> dict[str, np.ndarray]:
+        """The seconds of each phase in each round; `other` is what is left of the round."""
+        seconds = {phase: self.metric(f"time.{phase}_s") for phase in PHASES}
+        known = {phase: np.nan_to_num(values) for phase, values in seconds.items() if not np.isnan(values).all()}
+        rest = self.metric("time.round_s") - sum(known.values(), np.zeros(len(self.rounds)))
+        return known | {"other": np.nan_to_num(rest).clip(min=0)}
+
+    @cached_property
+    def elapsed(self) -> np.ndarray:
+        """The seconds from the start to the end of each round."""
+        return np.cumsum(np.nan_to_num(self.metric("time.round_s")))
+
+    @cached_property
+    def sent(self) -> np.ndarray:
+        """The bytes sent from the start to the end of each round."""
+        return np.cumsum(np.nan_to_num(self.metric("comm.bytes")))
+
+
+def numbers(values: Iterable[Any]) -> np.ndarray:
+    """Return values as an array in which all that is no finite number is NaN."""
+    floats = [float(value) if isinstance(value, int | float) and abs(value) < 1e300 else np.nan for value in values]
+    return np.array(floats, dtype=float)
+
+
+def as_list(value: Any) -> list:
+    """Return a list, an empty one for anything else."""
+    return value if isinstance(value, list) else []
+
+
+def is_of_sites(key: str, value: Any) -> bool:
+    """Tell whether a round's metric has a value a site."""
+    return key.startswith("site.") and isinstance(value, list)
+
+
+def over_rounds(table: np.ndarray) -> np.ndarray:
+    """Return the median over the rounds (rows) of each site (column) that has a value."""
+    medians = np.full(table.shape[1], np.nan)
+    known = ~np.isnan(table).all(axis=0)
+    if known.any():
+        medians[known] = np.nanmedian(table[:, known], axis=0)
+    return medians
+
+
+def last_known(table: np.ndarray) -> np.ndarray:
+    """Return the last row with a value in it, or a row of NaN."""
+    rows = np.flatnonzero(~np.isnan(table).all(axis=1))
+    return table[rows[-1]] if len(rows) and table.shape[1] else np.full(table.shape[1], np.nan)
+
+
+def best(values: np.ndarray) -> int | None:
+    """Return the index of the largest value, None where there is none."""
+    return None if np.isnan(values).all() else int(np.nanargmax(values))
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Return how many seconds a fitting unit of time has, and its name."""
+    return (3600, "hours") if seconds > 7200 else (60, "minutes") if seconds > 300 else (1, "seconds")
+
+
+def read(folders: Sequence[str]) -> list[Run]:
+    """Read the folders of runs, and name each after its job or its folder.
+
+    Raises:
+        ValueError: one is not the folder of a run, has no finished round, or cannot be understood.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = Counter(run["name"] for run in runs)
+    return [
+        Run(**{**run, "name": run["name"] if names[run["name"]] == 1 else f"{run['name']} ({run['folder']})"})
+        for run in runs
+    ]
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """Return the fields of a run."""
+    if not os.path.isfile(os.path.join(folder, "run.json")):
+        raise ValueError(f"{folder!r} is not the folder of a run (it has no run.json): one such as runs/1 would do")
+    config, record = (read_object(os.path.join(folder, name)) for name in ("config.json", "run.json"))
+    rounds = read_rounds(os.path.join(folder, "rounds.jsonl")) or read_metrics(os.path.join(folder, "metrics.json"))
+    if not rounds:
+        raise ValueError(f"{folder!r} has no finished round: a run that has one would do")
+    return {
+        "folder": folder,
+        "name": str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}"),
+        "config": {key: value for key, value in config.items() if not key.startswith("__")},
+        "record": record,
+        "info": read_object(os.path.join(folder, "info.json")),
+        "rounds": rounds,
+    }
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one where there is no file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        try:
+            value = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path!r} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path!r} does not hold a JSON object")
+    return value
+
+
+def read_rounds(path: str) -> list[dict[str, Any]]:
+    """Return the rounds of a file with a JSON object a line; of a round that is there twice, the later.
+
+    A last line without an end is one that is being written, or never was.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")
+    rounds = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            round_ = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path!r} cannot be read as JSON: {error}") from None
+        if round_ is not None:
+            if not isinstance(round_, dict) or not isinstance(round_.get("round"), int):
+                raise ValueError(f"line {number} of {path!r} is not of a round: an object with its number would do")
+            rounds[round_["round"]] = round_
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Return the rounds of Sacred's own file, which lists a metric's steps and values."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for name, metric in read_object(path).items():
+        for step, value in zip(metric["steps"], metric["values"], strict=True):
+            rounds.setdefault(step, {"round": step})[name] = value
+    return [rounds[step] for step in sorted(rounds)]
