@@ -193,6 +193,31 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def count_bytes(num_bytes: int) -> None:
+    """Count what is handed to other ranks through memory that they share."""
+    global _bytes_sent
+    _bytes_sent += num_bytes
+
+
+def share_memory(num_bytes: int) -> list[Tensor]:
+    """Return a piece of memory of each rank, uint8 (num_bytes,), which all ranks see; none where they share none.
+
+    The memory has no name in any file system, and goes with the ranks.
+    """
+    if not (1 < world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and hasattr(os, "memfd_create")):
+        return []
+    own = os.memfd_create("scaling_fl")
+    os.ftruncate(own, num_bytes)
+    paths = gather(f"/proc/{os.getpid()}/fd/{own}")
+    try:
+        pieces = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path in paths]
+    except RuntimeError:  # where a process may not look into another's
+        pieces = []
+    all_see = all(gather(bool(pieces)))
+    os.close(own)
+    return pieces if all_see else []
+
+
 def first_of_node_first(work: Callable[[], T]) -> T:
     """Call `work` on each node's first rank, then on the others, which find its caches filled."""
     if local_rank() == 0:

@@ -16,6 +16,7 @@ from sacred import SETTINGS, Experiment
 from sacred.run import Run
 
 from scaling_fl import checkpoint, observers, tracking
+from scaling_fl.averaging import COMM_DTYPES
 from scaling_fl.distributed import gather, launched, local_rank, lost_after, num_threads, world
 from scaling_fl.job import count, describe, estimate_memory, make_federation, set_up
 from scaling_fl.launch import launch, num_ranks, run_program, was_launched_here
@@ -23,7 +24,6 @@ from scaling_fl.ledger import ROUNDS, Ledger, machine, write_round
 from scaling_fl.metrics import Metrics
 from scaling_fl.models import model_defaults
 from scaling_fl.partition import PARTITIONERS
-from scaling_fl.server import COMM_DTYPES
 from scaling_fl.settings import (
     DEVICE_IDS,
     FLAG,

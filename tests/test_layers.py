@@ -12,7 +12,7 @@ LAYERS = [
     {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
     {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
-    {"launch", "training", "placement", "tasks.reading", "report.page"},
+    {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
     {"server", "tasks.task", "report"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
     {

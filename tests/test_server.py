@@ -12,8 +12,9 @@ import torch
 from conftest import make_bert
 from torch import Tensor, nn
 
+from scaling_fl.averaging import COMM_DTYPES, GRID
 from scaling_fl.distributed import world
-from scaling_fl.server import COMM_DTYPES, GRID, Server, flatten_
+from scaling_fl.server import Server, flatten_
 from scaling_fl.strategies import STRATEGIES, make_strategy
 
 
@@ -41,7 +42,7 @@ COUNTS = [17, 1, 250, 33, 8]
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the fused multiply-add that most processors have, and as for those that have none."""
     if request.param == "unfused":
-        monkeypatch.setattr("scaling_fl.server._is_fused", lambda origin: False)
+        monkeypatch.setattr("scaling_fl.averaging._is_fused", lambda origin: False)
     return request.param == "fused"
 
 
@@ -60,12 +61,12 @@ def test_the_order_of_the_sites_changes_no_bit(kind: str, arithmetic: bool) -> N
         server = make_server(weights=start)
         for site in order:
             server.collect(locals_[site], shares(counts)[site])
-        hashes.add(hashlib.sha256(server._sum.numpy().data).hexdigest())
+        hashes.add(hashlib.sha256(server._mean._sum.numpy().data).hexdigest())
     assert len(hashes) == 1
 
 
 def test_this_processor_rounds_once() -> None:
-    assert make_server()._is_fused, "slower, but as exact, if it does not"
+    assert make_server()._mean._is_fused, "slower, but as exact, if it does not"
 
 
 def test_the_sum_is_within_1e_12_of_exact_arithmetic(arithmetic: bool) -> None:
@@ -80,7 +81,7 @@ def test_the_sum_is_within_1e_12_of_exact_arithmetic(arithmetic: bool) -> None:
             Fraction(count, sum(COUNTS)) * (Fraction(start[index].item()) - Fraction(local[index].item()))
             for local, count in zip(locals_, COUNTS, strict=True)
         )
-        assert abs(Fraction(server._sum[index].item() - GRID) - exact) < Fraction(1, 10**12)
+        assert abs(Fraction(server._mean._sum[index].item() - GRID) - exact) < Fraction(1, 10**12)
 
 
 def test_the_mean_is_weighted_by_examples() -> None:
@@ -113,7 +114,7 @@ def test_a_drift_that_is_refused_leaves_nothing_in_the_sum(number: int, arithmet
                 server.collect(bad, 0.3)
         server.collect(local, 0.1)
         other.collect(local, 0.1)
-    assert torch.equal(server._sum, other._sum)
+    assert torch.equal(server._mean._sum, other._mean._sum)
     server.step()
     other.step()
     assert server.sha256() == other.sha256()

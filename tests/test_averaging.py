@@ -1,0 +1,82 @@
+"""Ranks that share memory and ranks that send messages take the same mean."""
+
+import hashlib
+import os
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from scaling_fl.averaging import PIECE, Mean
+from scaling_fl.distributed import bytes_sent, gather, rank, share_memory, world, world_size
+from scaling_fl.launch import launch
+
+NUM_SITES = 5
+SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
+
+
+def drift(site: int, round_: int, size: int) -> Tensor:
+    return 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(10 * site + round_))
+
+
+def means(size: int, comm_dtype: str, share_it: bool) -> list[tuple[str, list[float], int]]:
+    """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
+    if not share_it:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)  # as if each rank was on a node of its own
+    with world():
+        mean = Mean(size, comm_dtype, torch.device("cpu"))
+        assert bool(mean._sums) == (share_it and world_size() > 1)
+        found = []
+        for round_ in range(2):
+            sent = bytes_sent()
+            for site in range(rank(), NUM_SITES, world_size()):
+                mean.add(torch.zeros(size), -drift(site, round_, size), SHARES[site])
+            taken = mean.take()
+            digest = hashlib.sha256(taken.numpy().tobytes()).hexdigest()
+            found.append((digest, taken[:100].tolist(), bytes_sent() - sent))
+        assert gather(found[0][0]) == [found[0][0]] * world_size()
+        return found
+
+
+@pytest.mark.parametrize("size", [1, PIECE - 1, 3 * PIECE + 17])
+def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int) -> None:
+    runs = [
+        launch(means, size, "exact", share_it, num_ranks=num_ranks)
+        for num_ranks, share_it in [(1, True), (2, True), (2, False), (3, True), (4, True)]
+    ]
+    hashes = [{of_rank[round_][0] for of_rank in run} for run in runs for round_ in (0, 1)]
+    assert all(len(of_ranks) == 1 for of_ranks in hashes)
+    assert hashes[::2] == [hashes[0]] * len(runs)
+    assert hashes[1::2] == [hashes[1]] * len(runs)
+    for round_ in (0, 1):
+        exact = [
+            sum(share * Fraction(drift(site, round_, size)[i].item()) for site, share in enumerate(SHARES))
+            for i in range(min(size, 100))
+        ]
+        assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=1e-13)
+    for run in runs[1:]:
+        assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "it is on record either way"
+
+
+@pytest.mark.parametrize("share_it", [True, False])
+def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
+    size = 2 * PIECE + 5
+    (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2)
+    exact = sum(float(share) * drift(site, 0, size).double() for site, share in enumerate(SHARES))
+    assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
+
+
+def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name() -> None:
+    def write_and_read() -> list[list[int]]:
+        with world():
+            before = set(os.listdir("/dev/shm"))
+            pieces = share_memory(3)
+            for own in pieces[rank() : rank() + 1]:
+                own.fill_(rank() + 1)
+            gather(None)
+            assert set(os.listdir("/dev/shm")) <= before
+            return [piece.tolist() for piece in pieces]
+
+    assert launch(write_and_read, num_ranks=3) == [[[1] * 3, [2] * 3, [3] * 3]] * 3
+    assert launch(write_and_read, num_ranks=1) == [[]]
