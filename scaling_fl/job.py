@@ -30,7 +30,7 @@ from scaling_fl.training import OPTIMISERS, Batch
 
 # A resumed run may change these; any other setting makes another run.
 FREE = {"site_ids", "num_sites", "site_paths", "train_path", "test_path", "num_rounds", "val_batch_size", "author"}
-FREE |= {"job_name", "checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites"}
+FREE |= {"job_name", "checkpoints_dir", "keep_checkpoints", "iid_split", "on_site_failure", "min_sites", "report"}
 
 
 @dataclass(frozen=True)

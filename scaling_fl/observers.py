@@ -11,8 +11,13 @@ import pymongo
 from sacred.observers import FileStorageObserver
 from sacred.run import Run
 
+from scaling_fl import report
 from scaling_fl.mongo import PATIENCE_MS, Config, Mongo, check_dead, find_run, mongo_url, reason
 from scaling_fl.settings import one_line
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 
 class Files(FileStorageObserver):
@@ -102,6 +107,18 @@ def attach(run: Run, *paths: str) -> None:
     """Make files in the folder of a run's files artifacts of it, which MongoDB keeps too."""
     for path in paths:
         run.add_artifact(path, content_type=mimetypes.guess_type(path)[0] or "application/octet-stream")
+
+
+def draw_report(run: Run) -> None:
+    """Draw the page of a run that has ended, among its files, and attach it."""
+    folder = run_folder(run)
+    if folder is None:
+        return
+    try:
+        page, *_ = report.write([folder], os.path.join(folder, REPORT))
+        attach(run, page)
+    except (ValueError, OSError) as error:
+        log.warning("the report of %s was not drawn: %s", folder, one_line(error))
 
 
 def results(run: Run, checkpoints_dir: str | None) -> list[str]:

@@ -85,7 +85,12 @@ def device_table(num_bytes: list[dict[str, int]]) -> list[str]:
 
 
 def finish(
-    folder: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sha256: str, history: History
+    folder: str | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sha256: str,
+    history: History,
+    report: str | None,
 ) -> None:
     """Save the model beside the run's files, from rank 0, and print where it is and what it can do.
 
@@ -95,6 +100,7 @@ def finish(
         tokenizer: of the model.
         sha256: of the final weights.
         history: the metrics of all rounds.
+        report: where the run is about to be drawn, beside its files; None if it is not.
     """
     if rank() != 0:
         return
@@ -103,6 +109,8 @@ def finish(
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         say(f"model     {path}")
+        if report is not None:
+            say(f"report    {os.path.join(folder, report)}")
     say(f"weights   SHA-256 {sha256}")
     last = history[-1]
     best = max(range(len(history)), key=lambda round_: history[round_]["validation.accuracy"])  # the first of equals

@@ -89,6 +89,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     job_name = None  # the name under which MongoDB continues a run that is resumed
     checkpoints_dir = None  # where each round leaves a checkpoint, and from where a run resumes; any fsspec URL
     keep_checkpoints = None  # how many of the last checkpoints to keep; None keeps all
+    report = True  # draw the run at its end, as a page among its files
     author = os.environ.get("USER") or "unknown"  # written into the record
     del _own
 
@@ -129,6 +130,7 @@ KINDS = {
     "job_name": OPTIONAL_TEXT,
     "checkpoints_dir": OPTIONAL_TEXT,
     "keep_checkpoints": optional(whole_number(1)),
+    "report": FLAG,
     "author": TEXT,
 }
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
@@ -255,7 +257,8 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
             metrics |= ledger.lap("checkpoint")
         record(round_, metrics)
         metrics = {}
-    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history)
+    page = observers.REPORT if config.report else None
+    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
     if folder is not None:
         observers.attach(run, os.path.join(folder, ROUNDS))
     return history[-1]["validation.accuracy"]
@@ -300,7 +303,9 @@ def main() -> None:
             signal.signal(signum, interrupt)
     try:
         check_updates(argv)
-        experiment.run_commandline(argv)
+        run = experiment.run_commandline(argv)
+        if run is not None and run.config["report"]:
+            observers.draw_report(run)
     except Interrupted as error:
         if is_observed():
             print(f"interrupted by {signal.Signals(error.number).name}", file=sys.stderr)

@@ -103,6 +103,7 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
         "batch_size": 4,
         "num_local_epochs": 1,
         "num_rounds": 2,
+        "report": False,  # which takes longer than such a run
     }
 
 

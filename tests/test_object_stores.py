@@ -350,6 +350,7 @@ def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
             server = make_server(LARGE if moment == "soon" else LARGE // 2)
             store.put(bucket, "ready", b"")
             checkpoint.save(url, server, history(2), SETTINGS, keep=None)
+            time.sleep(60)  # to be killed
 
     process, _ = begin(write)
     until(lambda: "ready" in store.names(bucket))

@@ -85,16 +85,17 @@ def test_a_url_is_made_of_what_is_given(host: str, user: str | None, password: s
 def test_a_run_is_recorded_once_and_its_password_nowhere(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
-    output = succeed(command(ranks=2, env=environment(mongo, database), job_name="first"))
+    output = succeed(command(ranks=2, env=environment(mongo, database), job_name="first", report=True))
     (run,) = database.runs.find()
     assert (run["status"], run["config"]["job_name"]) == ("COMPLETED", "first")
     assert run["captured_out"].strip() == output.strip()
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
     assert {entry["name"] for entry in run["info"]["metrics"]} == set(database.metrics.distinct("name"))
     written = [path.read_text(errors="replace") for path in (tmp_path / "runs").rglob("*.json")]
-    (artifact,) = run["artifacts"]
-    kept = gridfs.GridFS(database).get(artifact["file_id"])
-    assert (artifact["name"], kept.read()) == ("rounds.jsonl", (tmp_path / "runs" / "1" / "rounds.jsonl").read_bytes())
+    assert [artifact["name"] for artifact in run["artifacts"]] == ["rounds.jsonl", "report.html"]
+    for artifact in run["artifacts"]:
+        kept = gridfs.GridFS(database).get(artifact["file_id"]).read()
+        assert kept == (tmp_path / "runs" / "1" / artifact["name"]).read_bytes()
     for secret in (PASSWORD, quote_plus(PASSWORD)):
         assert all(secret not in text for text in [output, str(run), *written])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, accuracies, weights_hash
 from dap import PATIENCE, Debugger, stop_in_the_loop
+from test_report import write_run
 
 COMMANDS = [
     re.sub(r"\s*\\\n\s*", " ", command).strip()
@@ -20,6 +21,9 @@ COMMANDS = [
     for command in re.findall(r"^\$ (.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE)
 ]
 IN_OTHER_TESTS = "torch.distributed.run|DEBUG|dashboard"  # the last in test_dashboard.py
+SMALL = (
+    "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
+)
 # By a word of the command: what stands for the reader's own files and models, and what is added.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
@@ -29,22 +33,23 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
             "/path/to/checkpoints": "{tmp}/checkpoints",
             "num_rounds=100": "num_rounds=2",
         },
-        "max_seq_len=32",
+        "max_seq_len=32 report=False",
     ),
-    "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32"),
+    "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "overhead": ({}, "--cases try --repetitions 1"),
-    "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32"),
+    "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
-        "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32",
+        SMALL,
     ),
     "DEBUG=1": (
         {"DEBUG=1": "DEBUG=1 DEBUG_PORT={port}"},
-        "with task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32",
+        f"with {SMALL}",
     ),
     "split_data.py": ({"/path/to": "{tmp}"}, ""),
     "print_config": ({}, ""),
     " plan with": ({}, ""),
+    "report.py": ({"runs/": "{tmp}/runs/", "report.html": "{tmp}/report.html"}, ""),
 }
 
 
@@ -53,6 +58,8 @@ def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[s
     (tmp_path / "agnews").mkdir()
     (tmp_path / "spooky").mkdir()
     (tmp_path / "sites").mkdir()
+    for number in ("1", "2"):
+        write_run(tmp_path / "runs" / number)
     for name, source in (("north", corpus[0]), ("north-test", corpus[1]), ("south", corpus[0])):
         (tmp_path / "sites" / f"{name}.csv").write_text(source.read_text())
     rows = [f'{row % 4 + 1},"a title","goal match {row}"' for row in range(24)]

@@ -28,7 +28,7 @@ from scaling_fl.launch import launch
 
 
 def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:
-    output = succeed(command(ranks=2, num_rounds=12, site_ids="[0,0,1,1]", author="somebody"))
+    output = succeed(command(ranks=2, num_rounds=12, site_ids="[0,0,1,1]", author="somebody", report=True))
     assert "4 with 15 to 16 examples each" in output
     assert len(accuracies(output)) == 13
     assert accuracies(output)[-1] > 0.9
@@ -52,6 +52,12 @@ def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Comm
     assert sum(parts) == pytest.approx(sum(seconds["round"]))
     assert len(rounds(run)) == 13
     assert best_line(output) == max(accuracies(output))
+    assert f"report    {Path('runs') / '1' / 'report.html'}\n" in output
+    page = (run / "report.html").read_text()
+    assert "completed" in page
+    assert all(label in page for label in LABELS)
+    assert len(list(run.glob("report-*.png"))) > 5
+    assert json.loads((run / "run.json").read_text())["artifacts"] == ["rounds.jsonl", "report.html"]
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     assert model.config.id2label == dict(enumerate(sorted(LABELS)))
@@ -125,7 +131,9 @@ def test_a_stopped_run_has_all_rounds_of_all_sites_in_its_last_record(command: C
 
 
 def test_bars_are_for_a_terminal_and_in_no_record(tiny_model: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=1"
+    settings = (
+        f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=1 report=False"
+    )
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)

@@ -37,10 +37,9 @@ RUNS = [
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
 GLYPHS = ["●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶", "★"]  # the same, in text
 INK, QUIET, GRID = Colour("#1c2026", "#e8eaee"), Colour("#666d79", "#9aa2af"), Colour("#e3e6ea", "#333a44")
-PHASE_COLOURS = dict(zip(("train", "aggregate", "evaluate", "checkpoint", "setup", "other"), RUNS, strict=False))
-PHASE_COLOURS |= {"setup": RUNS[5], "other": Colour("#b9bfc8", "#6b7380")}
+PHASE_COLOURS = dict(zip(("train", "aggregate", "evaluate", "checkpoint"), RUNS, strict=False)) | {"setup": RUNS[5]}
 VARIABLES = {f"run{index}": colour for index, colour in enumerate(RUNS)}
-VARIABLES |= {"ink": INK, "quiet": QUIET, "grid": GRID, "other": PHASE_COLOURS["other"]}
+VARIABLES |= {"ink": INK, "quiet": QUIET, "grid": GRID}
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text

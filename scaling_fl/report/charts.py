@@ -351,7 +351,7 @@ PLOTS = [
         "time",
         "Time and bytes",
         "Time of each phase",
-        "Training should fill most of it: a thick aggregate is the network, a thick other is what nobody measured.",
+        "Training should fill most of it: a thick aggregate is the network.",
         draw_phases,
     ),
     Plot(

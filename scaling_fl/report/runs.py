@@ -85,11 +85,9 @@ class Run:
 
     @cached_property
     def phases(self) -> dict[str, np.ndarray]:
-        """The seconds of each phase in each round; `other` is what is left of the round."""
+        """The seconds of each phase in each round."""
         seconds = {phase: self.metric(f"time.{phase}_s") for phase in PHASES}
-        known = {phase: np.nan_to_num(values) for phase, values in seconds.items() if not np.isnan(values).all()}
-        rest = self.metric("time.round_s") - sum(known.values(), np.zeros(len(self.rounds)))
-        return known | {"other": np.nan_to_num(rest).clip(min=0)}
+        return {phase: np.nan_to_num(values) for phase, values in seconds.items() if not np.isnan(values).all()}
 
     @cached_property
     def elapsed(self) -> np.ndarray:
