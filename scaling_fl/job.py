@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint
-from scaling_fl.distributed import agree, first_of_node_first, num_threads
+from scaling_fl.distributed import agree, first_of_node_first, num_threads, world_size
 from scaling_fl.federation import Federation, Site
 from scaling_fl.footprint import estimate, state_bytes
 from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
@@ -182,12 +182,13 @@ def describe(config: SimpleNamespace, job: Job) -> list[str]:
     num_weights = sum(weight.numel() for weight in trained_weights(job.model).values())
     sizes = [extent.num_examples for extent in held.extents]
     how = config.partition if config.site_paths is None else "of their own"
-    devices = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
+    where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
+    where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {config.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"drawn at random: {', '.join(job.drawn) or 'none'}",
         f"data      {config.task_name}: {sum(sizes):,} examples to train on, {held.num_test:,} to evaluate on",
-        f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {devices}",
+        f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",
         *([f"resumed   after round {len(job.history) - 1}, from {config.checkpoints_dir}"] if job.history else []),
     ]

@@ -119,7 +119,8 @@ def _say(error: BaseException) -> int:
     elif isinstance(error, PeerError):
         sentence = f"error: {error}"
     else:
-        sentence = "".join(traceback.format_exception(error)).rstrip()
+        where = f"error on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
+        sentence = where + "".join(traceback.format_exception(error)).rstrip()
     if sentence:
         print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
     if not isinstance(error, SystemExit):

@@ -1,6 +1,7 @@
 """torchrun starts ranks again that were killed, and goes on with the nodes that are left: it changes nothing."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from scaling_fl import checkpoint
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
 PATIENCE = 150.0  # seconds after which torchrun hangs
 SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}
-SETTINGS |= {"num_local_epochs": 4, "num_rounds": 12}
+SETTINGS |= {"num_local_epochs": 4, "num_rounds": 12, "report": False}
 
 
 def free_port() -> str:
@@ -105,35 +106,37 @@ def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
         time.sleep(0.02)
 
 
-def test_torchrun_starts_ranks_again_that_were_killed(
+def test_torchrun_starts_ranks_again_however_often_they_are_killed(
     torchrun: Callable[..., Agent], alone: str, tmp_path: Path
 ) -> None:
     agent = torchrun(
         tmp_path,
         "--standalone",
         "--nproc-per-node=2",
-        "--max-restarts=2",
+        "--max-restarts=3",
         site_ids="[0,0,0,0,0,0]",
         checkpoints_dir="checkpoints",
     )
-    wait_for((tmp_path / "checkpoints/round-3.pt").exists, [agent])
-    os.kill(agent.ranks()[-1], signal.SIGKILL)
+    for kills, round_ in enumerate((2, 5, 8)):
+        wait_for((tmp_path / f"checkpoints/round-{round_}.pt").exists, [agent])
+        os.kill(agent.ranks()[-1 - kills % 2], signal.SIGKILL)
     assert agent.weights() == alone
-    assert agent.output.count("round | ") == 2, "it was not started again"
+    assert agent.output.count("round | ") == 4, "it was not started again"
 
 
-@pytest.mark.parametrize(("disks", "lost"), [("shared", 1), ("own", 0)])
-def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost(
-    torchrun: Callable[..., Agent], alone: str, tmp_path: Path, disks: str, lost: int
+@pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("own", 0, False)])
+def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_that_comes_back(
+    torchrun: Callable[..., Agent], alone: str, tmp_path: Path, disks: str, lost: int, comes_back: bool
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
-    nodes = []
-    for node in range(2):  # the first has rank 0, which writes the checkpoints
+
+    def start(node: int, name: str) -> Agent:
         conf = f"--rdzv-conf=is_host={int(node != lost)},last_call_timeout=3"
         options = ["--nnodes=1:2", "--max-restarts=3", *meeting, conf, "--local-addr=127.0.0.1"]
         where = tmp_path / "checkpoints" if disks == "shared" else "checkpoints"
-        folder = tmp_path / f"node-{node}"
-        nodes.append(torchrun(folder, *options, site_ids="[0,0,0]", num_sites=6, checkpoints_dir=where))
+        return torchrun(tmp_path / name, *options, site_ids="[0,0,0]", num_sites=6, checkpoints_dir=where)
+
+    nodes = [start(node, f"node-{node}") for node in range(2)]  # the first has rank 0, which writes the checkpoints
     written = tmp_path / ("checkpoints" if disks == "shared" else "node-0/checkpoints")
     wait_for((written / "round-3.pt").exists, nodes)
     left = nodes[1 - lost]
@@ -141,7 +144,12 @@ def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost(
     nodes[lost].kill()
     wait_for(lambda: "error: " in left.output, [left])
     assert time.monotonic() - killed < SOON
+    again = start(lost, "again") if comes_back else None
     assert left.weights() == alone
+    if again is not None:
+        assert again.process.wait(PATIENCE) == 0, again.output
+        first, *later = re.findall("on ([12]) device", left.output)  # before the loss, and at every start since
+        assert (first, later[-1]) == ("2", "2")
     assert disks == "shared" or (tmp_path / "node-1/checkpoints/round-1.pt").exists(), "it had none of the others"
     for path in tmp_path.glob("**/round-*.pt"):
         checkpoint.read(str(path))
