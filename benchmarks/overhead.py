@@ -39,7 +39,8 @@ NUM_LABELS = 4
 VOCABULARY = 30_522
 LEARNING_RATE = 0.01
 TOLERANCE = 1e-5  # of the final weights: the floor adds in another order
-SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next: a look takes a core 30 ms
+SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next
+LOOKING = 0.02  # of the time at most, as a look takes a core 30 ms and more where much memory is shared
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -230,10 +231,13 @@ def wait(process: subprocess.Popen) -> float:
 
     def sample() -> None:
         nonlocal peak
-        while not has_ended.wait(SAMPLE_EVERY):
+        pause = SAMPLE_EVERY
+        while not has_ended.wait(pause):
+            start = time.perf_counter()
             # A process that ends or forks during a look is counted twice in part, so look again.
             if (seen := memory(process.pid)) > peak:
                 peak = max(peak, min(seen, memory(process.pid)))
+            pause = max(SAMPLE_EVERY, (time.perf_counter() - start) / LOOKING)
 
     sampler = Thread(target=sample)
     sampler.start()

@@ -17,7 +17,7 @@ GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 
 # Pieces of this many weights stay in a core's cache through all the operations on them.
-PIECE = 32_768
+PIECE = 65_536
 
 # What ranks send each other. Only "exact" gives the same bits on any number of ranks.
 COMM_DTYPES: dict[str, torch.dtype] = {
@@ -61,7 +61,7 @@ class Mean:
     @property
     def nbytes(self) -> int:
         """How many bytes this rank keeps."""
-        return self._sum.nbytes
+        return self._sum.nbytes + self._drift.nbytes + sum(part.nbytes for part in self._parts[:1])
 
     @property
     def bytes_handed(self) -> int:

@@ -194,6 +194,8 @@ def _sha256(state: dict) -> str:
             for key, item in value.items():
                 yield repr(key).encode()
                 yield from parts(item)
+        elif isinstance(value, list | tuple) and all(isinstance(item, float | int | None) for item in value):
+            yield json.dumps(value).encode()  # a number a site, of which there may be many
         elif isinstance(value, list | tuple):
             yield f"list of {len(value)}".encode()
             for item in value:

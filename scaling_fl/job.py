@@ -52,6 +52,8 @@ def set_up(config: SimpleNamespace) -> Job:
     agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
     checkpoint.check(config.checkpoints_dir)
     topology = place(config.site_ids, config.num_sites)
+    if config.on_site_failure == "skip" and config.min_sites > topology.num_sites:
+        raise ValueError(f"min_sites={config.min_sites} was given: {topology.num_sites}, the number of sites, would do")
     tokenizer = first_of_node_first(partial(load_tokenizer, config.model, config.max_seq_len))
     held = hold(config, topology, partial(encode, tokenizer=tokenizer, max_seq_len=config.max_seq_len))
     model, drawn = first_of_node_first(partial(make_classifier, config.model, held.label_names, tokenizer, config.seed))
@@ -147,13 +149,16 @@ def what_is_there(config: SimpleNamespace, held: Holdings) -> dict[str, Any]:
     }
 
 
-def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> int:
-    """Return how many bytes a device of this rank takes to train and evaluate, at its largest batches."""
+def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> int | None:
+    """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
     held = job.held
     parts = [held.train[site] for site, where in held.topology.sites.items() if where == device]
     training = max((part.longest_batch(config.batch_size) for part in parts), key=size_of, default=None)
     testing = max((part.batch() for part in held.test[device]), key=size_of, default=None)
-    num_bytes = estimate(job.model, training, testing, local_optimiser(config))
+    try:
+        num_bytes = estimate(job.model, training, testing, local_optimiser(config))
+    except Exception:  # some models look at the values of their tensors, and there are none
+        return None
     if device == held.topology.devices[0]:
         num_bytes += job.server.nbytes + state_bytes(server_optimiser(config), job.server.weights.numel())
     return num_bytes

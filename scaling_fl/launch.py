@@ -21,7 +21,7 @@ from scaling_fl.distributed import accelerator
 from scaling_fl.settings import whole_number_from_environment
 from scaling_fl.vigil import PeerError
 
-RUN_ID = "scaling_fl"
+RUN_ID = "scaling_fl.launch on this machine"
 # A rank that fails waits so many seconds before it ends: the agent reports the first to end, and a rank
 # that was killed is why others fail.
 HEAD_START = 0.5

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import UTC, datetime
+from threading import Lock
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -47,16 +48,32 @@ class Mongo(MongoObserver):
         self._waiting: dict[str, dict[int, tuple[Any, Any]]] = {}  # name -> step -> value and time
         self._files: dict[str, tuple[str, str]] = {}  # artifacts that wait: name -> path and type
         self._is_away = False
+        self._lock = Lock()  # Sacred's heartbeats come from a thread
 
     def started_event(self, **event: Any) -> int:
         """Open the document of the run that goes on, or a new one."""
-        self._before = find_run(self.runs, event["config"], self._goes_on(event["config"]))
+        goes_on = self._goes_on(event["config"])
+        self._before = find_run(self.runs, event["config"], goes_on)
+        if self._before and not goes_on:  # it begins again
+            self.metrics.delete_many({"run_id": self._before["_id"]})
+            self._before = {key: value for key, value in self._before.items() if key != "info"}
+        if self._before:
+            self._claim()
         self.overwrite = deepcopy(self._before) or None
         return super().started_event(**{**event, "_id": None})
+
+    def _claim(self) -> None:
+        as_it_was = {key: self._before.get(key) for key in ("_id", "status", "heartbeat")}
+        now = datetime.now(UTC)
+        if self.runs.update_one(as_it_was, {"$set": {"status": "RUNNING", "heartbeat": now}}).matched_count == 0:
+            raise SystemExit(
+                f"error: run {self._before['_id']} in MongoDB was taken over by another start of the same job"
+            )
 
     def insert(self) -> None:
         """Write the document as it opens: what a run had before it went on, and no end."""
         kept = {key: value for key, value in self._before.items() if key in KEPT}
+        kept["heartbeat"] = datetime.now(UTC)
         self.run_entry = {key: value for key, value in self.run_entry.items() if key not in ENDED} | kept
         super().insert()
         if self._before:
@@ -64,84 +81,88 @@ class Mongo(MongoObserver):
 
     def heartbeat_event(self, **event: Any) -> None:
         """Save what changed, after what the run had before it went on."""
-        info = {**self._before.get("info", {}), **event["info"]}
+        before = {**self._before.get("info", {}), **self.run_entry.get("info", {})}
+        info = {**before, **event["info"]}
         output = self._before.get("captured_out", "") + event["captured_out"]
         super().heartbeat_event(**{**event, "info": info, "captured_out": output})
 
     def artifact_event(self, name: str, filename: str, metadata: Any = None, content_type: str = "") -> None:
         """Save a file, in place of one of the same name."""
-        self._files[name] = filename, content_type
+        with self._lock:
+            self._files[name] = filename, content_type
         self.save()
 
     def log_metrics(self, metrics_by_name: dict[str, dict[str, list]], info: dict[str, Any]) -> None:
-        """Save values by their steps."""
-        for name, new in metrics_by_name.items():
-            steps = zip(new["steps"], zip(new["values"], new["timestamps"], strict=True), strict=True)
-            self._waiting.setdefault(name, {}).update(steps)
-
-        def save_metrics() -> None:
-            for name in list(self._waiting):
-                metric_id = self._save_metric(name, self._waiting[name])
-                del self._waiting[name]
-                known = info.setdefault("metrics", list(self._before.get("info", {}).get("metrics", [])))
-                if name not in [metric["name"] for metric in known]:
-                    known.append({"name": name, "id": metric_id})
-
-        self._try(save_metrics)
+        """Take values to be saved by their steps, with the heartbeat that follows."""
+        with self._lock:
+            for name, new in metrics_by_name.items():
+                steps = zip(new["steps"], zip(new["values"], new["timestamps"], strict=True), strict=True)
+                self._waiting.setdefault(name, {}).update(steps)
 
     def save(self) -> None:
-        """Save the document and the files that wait."""
-        self._try(self._save_document)
+        """Save the document, and the metrics and files that wait."""
+        with self._lock:
+            try:
+                self._save()
+            except pymongo.errors.PyMongoError as error:
+                if not self._is_away:
+                    log.warning("MongoDB does not answer (%s): what is logged waits", reason(error))
+                self._is_away = True
+            else:
+                if self._is_away:
+                    log.warning("MongoDB answers again")
+                self._is_away = False
 
     def final_save(self, attempts: int) -> None:
         """Save the end of the run, or say where it is on record if the server stays away."""
         for _ in range(FAREWELLS):
-            if self._try(self._save_document):
-                break
+            self.save()
+            if not self._is_away:
+                return
             time.sleep(1)
-        if self._is_away or self._waiting:
-            log.warning(
-                "MongoDB has not all of run %s: its files have. With a job_name and checkpoints_dir, the same command "
-                "again fills in what is missing",
-                self.run_entry["_id"],
-            )
+        log.warning(
+            "MongoDB has not all of run %s: its files have. With a job_name and checkpoints_dir, the same command "
+            "again fills in the metrics that are missing",
+            self.run_entry["_id"],
+        )
 
-    def _save_document(self) -> None:
+    def _save(self) -> None:
+        document = {"_id": self.run_entry["_id"]}
+        self.runs.update_one(document, {"$set": self.run_entry}, upsert=True)  # first, as it is the sign of life
+        self._save_metrics()
+        self._save_files()
+        self.runs.update_one(document, {"$set": {key: self.run_entry[key] for key in ("info", "artifacts")}})
+
+    def _save_metrics(self) -> None:
+        """Merge what waits into what is there. A step keeps its value and its time unless the value has changed."""
+        if not self._waiting:
+            return
+        run_id = self.run_entry["_id"]
+        there = {metric["name"]: metric for metric in self.metrics.find({"run_id": run_id})}
+        updates = []
+        for name, new in self._waiting.items():
+            old = there.get(name, {"steps": [], "values": [], "timestamps": []})
+            steps = dict(zip(old["steps"], zip(old["values"], old["timestamps"], strict=True), strict=True))
+            steps |= {step: point for step, point in new.items() if step not in steps or steps[step][0] != point[0]}
+            points = [(step, *steps[step]) for step in sorted(steps)]
+            columns = dict(zip(("steps", "values", "timestamps"), map(list, zip(*points, strict=True)), strict=True))
+            updates.append(pymongo.UpdateOne({"run_id": run_id, "name": name}, {"$set": columns}, upsert=True))
+        self.metrics.bulk_write(updates)
+        self._waiting.clear()
+        known = self.metrics.find({"run_id": run_id}, {"name": 1}, sort=[("_id", 1)])
+        self.run_entry["info"]["metrics"] = [{"name": metric["name"], "id": str(metric["_id"])} for metric in known]
+
+    def _save_files(self) -> None:
         for name, (path, content_type) in list(self._files.items()):
             filename = f"artifact://{self.runs.name}/{self.run_entry['_id']}/{name}"
             with open(path, "rb") as file:
                 file_id = self.fs.put(file, filename=filename, content_type=content_type)
-            same = [artifact for artifact in self.run_entry["artifacts"] if artifact["name"] == name]
-            for artifact in same:
+            artifacts = self.run_entry["artifacts"]
+            for artifact in [artifact for artifact in artifacts if artifact["name"] == name]:
                 self.fs.delete(artifact["file_id"])
-                self.run_entry["artifacts"].remove(artifact)
-            self.run_entry["artifacts"].append({"name": name, "file_id": file_id})
+                artifacts.remove(artifact)
+            artifacts.append({"name": name, "file_id": file_id})
             del self._files[name]
-        self.runs.update_one({"_id": self.run_entry["_id"]}, {"$set": self.run_entry}, upsert=True)
-
-    def _try(self, work: Callable[[], None]) -> bool:
-        """Tell whether the server took something; if not, it will be tried again."""
-        try:
-            work()
-        except pymongo.errors.PyMongoError as error:
-            if not self._is_away:
-                log.warning("MongoDB does not answer (%s): what is logged waits", reason(error))
-            self._is_away = True
-            return False
-        if self._is_away:
-            log.warning("MongoDB answers again")
-        self._is_away = False
-        return True
-
-    def _save_metric(self, name: str, new: dict[int, tuple[Any, Any]]) -> str:
-        query = {"run_id": self.run_entry["_id"], "name": name}
-        old = self.metrics.find_one(query) or {"steps": [], "values": [], "timestamps": []}
-        steps = dict(zip(old["steps"], zip(old["values"], old["timestamps"], strict=True), strict=True))
-        steps |= {step: point for step, point in new.items() if step not in steps or steps[step][0] != point[0]}
-        points = [(step, *steps[step]) for step in sorted(steps)]
-        columns = dict(zip(("steps", "values", "timestamps"), map(list, zip(*points, strict=True)), strict=True))
-        result = self.metrics.update_one(query, {"$set": columns}, upsert=True)
-        return str(result.upserted_id or old.get("_id"))
 
 
 def find_run(runs: pymongo.collection.Collection, config: Config, goes_on: bool) -> dict[str, Any]:

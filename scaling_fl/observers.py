@@ -92,7 +92,7 @@ def make_observers(goes_on: Callable[[Config], bool]) -> list[Files | Mongo]:
     Files always, under `SACRED_RUNS_DIR` (default: runs); MongoDB where `SACRED_HOST` is set, with
     `SACRED_USER`, `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
     """
-    observers: list[Files | Mongo] = [Files(_runs_dir())]
+    observers: list[Files | Mongo] = [Files(_runs_dir(), priority=40)]  # before MongoDB, which may be away
     if os.environ.get("SACRED_HOST"):
         observers.append(Mongo(*_mongo_from_environment(), goes_on))
     return observers
@@ -103,10 +103,12 @@ def run_folder(run: Run) -> str | None:
     return next((observer.dir for observer in run.observers if isinstance(observer, Files)), None)
 
 
-def attach(run: Run, *paths: str) -> None:
-    """Make files in the folder of a run's files artifacts of it, which MongoDB keeps too."""
-    for path in paths:
-        run.add_artifact(path, content_type=mimetypes.guess_type(path)[0] or "application/octet-stream")
+def attach(run: Run, *names: str) -> None:
+    """Make files in the folder of a run's files, where they are there, artifacts of it, which MongoDB keeps too."""
+    for name in names:
+        path = os.path.join(run_folder(run) or os.devnull, name)
+        if os.path.exists(path):
+            run.add_artifact(path, content_type=mimetypes.guess_type(path)[0] or "application/octet-stream")
 
 
 def draw_report(run: Run) -> None:
@@ -115,9 +117,9 @@ def draw_report(run: Run) -> None:
     if folder is None:
         return
     try:
-        page, *_ = report.write([folder], os.path.join(folder, REPORT))
-        attach(run, page)
-    except (ValueError, OSError) as error:
+        report.write([folder], os.path.join(folder, REPORT))
+        attach(run, REPORT)
+    except Exception as error:  # a run of days does not fail for its pictures
         log.warning("the report of %s was not drawn: %s", folder, one_line(error))
 
 

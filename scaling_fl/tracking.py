@@ -34,22 +34,25 @@ COLUMNS = {
     "evaluating": ("time.evaluate_s", 1, "{:.1f}"),
     "MB sent": ("comm.bytes", 1e-6, "{:.1f}"),
 }
+FAILURES = {"failed sites": ("sites.failed", 1, "{:.0f}")}
 
 
-def table_head() -> str:
-    """Return the head of the table that has a line a round."""
-    return " | ".join(["round", *COLUMNS])
+class Table:
+    """A table with a line a round, whose head is printed at once."""
 
+    def __init__(self, with_failures: bool) -> None:
+        self._columns = COLUMNS | (FAILURES if with_failures else {})
+        say(" | ".join(["round", *self._columns]))
 
-def record(log_scalar: Callable[[str, float, int], None], round_: int, metrics: Metrics) -> None:
-    """Log a round's metrics but for those of single sites by `log_scalar(name, value, round)`, and print its line."""
-    for name, value in metrics.items():
-        if not isinstance(value, list):
-            log_scalar(name, value, round_)
-    cells = [f"{round_:>5}"]
-    for title, (name, scale, form) in COLUMNS.items():
-        cells.append((form.format(metrics[name] * scale) if name in metrics else "-").rjust(len(title)))
-    say(" | ".join(cells))
+    def record(self, log_scalar: Callable[[str, float, int], None], round_: int, metrics: Metrics) -> None:
+        """Log a round's metrics, but those of single sites, by `log_scalar(name, value, round)`; print its line."""
+        for name, value in metrics.items():
+            if not isinstance(value, list):
+                log_scalar(name, value, round_)
+        cells = [f"{round_:>5}"]
+        for title, (name, scale, form) in self._columns.items():
+            cells.append((form.format(metrics[name] * scale) if name in metrics else "-").rjust(len(title)))
+        say(" | ".join(cells))
 
 
 def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_size: int, num_epochs: int) -> list[str]:
@@ -72,15 +75,16 @@ def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_si
     return lines
 
 
-def device_table(num_bytes: list[dict[str, int]]) -> list[str]:
-    """Return the lines of a table with the memory that each device takes.
+def device_table(num_bytes: list[dict[str, int | None]]) -> list[str]:
+    """Return the lines of a table with the memory that the tensors of each device take.
 
     Args:
-        num_bytes: for each rank, device -> bytes.
+        num_bytes: for each rank, device -> bytes, or None where they are not known.
     """
-    lines = ["rank | device | memory, estimated"]
+    lines = ["rank | device | memory of tensors, estimated"]
     for number, of_rank in enumerate(num_bytes):
-        lines += [f"{number:>4} | {device:>6} | {size / 1e6:,.0f} MB" for device, size in of_rank.items()]
+        for device, size in of_rank.items():
+            lines.append(f"{number:>4} | {device:>6} | {'unknown' if size is None else f'{size / 1e6:,.0f} MB'}")
     return lines
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -135,12 +134,14 @@ KINDS = {
 }
 TEXT_KEYS = {"task_name"} | {key for key, kind in KINDS.items() if kind in (TEXT, OPTIONAL_TEXT)}
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
+unrecorded: list[str] = []  # why a run cannot be on record, which is said beside all else that is wrong
 
 
 @experiment.config_hook
 def check_settings(config: dict[str, Any], command_name: str, logger: logging.Logger) -> dict[str, Any]:
     """Refuse unknown settings and wrong values before anything starts."""
-    is_on_record = command_name in ("train_federated", "plan") and is_observed() and not was_launched_here()
+    is_to_train = command_name in ("train_federated", "plan")
+    is_on_record = is_to_train and is_observed() and not was_launched_here()
     problems = find_problems([lambda: check(config, KINDS)]) or find_problems(
         [
             lambda: check_site_paths(config),
@@ -151,8 +152,9 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
             *([lambda: observers.check_mongo(config, goes_on), observers.check_files] if is_on_record else []),
         ]
     )
+    problems += unrecorded if is_to_train else []
     if problems:
-        raise SystemExit("\n".join(f"error: {problem}" for problem in problems))
+        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
     return {}
 
 
@@ -191,7 +193,10 @@ def check_site_paths(config: dict[str, Any]) -> None:
 @experiment.main
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
-    return on_ranks(_config, lambda config: run_rounds(config, _run))
+    try:
+        return on_ranks(_config, lambda config: run_rounds(config, _run))
+    finally:
+        observers.attach(_run, ROUNDS)
 
 
 @experiment.command(unobserved=True)
@@ -231,10 +236,10 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         "sites": held.describe_sites(),
         "machine": machine(held.topology.devices),
     }
-    tracking.say(tracking.table_head())
+    table = tracking.Table(with_failures=config.on_site_failure == "skip")
 
     def record(round_: int, metrics: Metrics) -> None:
-        tracking.record(run.log_scalar, round_, metrics)
+        table.record(run.log_scalar, round_, metrics)
         write_round(folder, round_, metrics)
 
     for round_, metrics in enumerate(history):
@@ -259,8 +264,6 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         metrics = {}
     page = observers.REPORT if config.report else None
     tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
-    if folder is not None:
-        observers.attach(run, os.path.join(folder, ROUNDS))
     return history[-1]["validation.accuracy"]
 
 
@@ -288,8 +291,10 @@ def main() -> None:
     """Run Sacred's command line. Of several ranks the first alone is observed."""
     argv = [literal(argument, TEXT_KEYS) for argument in sys.argv]
     if is_observed() and is_rank():
-        with suppress(ValueError):  # which check_settings says, beside all else that is wrong
+        try:
             experiment.observers.extend(observers.make_observers(goes_on))
+        except ValueError as error:
+            unrecorded.append(str(error))
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()

@@ -87,15 +87,20 @@ def torchrun(tiny_model: str, corpus: tuple[Path, Path]) -> Iterator[Callable[..
             agent.kill()
 
 
-ALONE: list[str] = []
+ALONE: dict[int, str] = {}
 
 
 @pytest.fixture
-def alone(command: Command) -> str:
-    """The weights of one process with six sites, which trains once for all tests."""
-    if not ALONE:
-        ALONE.append(weights_hash(succeed(command(site_ids=[0] * 6, **SETTINGS))))
-    return ALONE[0]
+def alone(command: Command) -> Callable[[int], str]:
+    """The weights of one process with six sites after so many rounds, which trains once for all tests."""
+
+    def train(num_rounds: int) -> str:
+        if num_rounds not in ALONE:
+            settings = {**SETTINGS, "num_rounds": num_rounds}
+            ALONE[num_rounds] = weights_hash(succeed(command(site_ids=[0] * 6, **settings)))
+        return ALONE[num_rounds]
+
+    return train
 
 
 def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
@@ -107,7 +112,7 @@ def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
 
 
 def test_torchrun_starts_ranks_again_however_often_they_are_killed(
-    torchrun: Callable[..., Agent], alone: str, tmp_path: Path
+    torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path
 ) -> None:
     agent = torchrun(
         tmp_path,
@@ -120,21 +125,25 @@ def test_torchrun_starts_ranks_again_however_often_they_are_killed(
     for kills, round_ in enumerate((2, 5, 8)):
         wait_for((tmp_path / f"checkpoints/round-{round_}.pt").exists, [agent])
         os.kill(agent.ranks()[-1 - kills % 2], signal.SIGKILL)
-    assert agent.weights() == alone
+    assert agent.weights() == alone(12)
     assert agent.output.count("round | ") == 4, "it was not started again"
 
 
 @pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("own", 0, False)])
 def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_that_comes_back(
-    torchrun: Callable[..., Agent], alone: str, tmp_path: Path, disks: str, lost: int, comes_back: bool
+    torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path, disks: str, lost: int, comes_back: bool
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
+
+    num_rounds = 40 if comes_back else 12  # time to come back
 
     def start(node: int, name: str) -> Agent:
         conf = f"--rdzv-conf=is_host={int(node != lost)},last_call_timeout=3"
         options = ["--nnodes=1:2", "--max-restarts=3", *meeting, conf, "--local-addr=127.0.0.1"]
         where = tmp_path / "checkpoints" if disks == "shared" else "checkpoints"
-        return torchrun(tmp_path / name, *options, site_ids="[0,0,0]", num_sites=6, checkpoints_dir=where)
+        return torchrun(
+            tmp_path / name, *options, site_ids="[0,0,0]", num_sites=6, checkpoints_dir=where, num_rounds=num_rounds
+        )
 
     nodes = [start(node, f"node-{node}") for node in range(2)]  # the first has rank 0, which writes the checkpoints
     written = tmp_path / ("checkpoints" if disks == "shared" else "node-0/checkpoints")
@@ -145,7 +154,7 @@ def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_tha
     wait_for(lambda: "error: " in left.output, [left])
     assert time.monotonic() - killed < SOON
     again = start(lost, "again") if comes_back else None
-    assert left.weights() == alone
+    assert left.weights() == alone(num_rounds)
     if again is not None:
         assert again.process.wait(PATIENCE) == 0, again.output
         first, *later = re.findall("on ([12]) device", left.output)  # before the loss, and at every start since

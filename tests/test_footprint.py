@@ -1,6 +1,7 @@
 """The memory that is foretold is the memory that is taken."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from scaling_fl.footprint import Meter, passing, state_bytes
+from scaling_fl.footprint import Meter, estimate, passing, state_bytes
+from scaling_fl.server import Server
 from scaling_fl.strategies import make_strategy
-from scaling_fl.training import OPTIMISERS
+from scaling_fl.tasks.task import score_classes
+from scaling_fl.training import OPTIMISERS, train
 
 
 def make_llama() -> nn.Module:
@@ -63,3 +66,23 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
     optimiser.step()
     kept = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
     assert state_bytes(make, 12_345) == kept == num_copies * weights.nbytes
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> None:
+    model, batch = make_bert(), make_examples(7).batch(np.arange(7))
+    make_optimiser = partial(OPTIMISERS[name], lr=1e-3)
+    said = estimate(model, batch, None, make_optimiser)
+    weights = [*model.parameters(), *model.buffers()]
+    with Meter([*weights, *batch.values()]) as meter:
+        train(model, [batch, batch], make_optimiser(model.parameters()), score_classes)
+    assert said == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.1)
+
+
+def test_a_server_says_what_it_holds() -> None:
+    server = Server(make_bert(), make_strategy("fedavg", None, None))
+    held = {**vars(server), **vars(server._mean)}.values()
+    storages = {
+        tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1
+    }
+    assert server.nbytes == sum(storages.values())

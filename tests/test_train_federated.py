@@ -276,6 +276,7 @@ REFUSED = {
     "keep_checkpoints=0": "a whole number from 1 or None",
     "task_name=[1]": "task_name='[1]' was given: bbcnews",
     "checkpoints_dir=/proc/no/folder": "checkpoints_dir='/proc/no/folder' cannot be written to: ",
+    "min_sites=5 on_site_failure=skip": "min_sites=5 was given: 4, the number of sites, would do",
     "server_learning_rate=1e30": "the global model diverged: ",
 }
 
@@ -283,8 +284,8 @@ REFUSED = {
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("setting", REFUSED)
 def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
-    key, value = setting.split("=", 1)
-    status, output = command("--unobserved", ranks=ranks, **{key: value})
+    settings = dict(part.split("=", 1) for part in setting.split(" "))
+    status, output = command("--unobserved", ranks=ranks, **settings)
     head = re.compile(r"(model|data|sites|strategy|results) |round \|| +0 \|")
     lines = [line for line in output.splitlines() if not head.match(line)]
     assert status == 1
