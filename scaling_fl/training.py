@@ -26,8 +26,8 @@ def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, scor
     means = Means()
     for batch in batches:
         batch = _to_device(batch, model)
+        optimiser.zero_grad()  # before the activations take memory
         output = model(**batch)
-        optimiser.zero_grad()
         output.loss.backward()
         optimiser.step()
         score(output, batch, means)

@@ -114,6 +114,7 @@ def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
 def test_torchrun_starts_ranks_again_however_often_they_are_killed(
     torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path
 ) -> None:
+    expected = alone(12)
     agent = torchrun(
         tmp_path,
         "--standalone",
@@ -125,7 +126,7 @@ def test_torchrun_starts_ranks_again_however_often_they_are_killed(
     for kills, round_ in enumerate((2, 5, 8)):
         wait_for((tmp_path / f"checkpoints/round-{round_}.pt").exists, [agent])
         os.kill(agent.ranks()[-1 - kills % 2], signal.SIGKILL)
-    assert agent.weights() == alone(12)
+    assert agent.weights() == expected
     assert agent.output.count("round | ") == 4, "it was not started again"
 
 
@@ -136,6 +137,7 @@ def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_tha
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
 
     num_rounds = 40 if comes_back else 12  # time to come back
+    expected = alone(num_rounds)
 
     def start(node: int, name: str) -> Agent:
         conf = f"--rdzv-conf=is_host={int(node != lost)},last_call_timeout=3"
@@ -154,7 +156,7 @@ def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_tha
     wait_for(lambda: "error: " in left.output, [left])
     assert time.monotonic() - killed < SOON
     again = start(lost, "again") if comes_back else None
-    assert left.weights() == alone(num_rounds)
+    assert left.weights() == expected
     if again is not None:
         assert again.process.wait(PATIENCE) == 0, again.output
         first, *later = re.findall("on ([12]) device", left.output)  # before the loss, and at every start since

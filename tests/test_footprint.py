@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from scaling_fl.distributed import world
 from scaling_fl.footprint import Meter, estimate, passing, state_bytes
 from scaling_fl.server import Server
 from scaling_fl.strategies import make_strategy
@@ -80,7 +81,8 @@ def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> 
 
 
 def test_a_server_says_what_it_holds() -> None:
-    server = Server(make_bert(), make_strategy("fedavg", None, None))
+    with world():
+        server = Server(make_bert(), make_strategy("fedavg", None, None))
     held = {**vars(server), **vars(server._mean)}.values()
     storages = {
         tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1
