@@ -54,11 +54,11 @@ class Mongo(MongoObserver):
         """Open the document of the run that goes on, or a new one."""
         goes_on = self._goes_on(event["config"])
         self._before = find_run(self.runs, event["config"], goes_on)
-        if self._before and not goes_on:  # it begins again
-            self.metrics.delete_many({"run_id": self._before["_id"]})
-            self._before = {key: value for key, value in self._before.items() if key != "info"}
         if self._before:
             self._claim()
+        if self._before and not goes_on:  # it begins again
+            self.metrics.delete_many({"run_id": self._before["_id"]})
+            self._before.pop("info", None)
         self.overwrite = deepcopy(self._before) or None
         return super().started_event(**{**event, "_id": None})
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import PASSWORD, SCRIPT, USER, Command, Mongod, accuracies, succeed
 
 import scaling_fl.mongo
-from scaling_fl.mongo import check_dead, find_run, mongo_url
+from scaling_fl.mongo import Mongo, check_dead, find_run, mongo_url
 
 
 @pytest.fixture
@@ -163,7 +163,11 @@ def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry
 ) -> None:
     settings = {"job_name": "typo", "checkpoints_dir": tmp_path / "checkpoints", "env": environment(mongo, database)}
     assert command(train_path="typo.csv", **settings)[0] == 1
-    assert [run["status"] for run in database.runs.find()] == ["FAILED"]
+    (failed,) = database.runs.find()
+    assert failed["status"] == "FAILED"
+    # As if it had failed in round 7 of a run without checkpoints.
+    old = {"steps": [0, 7], "values": [0.0, 7.0], "timestamps": [failed["start_time"]] * 2}
+    database.metrics.insert_one({"run_id": failed["_id"], "name": "validation.loss", **old})
     succeed(command(num_rounds=1, **settings))
     succeed(command(num_rounds=2, **settings))
     assert [run["status"] for run in database.runs.find()] == ["COMPLETED"]
@@ -217,6 +221,22 @@ def test_a_database_that_stays_away_is_filled_by_the_same_command(
     assert entry["status"] == "COMPLETED"
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
     assert [artifact["name"] for artifact in entry["artifacts"]] == ["rounds.jsonl"]
+
+
+def test_of_two_starts_that_take_over_a_dead_run_one_does(
+    mongo: dict[str, str], database: pymongo.database.Database
+) -> None:
+    now = datetime.now(UTC)
+    dead = {"_id": 3, "status": "RUNNING", "heartbeat": now, "config": {"job_name": "a"}}
+    database.runs.insert_one(dead)
+    first, second = (
+        Mongo(mongo_url(mongo["SACRED_HOST"], USER, PASSWORD), database.name, lambda _: True) for _ in "ab"
+    )
+    for observer in (first, second):
+        observer._before = find_run(database.runs, {"job_name": "a"}, goes_on=True)
+    first._claim()
+    with pytest.raises(SystemExit, match="run 3 in MongoDB was taken over by another start"):
+        second._claim()
 
 
 def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
