@@ -111,6 +111,12 @@ def attach(run: Run, *names: str) -> None:
             run.add_artifact(path, content_type=mimetypes.guess_type(path)[0] or "application/octet-stream")
 
 
+def flush(run: Run) -> None:
+    """Record what was printed and logged since the last heartbeat, which Sacred forgets of a run that fails."""
+    if run.observers:
+        run._emit_heartbeat()
+
+
 def draw_report(run: Run) -> None:
     """Draw the page of a run that has ended, among its files, and attach it."""
     folder = run_folder(run)

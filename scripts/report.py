@@ -11,9 +11,10 @@ def main() -> None:
     """Read the runs and write their report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/1")
-    parser.add_argument("--output", help="the page to write (default: report.html in the first run's folder)")
+    parser.add_argument("--output", help="the page to write (default: report.html, of one run in its folder)")
     arguments = parser.parse_args()
-    output = arguments.output or os.path.join(arguments.runs[0], "report.html")
+    folder = arguments.runs[0] if len(arguments.runs) == 1 else ""  # whose own page several would write over
+    output = arguments.output or os.path.join(folder, "report.html")
     if not output.endswith(".html"):
         sys.exit(f"error: --output={output!r} was given: a file such as report.html would do")
     try:

@@ -197,6 +197,7 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
         return on_ranks(_config, lambda config: run_rounds(config, _run))
     finally:
         observers.attach(_run, ROUNDS)
+        observers.flush(_run)
 
 
 @experiment.command(unobserved=True)

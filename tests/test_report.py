@@ -237,7 +237,7 @@ def leave_site_one_behind(round_: dict[str, Any]) -> None:
         ),
         ({"change": lambda r: r.update({"validation.loss": np.inf})}, r"validation\.loss is no number in round 0"),
         (
-            {"change": lambda r: r["round"] == 8 and r.update({"validation.accuracy": 0.3})},
+            {"change": lambda r: r["round"] == 8 and r.update({"validation.accuracy": 0.3, "validation.loss": 2.0})},
             r"best in round 7 .* 0\.3000",
         ),
         ({"status": "FAILED"}, r"ended as failed after round 8"),
@@ -346,18 +346,24 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "cannot be read as JSON" in refusal(lambda: read([str(folder)]))
 
 
-def run_script(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "report.py"), *arguments], capture_output=True, text=True, cwd=ROOT
-    )
+def run_script(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
+    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_command_writes_into_the_first_run_or_where_it_is_told(tmp_path: Path) -> None:
+def test_the_command_writes_into_the_run_or_here_if_there_are_several(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_rounds=0)
     status, said = run_script(folder)
     assert (status, said) == (0, f"{folder}/report.html, and 6 charts beside it\n")
     assert (tmp_path / "run" / "report-loss.png").exists()
+    own_page = (tmp_path / "run" / "report.html").read_text()
+    other = write_run(tmp_path / "other", num_rounds=1)
+    status, said = run_script(folder, other, cwd=tmp_path)
+    assert (status, said.partition(",")[0]) == (0, "report.html")
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "run" / "report.html").read_text() == own_page
 
 
 @pytest.mark.parametrize(

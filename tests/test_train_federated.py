@@ -351,6 +351,8 @@ def test_a_bad_setting_leaves_no_run_behind(command: Command, tmp_path: Path) ->
 def test_a_diverged_run_is_on_record_as_failed_with_its_reason(command: Command, tmp_path: Path, ranks: int) -> None:
     assert command(ranks=ranks, learning_rate=1e30)[0] == 1
     record = json.loads((tmp_path / "runs" / "1" / "run.json").read_text())
+    assert len(accuracies((tmp_path / "runs" / "1" / "cout.txt").read_text())) == 1, "the round before is not forgotten"
+    assert record["artifacts"] == ["rounds.jsonl"]
     assert record["status"] == "FAILED"
     assert "site 0 diverged in round 1" in "".join(record["fail_trace"])
 

@@ -277,7 +277,7 @@ def accuracies_of_sites(run: Run) -> np.ndarray:
     return last_known(run.of_sites("accuracy"))
 
 
-BANDS = "Solid is the median site, dashed the worst, and the band holds the middle half"
+BANDS = "Solid is the median site, dashed the worst; the dark band holds the middle half, the light one all"
 PLOTS = [
     Plot(
         "accuracy",

@@ -66,10 +66,10 @@ def divergence(run: Run) -> Iterator[str]:
 
 
 def fall(run: Run) -> Iterator[str]:
-    """Tell of a model that was better before."""
-    accuracy = run.metric("validation.accuracy")
+    """Tell of a model that was better before, by its accuracy and its loss."""
+    accuracy, loss = run.metric("validation.accuracy"), run.metric("validation.loss")
     peak = best(accuracy)
-    if peak is not None and accuracy[peak] - accuracy[-1] > FALLEN:
+    if peak is not None and accuracy[peak] - accuracy[-1] > FALLEN and not loss[-1] <= loss[peak]:
         yield (
             f"Validation accuracy was best in round {run.steps[peak]:.0f} ({accuracy[peak]:.4f}) and is "
             f"{accuracy[-1]:.4f} after the last: fewer rounds or a smaller learning rate may do."
