@@ -45,8 +45,8 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 STRATEGIES = ("fedavg", "fedadam", "diloco")
 NUM_ROUNDS = 6
 NUM_RANKS = (1, 2, 3)
-SOON = 10.0  # seconds from a kill until the command has ended
-PATIENCE = 60.0  # seconds after which a command that was not killed hangs
+SOON = 45.0  # seconds from a kill until the command has ended, on a very busy machine
+PATIENCE = 120.0  # seconds after which a command that was not killed hangs
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 # What differs from run to run and is no result: seconds, and bytes, of which more ranks send more.
 INCIDENTAL = re.compile(r"(time|comm|speed)\.|sites\.(seconds|memory_mb)\.")

@@ -149,9 +149,11 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
             lambda: count_ranks(config),
             num_threads,
             lost_after,
-            *([lambda: observers.check_mongo(config, goes_on), observers.check_files] if is_on_record else []),
+            *([lambda: observers.check_mongo(config, goes_on)] if is_on_record else []),
         ]
     )
+    if is_on_record and not problems:
+        problems = find_problems([observers.check_files])  # last, as it makes their folder
     problems += unrecorded if is_to_train else []
     if problems:
         raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
