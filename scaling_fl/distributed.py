@@ -4,7 +4,7 @@ import os
 import time
 from ast import literal_eval
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=24)
 JOINING = timedelta(minutes=30)  # for all ranks to be there at the start
 EVER = timedelta(days=365)  # with a debugger, as nobody knows how long a rank stands at a breakpoint
+MEMORY = "scaling_fl"  # what memory that ranks share is called among a process's files
 POLL = 5e-4  # seconds between two looks whether a collective is done
 
 _bytes_sent = 0
@@ -206,16 +207,20 @@ def share_memory(num_bytes: int) -> list[Tensor]:
     """
     if not (1 < world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and hasattr(os, "memfd_create")):
         return []
-    own = os.memfd_create("scaling_fl")
-    os.ftruncate(own, num_bytes)
-    paths = gather(f"/proc/{os.getpid()}/fd/{own}")
-    try:
-        pieces = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path in paths]
-    except RuntimeError:  # where a process may not look into another's
-        pieces = []
-    all_see = all(gather(bool(pieces)))
+    own, mark, size = os.memfd_create(MEMORY), os.urandom(16).hex(), max(num_bytes, 32)
+    os.truncate(own, size)
+    os.write(own, mark.encode())
+    names = gather((f"/proc/{os.getpid()}/fd/{own}", mark))
+    pieces = []
+    # Where ranks number their processes each for itself, as in containers, a name leads to another file or to none;
+    # and a process may not look into another's everywhere.
+    with suppress(OSError, RuntimeError):
+        if all(MEMORY in os.readlink(path) for path, _ in names):
+            pieces = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path, _ in names]
+    found = [piece[: len(mark)].numpy().tobytes() for piece in pieces]
+    all_see = all(gather(found == [mark.encode() for _, mark in names]))
     os.close(own)
-    return pieces if all_see else []
+    return [piece[:num_bytes] for piece in pieces] if all_see else []
 
 
 def first_of_node_first(work: Callable[[], T]) -> T:

@@ -83,6 +83,30 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
     assert launch(write_and_read, num_ranks=1) == [[]]
 
 
+def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ranks are in containers that number their processes each for itself."""
+    open_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda _, **options: open_file(own_memory(), **options))
+
+    def share() -> bool:
+        with world():
+            return bool(share_memory(100))
+
+    def own_memory() -> str:
+        (found,) = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd") if is_ours(fd)]
+        return found
+
+    def is_ours(fd: str) -> bool:
+        return os.path.exists(f"/proc/self/fd/{fd}") and "memfd:scaling_fl" in os.readlink(f"/proc/self/fd/{fd}")
+
+    assert launch(share, num_ranks=2) == [False, False]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "readlink", lambda path: "/home/somebody/log.txt")
+    assert launch(share, num_ranks=2) == [False, False]
+    monkeypatch.undo()
+    assert launch(share, num_ranks=2) == [True, True]
+
+
 def test_no_rank_takes_a_part_before_it_is_there() -> None:
     def slow_first_rank() -> str:
         with world():
