@@ -62,6 +62,6 @@ def deal(labels: np.ndarray, num_sites: int, partitioner: Partitioner, seed: int
     if len(labels) < num_sites:
         raise ValueError(
             f"{num_sites} sites cannot share {len(labels)} training examples: "
-            f"at most {len(labels)} sites would do (site_ids, num_sites), or more examples"
+            f"at most {len(labels)} sites (site_ids, num_sites) or more examples would do"
         )
     return partitioner(labels, num_sites, np.random.default_rng(seed))
