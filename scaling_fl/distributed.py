@@ -66,8 +66,7 @@ def world() -> Iterator[None]:
     dist.init_process_group(timeout=timeout, store=store, rank=number, world_size=num_ranks)
     own = store.clone()
     own.set_timeout(patience)
-    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
-    with Vigil(own, number, num_ranks, patience.total_seconds(), is_one_node=is_one_node).kept():
+    with Vigil(own, number, num_ranks, patience.total_seconds(), is_one_node=is_one_node()).kept():
         if is_debugged:
             await_debugger(number, num_ranks)
         yield
@@ -109,6 +108,11 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def is_one_node() -> bool:
+    """Tell whether all ranks were started on one machine, by one launcher."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == str(world_size())
+
+
 def bytes_sent() -> int:
     """Return how many bytes this rank has handed to collectives so far (0 in a world of one)."""
     return _bytes_sent
@@ -116,9 +120,8 @@ def bytes_sent() -> int:
 
 def _finish(num_bytes: int, work: Any) -> None:
     """Wait for a collective in a way that signals can interrupt, and count what was handed to it."""
-    global _bytes_sent
     if world_size() > 1:
-        _bytes_sent += num_bytes
+        count_bytes(num_bytes)
     try:
         while not work.is_completed():
             time.sleep(POLL)
@@ -195,7 +198,7 @@ def sum_(tensor: Tensor) -> Tensor:
 
 
 def count_bytes(num_bytes: int) -> None:
-    """Count what is handed to other ranks through memory that they share."""
+    """Count what is handed to other ranks."""
     global _bytes_sent
     _bytes_sent += num_bytes
 
@@ -205,7 +208,7 @@ def share_memory(num_bytes: int) -> list[Tensor]:
 
     The memory has no name in any file system, and goes with the ranks.
     """
-    if not (1 < world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and hasattr(os, "memfd_create")):
+    if world_size() == 1 or not is_one_node() or not hasattr(os, "memfd_create"):
         return []
     own, mark, size = os.memfd_create(MEMORY), os.urandom(16).hex(), max(num_bytes, 32)
     os.truncate(own, size)

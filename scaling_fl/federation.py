@@ -101,7 +101,7 @@ class Federation:
         self._min_sites = min_sites
         self._num_examples = sum(gather(sum(site.num_examples for site in sites)))
         self._failures: list[tuple[int, str]] = []  # of this round, on this rank
-        self._turns: dict[int, Metrics] = {}  # the same of the sites that did not fail
+        self._turns: dict[int, Metrics] = {}  # scores and costs of each site that did not fail, likewise
         self._is_ending = Event()  # by an error: threads of other devices need not finish their sites
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {

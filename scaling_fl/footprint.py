@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from scaling_fl.server import trained_weights
 from scaling_fl.training import Batch
 
 
@@ -60,7 +61,7 @@ def estimate(
         make_optimiser: of the trained weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    num_trained = sum(weight.numel() for weight in trained_weights(model).values())
     passes = [
         passing(model, batch, is_training)
         for batch, is_training in ((training, True), (testing, False))

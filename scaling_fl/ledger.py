@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from scaling_fl.distributed import bytes_sent, gather
+from scaling_fl.distributed import bytes_sent, gather, rank
 from scaling_fl.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
@@ -48,16 +48,18 @@ def write_round(folder: str | None, round_: int, metrics: Metrics) -> None:
 
 
 def machine(devices: Sequence[torch.device]) -> dict[str, str]:
-    """Return what all ranks run on: hosts, devices, versions, the state of the code and of its constraints."""
+    """Return on rank 0, which keeps the record, what all ranks run on: hosts, devices, versions, state of the code."""
     names = [
         device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
         for device in devices
     ]
     by_rank = gather((socket.gethostname(), names))
+    if rank() != 0:
+        return {}
     constraints = ROOT / "constraints.txt"
     return {
         "hosts": ", ".join(dict.fromkeys(host for host, _ in by_rank)),
-        "devices": "; ".join(f"rank {rank}: {', '.join(of_rank)}" for rank, (_, of_rank) in enumerate(by_rank)),
+        "devices": "; ".join(f"rank {number}: {', '.join(of_rank)}" for number, (_, of_rank) in enumerate(by_rank)),
         "CPU threads of a rank": str(torch.get_num_threads()),
         "system": platform.platform(),
         "Python": platform.python_version(),

@@ -129,9 +129,10 @@ class Mongo(MongoObserver):
     def _save(self) -> None:
         document = {"_id": self.run_entry["_id"]}
         self.runs.update_one(document, {"$set": self.run_entry}, upsert=True)  # first, as it is the sign of life
-        self._save_metrics()
-        self._save_files()
-        self.runs.update_one(document, {"$set": {key: self.run_entry[key] for key in ("info", "artifacts")}})
+        if self._waiting or self._files:
+            self._save_metrics()
+            self._save_files()
+            self.runs.update_one(document, {"$set": {key: self.run_entry[key] for key in ("info", "artifacts")}})
 
     def _save_metrics(self) -> None:
         """Merge what waits into what is there. A step keeps its value and its time unless the value has changed."""
