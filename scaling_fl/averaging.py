@@ -1,6 +1,8 @@
 """The mean of the sites' drifts, summed so that no order and no grouping of the sites changes a bit."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 from threading import Lock
 
@@ -11,13 +13,15 @@ from scaling_fl.distributed import count_bytes, gather, rank, share_memory, sum_
 
 # The exact sum starts at GRID, in the middle of the float64 numbers from 2**8 to 2**9, which are 2**-44
 # apart: adding a term rounds it to a multiple of 2**-44, and sums of such multiples are the same in any
-# order. With drifts below LIMIT a sum stays within these bounds, as the shares add up to 1. A term that
+# order. With terms below LIMIT a sum stays within these bounds, as the shares add up to 1. A term that
 # lies halfway between two multiples would be rounded one way or the other depending on the sum: see _odd.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 
-# Pieces of this many weights stay in a core's cache through all the operations on them.
+# Pieces of this many weights stay in a core's cache through all the operations on them; an accelerator, which
+# has to be asked after each, takes larger ones.
 PIECE = 65_536
+ACCELERATOR_PIECE = 2**22
 
 # What ranks send each other. Only "exact" gives the same bits on any number of ranks.
 COMM_DTYPES: dict[str, torch.dtype] = {
@@ -45,10 +49,10 @@ class Mean:
         wide = torch.float64 if is_exact else torch.float32
         self._origin = torch.tensor(GRID if is_exact else 0.0, dtype=wide, device=device)
         self._is_fused = not is_exact or _is_fused(self._origin)
-        self._piece = PIECE if device.type == "cpu" else size
-        self._drift = torch.empty(self._piece, dtype=wide, device=device)
-        self._is_empty = True  # nothing added yet
-        self._share = Fraction()  # of all examples, whose drifts were added
+        self._piece = PIECE if device.type == "cpu" else min(size, ACCELERATOR_PIECE)
+        self._buffer = torch.empty(self._piece, dtype=wide, device=device)
+        self._is_of_locals = False  # the sum, not of what sites have gained, which takes twice as long
+        self._shares: list[Fraction] = []  # of all examples, of what was added
         self._lock = Lock()
         # Where ranks share memory, each has there its sum and, behind it, its part of the mean.
         self._part = -(-size // (world_size() * self._piece)) * self._piece
@@ -61,7 +65,7 @@ class Mean:
     @property
     def nbytes(self) -> int:
         """How many bytes this rank keeps."""
-        return self._sum.nbytes + self._drift.nbytes + sum(part.nbytes for part in self._parts[:1])
+        return self._sum.nbytes + self._buffer.nbytes + sum(part.nbytes for part in self._parts[:1])
 
     @property
     def bytes_handed(self) -> int:
@@ -69,64 +73,97 @@ class Mean:
         return len(self._sum) * self._wire.itemsize if world_size() > 1 else 0
 
     def add(self, weights: Tensor, local: Tensor, share: Fraction | float) -> None:
-        """Add a site's drift, global minus local weights, or nothing if that is an error. Threads may do so at once.
+        """Add what a site has trained, or nothing if that is an error. Threads may do so at once.
 
         Args:
-            weights: the global weights.
+            weights: the global weights, the same until the mean is taken.
             local: the site's weights.
             share: the site's weight in the mean; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or has moved by 128 or more.
+            FloatingPointError: a weight is not finite, or has moved by 64 or more (up to 128 may do).
         """
         factor = _odd(float(share))
-        pieces = list(zip(*(vector.split(self._piece) for vector in (weights, local, self._sum)), strict=True))
         with self._lock:
+            self._begin(weights)
+            pieces = list(zip(*(vector.split(self._piece) for vector in (weights, local, self._sum)), strict=True))
             for number, (before, after, total) in enumerate(pieces):
-                drift = self._drift[: len(total)].copy_(before).sub_(after)
-                # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
-                is_small = torch.dot(drift, drift).item() < LIMIT**2
-                if not is_small and not torch.linalg.vector_norm(drift, torch.inf).item() < LIMIT:
+                term = self._term(before, after)
+                if not _is_below(term, LIMIT):
                     self._take_back(pieces[:number], factor)
-                    raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT:g} or more")
-                self._add(total, drift, factor)
-            self._is_empty = False
-            self._share += Fraction(share)
+                    raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT / 2:g} or more")
+                self._add(total, term, factor)
+            self._shares.append(Fraction(share))
 
-    def _add(self, total: Tensor, drift: Tensor, factor: float) -> None:
-        """Add `factor * drift` to the sum, rounded to the grid if it is exact; a round's first overwrite it."""
+    def _begin(self, weights: Tensor) -> None:
+        """Before a round's first, decide what is summed: the same on all ranks, as the global weights are."""
+        if not self._shares:
+            pieces = weights.split(self._piece)
+            self._is_of_locals = bool(self._origin) and all(_is_below(piece, LIMIT / 2) for piece in pieces)
+
+    def _term(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return what of a site is summed: its weights, or what they have gained."""
+        if self._is_of_locals:
+            return after
+        gain = self._buffer[: len(after)]
+        # Where both are float32 this is one pass over memory, else the difference would be rounded to float32.
+        return torch.sub(after, before, out=gain) if gain.dtype == after.dtype else gain.copy_(after).sub_(before)
+
+    def _add(self, total: Tensor, term: Tensor, factor: float) -> None:
+        """Add `factor * term` to the sum, rounded to the grid if it is exact; a round's first overwrite it."""
+        wide = term if term.dtype == total.dtype else self._buffer[: len(term)].copy_(term)
         if not self._is_fused:
-            drift.mul_(factor).add_(self._origin).sub_(self._origin)
-            factor = 1.0
-        torch.add(self._origin if self._is_empty else total, drift, alpha=factor, out=total)
+            wide, factor = self._round(wide, factor), 1.0
+        torch.add(total if self._shares else self._origin, wide, alpha=factor, out=total)
+
+    def _round(self, wide: Tensor, factor: float) -> Tensor:
+        """Return `factor * wide`, rounded to the grid."""
+        scaled = torch.add(self._origin, wide, alpha=factor) if self._is_fused else (wide * factor).add_(self._origin)
+        return scaled.sub_(self._origin)
 
     def _take_back(self, pieces: list[tuple[Tensor, Tensor, Tensor]], factor: float) -> None:
-        """Subtract what was added of a drift; where the sum is exact, it is again what it was."""
-        if not self._is_empty:
+        """Subtract what was added of a site; where the sum is exact, it is again what it was."""
+        if self._shares:
             for before, after, total in pieces:
-                self._add(total, self._drift[: len(total)].copy_(before).sub_(after), -factor)
+                self._add(total, self._term(before, after), -factor)
 
-    def take(self) -> Tensor:
-        """Return the mean of what all ranks have added, float32 (size,), and begin anew; zeros if that is nothing.
+    def take(self, weights: Tensor) -> Tensor:
+        """Return the mean of the drifts, global minus local weights, that all ranks have added, and begin anew.
 
-        It is in memory that the next drift is written over.
+        It is float32 (size,), in memory that the next round is summed in; zeros if nothing was added.
         """
-        if self._is_empty:
+        self._begin(weights)
+        if not self._shares:
             self._sum.fill_(self._origin.item())
-        share = sum(Fraction(*pair) for pair in gather(self._share.as_integer_ratio()))  # after it all sums are there
-        self._is_empty, self._share = True, Fraction()
-        divisor = float(share or 1)
-        return self._reduce_in_memory(divisor) if self._sums else self._reduce_by_messages(divisor)
+        own = [share.as_integer_ratio() for share in self._shares]
+        shares = [Fraction(*pair) for of_rank in gather(own) for pair in of_rank]  # after it all sums are there
+        divisor = float(sum(shares) or 1)
+        if self._sums:
+            mean = self._reduce_in_memory(weights, shares, divisor)
+        else:
+            mean = self._reduce_by_messages(weights, divisor)
+        self._shares = []
+        return mean
 
-    def _reduce_in_memory(self, divisor: float) -> Tensor:
+    def _add_weights(self, total: Tensor, weights: Tensor, shares: Iterable[Fraction]) -> None:
+        """Make drifts of a sum of local weights, taken negative: exactly zero where no site has moved a weight."""
+        if not self._is_of_locals:
+            return
+        wide = weights.to(total.dtype)
+        for share, count in Counter(shares).items():
+            # Multiples of 2**-44, of which nothing is rounded.
+            total.add_(self._round(wide, _odd(float(share))), alpha=count)
+
+    def _reduce_in_memory(self, weights: Tensor, shares: Iterable[Fraction], divisor: float) -> Tensor:
         """Compute this rank's part of the mean from all sums, and take the other ranks' parts from them."""
         own = slice(rank() * self._part, (rank() + 1) * self._part)
-        sums = [total[own].split(self._piece) for total in self._sums]
-        for place, *others, mean in zip(*sums, self._parts[rank()].split(self._piece), strict=False):
-            total = self._drift[: len(place)].copy_(place).sub_(self._origin)
-            for other in others:
-                total.add_(other).sub_(self._origin)
-            mean[: len(place)].copy_(total)
+        vectors = [vector[own].split(self._piece) for vector in (weights, *self._sums)]
+        for before, *sums, mean in zip(*vectors, self._parts[rank()].split(self._piece), strict=False):
+            total = torch.sub(self._origin, sums[0], out=self._buffer[: len(before)])
+            for other in sums[1:]:
+                total.sub_(other).add_(self._origin)
+            self._add_weights(total, before, shares)
+            mean[: len(before)].copy_(total)
         gather(None)  # all parts are there
         count_bytes(self.bytes_handed)
         mean = self._sum.view(torch.float32)[: len(self._sum)]
@@ -134,10 +171,10 @@ class Mean:
             torch.div(self._parts[number][: len(place)], divisor, out=place)
         return mean
 
-    def _reduce_by_messages(self, divisor: float) -> Tensor:
+    def _reduce_by_messages(self, weights: Tensor, divisor: float) -> Tensor:
         """Let the ranks send each other their sums."""
-        if self._origin:
-            self._sum -= self._origin
+        for before, total in zip(weights.split(self._piece), self._sum.split(self._piece), strict=True):
+            self._add_weights(torch.sub(self._origin, total, out=total), before, self._shares)
         scale = FLOAT16_SCALE if self._wire == torch.float16 else 1.0
         total = self._sum if scale == 1.0 else self._sum.mul_(scale)
         mean = self._narrow_(sum_(total.to(self._wire)))
@@ -153,11 +190,17 @@ class Mean:
         return mean
 
 
-def _odd(share: float) -> float:
-    """Return a share with the last bit of its mantissa set, so that its product with no drift is a tie.
+def _is_below(vector: Tensor, limit: float) -> bool:
+    """Tell whether all are finite and below the limit in size."""
+    # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
+    return torch.dot(vector, vector).item() < limit**2 or torch.linalg.vector_norm(vector, torch.inf).item() < limit
 
-    A drift is an odd multiple of its last bit; times an odd multiple of 2**-53 or more it is one of that bit
-    times 2**-53 or more. To lie halfway between two multiples of 2**-44 the drift would have to be 128 or more.
+
+def _odd(share: float) -> float:
+    """Return a share with the last bit of its mantissa set, so that its product with no term is a tie.
+
+    A term is an odd multiple of its last bit; times an odd multiple of 2**-53 or more it is one of that bit
+    times 2**-53 or more. To lie halfway between two multiples of 2**-44 the term would have to be 128 or more.
     """
     mantissa, exponent = math.frexp(share)
     return math.ldexp(int(mantissa * 2**53) | 1, exponent - 53)

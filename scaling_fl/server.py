@@ -116,7 +116,7 @@ class Server:
         Trained weights are moved by the strategy's optimiser, buffers to their mean. If nothing was collected,
         the mean is zero.
         """
-        mean = self._mean.take()
+        mean = self._mean.take(self.weights)
         self._trained.grad = mean[: self._trained.numel()]
         self._optimiser.step()
         self._trained.grad = None

@@ -18,43 +18,50 @@ NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
 
 
-def drift(site: int, round_: int, size: int) -> Tensor:
-    return 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(10 * site + round_))
+def global_weights(size: int, largest: float) -> Tensor:
+    return torch.linspace(-largest, 0.5, size)
 
 
-def means(size: int, comm_dtype: str, share_it: bool) -> list[tuple[str, list[float], int]]:
+def train(weights: Tensor, site: int, round_: int) -> Tensor:
+    return weights - 0.01 * torch.randn(len(weights), generator=torch.Generator().manual_seed(10 * site + round_))
+
+
+def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
     """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
     if not share_it:
         os.environ.pop("LOCAL_WORLD_SIZE", None)  # as if each rank was on a node of its own
     with world():
         mean = Mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._sums) == (share_it and world_size() > 1)
-        found = []
+        found, weights = [], global_weights(size, largest)
         for round_ in range(2):
             sent = bytes_sent()
             for site in range(rank(), NUM_SITES, world_size()):
-                mean.add(torch.zeros(size), -drift(site, round_, size), SHARES[site])
-            taken = mean.take()
+                mean.add(weights, train(weights, site, round_), SHARES[site])
+            taken = mean.take(weights)
             digest = hashlib.sha256(taken.numpy().tobytes()).hexdigest()
             found.append((digest, taken[:100].tolist(), bytes_sent() - sent))
         assert gather(found[0][0]) == [found[0][0]] * world_size()
         return found
 
 
-@pytest.mark.parametrize("size", [1, PIECE - 1, 3 * PIECE + 17])
-def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int) -> None:
+@pytest.mark.parametrize(("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), (3 * PIECE + 17, 1.0)])
+def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest: float) -> None:
     runs = [
-        launch(means, size, "exact", share_it, num_ranks=num_ranks)
+        launch(means, size, "exact", share_it, largest, num_ranks=num_ranks)
         for num_ranks, share_it in [(1, True), (2, True), (2, False), (3, True), (4, True)]
     ]
     hashes = [{of_rank[round_][0] for of_rank in run} for run in runs for round_ in (0, 1)]
     assert all(len(of_ranks) == 1 for of_ranks in hashes)
     assert hashes[::2] == [hashes[0]] * len(runs)
     assert hashes[1::2] == [hashes[1]] * len(runs)
+    weights = global_weights(size, largest)
     for round_ in (0, 1):
+        locals_ = [train(weights, site, round_) for site in range(NUM_SITES)]
         exact = [
-            sum(share * Fraction(drift(site, round_, size)[i].item()) for site, share in enumerate(SHARES))
-            for i in range(min(size, 100))
+            Fraction(before.item())
+            - sum(share * Fraction(after.item()) for share, after in zip(SHARES, afters, strict=True))
+            for before, *afters in zip(weights[:100], *locals_, strict=False)
         ]
         assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=1e-13)
     for run in runs[1:]:
@@ -65,7 +72,8 @@ def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int) -> None
 def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
     size = 2 * PIECE + 5
     (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2)
-    exact = sum(float(share) * drift(site, 0, size).double() for site, share in enumerate(SHARES))
+    weights = global_weights(size, 1.0)
+    exact = sum(float(share) * (weights.double() - train(weights, site, 0)) for site, share in enumerate(SHARES))
     assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
 
 
@@ -114,7 +122,7 @@ def test_no_rank_takes_a_part_before_it_is_there() -> None:
             mean.add(torch.ones(2 * PIECE), torch.zeros(2 * PIECE), Fraction(1, 2))
             if rank() == 0:
                 be_late(mean)
-            return hashlib.sha256(mean.take().numpy().tobytes()).hexdigest()
+            return hashlib.sha256(mean.take(torch.ones(2 * PIECE)).numpy().tobytes()).hexdigest()
 
     ones = hashlib.sha256(torch.ones(2 * PIECE).numpy().tobytes()).hexdigest()
     assert launch(slow_first_rank, num_ranks=2) == [ones, ones]

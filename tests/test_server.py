@@ -46,11 +46,11 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param == "fused"
 
 
-@pytest.mark.parametrize("kind", ["like training", "halfway between two multiples of 2**-44"])
+@pytest.mark.parametrize("kind", ["like training", "large weights", "halfway between two multiples of 2**-44"])
 def test_the_order_of_the_sites_changes_no_bit(kind: str, arithmetic: bool) -> None:
     torch.manual_seed(0)
-    if kind == "like training":
-        counts, start = COUNTS, torch.randn(100_003)
+    if kind != "halfway between two multiples of 2**-44":
+        counts, start = COUNTS, torch.randn(100_003) * (1000.0 if kind == "large weights" else 1.0)
         locals_ = [start + 1e-3 * torch.randn_like(start) for _ in counts]
     else:
         counts, start = [1, 1, 1, 1], torch.zeros(100_003)
@@ -69,19 +69,37 @@ def test_this_processor_rounds_once() -> None:
     assert make_server()._mean._is_fused, "slower, but as exact, if it does not"
 
 
-def test_the_sum_is_within_1e_12_of_exact_arithmetic(arithmetic: bool) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_the_sum_is_within_1e_12_of_exact_arithmetic(scale: float, arithmetic: bool) -> None:
     torch.manual_seed(0)
-    server = make_server()
-    start = server.weights.clone()
+    start = scale * torch.randn(100_003)
+    server = make_server(weights=start)
     locals_ = [start + torch.randn_like(start) for _ in COUNTS]
     for local, share in zip(locals_, shares(COUNTS), strict=True):
         server.collect(local, share)
+    mean = server._mean
+    assert mean._is_of_locals == (scale == 1.0)
+    total = GRID - mean._sum
+    mean._add_weights(total, start, mean._shares)
     for index in range(0, 100_003, 9_091):
         exact = sum(
             Fraction(count, sum(COUNTS)) * (Fraction(start[index].item()) - Fraction(local[index].item()))
             for local, count in zip(locals_, COUNTS, strict=True)
         )
-        assert abs(Fraction(server._mean._sum[index].item() - GRID) - exact) < Fraction(1, 10**12)
+        assert abs(Fraction(total[index].item()) - exact) < Fraction(1, 10**12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_a_weight_that_no_site_moves_stays_as_it_is(scale: float, arithmetic: bool) -> None:
+    torch.manual_seed(0)
+    start = scale * torch.randn(100_003) * 10.0 ** -torch.randint(12, (100_003,))
+    server, has_moved = make_server("fedadam", weights=start), torch.rand(100_003) < 0.5
+    for share in [*shares(COUNTS), *shares(COUNTS)]:
+        server.collect(torch.where(has_moved, start + 1e-3 * torch.randn_like(start), start), share / 2)
+    server.step()
+    stays = server.weights == start
+    assert stays[~has_moved].all()
+    assert stays[has_moved].double().mean() < 0.01
 
 
 def test_the_mean_is_weighted_by_examples() -> None:
