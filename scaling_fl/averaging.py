@@ -15,6 +15,9 @@ from scaling_fl.distributed import count_bytes, gather, rank, share_memory, sum_
 # apart: adding a term rounds it to a multiple of 2**-44, and sums of such multiples are the same in any
 # order. With terms below LIMIT a sum stays within these bounds, as the shares add up to 1. A term that
 # lies halfway between two multiples would be rounded one way or the other depending on the sum: see _odd.
+# A site's term is its share of its weights, as they are. What these would be if nobody had trained is added up
+# once a round, rounded alike, and taken away: what is left are the drifts. Where global weights are too large
+# for that, as statistics of batch norm may be, the term is of what the site's weights have gained.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 
@@ -51,7 +54,7 @@ class Mean:
         self._is_fused = not is_exact or _is_fused(self._origin)
         self._piece = PIECE if device.type == "cpu" else min(size, ACCELERATOR_PIECE)
         self._buffer = torch.empty(self._piece, dtype=wide, device=device)
-        self._is_of_locals = False  # the sum, not of what sites have gained, which takes twice as long
+        self._is_of_weights = False  # the sum of this round, not of gains, which takes nearly twice as long
         self._shares: list[Fraction] = []  # of all examples, of what was added
         self._lock = Lock()
         # Where ranks share memory, each has there its sum and, behind it, its part of the mean.
@@ -99,11 +102,11 @@ class Mean:
         """Before a round's first, decide what is summed: the same on all ranks, as the global weights are."""
         if not self._shares:
             pieces = weights.split(self._piece)
-            self._is_of_locals = bool(self._origin) and all(_is_below(piece, LIMIT / 2) for piece in pieces)
+            self._is_of_weights = bool(self._origin) and all(_is_below(piece, LIMIT / 2) for piece in pieces)
 
     def _term(self, before: Tensor, after: Tensor) -> Tensor:
         """Return what of a site is summed: its weights, or what they have gained."""
-        if self._is_of_locals:
+        if self._is_of_weights:
             return after
         gain = self._buffer[: len(after)]
         # Where both are float32 this is one pass over memory, else the difference would be rounded to float32.
@@ -147,7 +150,7 @@ class Mean:
 
     def _add_weights(self, total: Tensor, weights: Tensor, shares: Iterable[Fraction]) -> None:
         """Make drifts of a sum of local weights, taken negative: exactly zero where no site has moved a weight."""
-        if not self._is_of_locals:
+        if not self._is_of_weights:
             return
         wide = weights.to(total.dtype)
         for share, count in Counter(shares).items():

@@ -1,5 +1,6 @@
 """Ranks, and what they tell each other."""
 
+import ctypes
 import os
 import time
 from ast import literal_eval
@@ -24,6 +25,8 @@ JOINING = timedelta(minutes=30)  # for all ranks to be there at the start
 EVER = timedelta(days=365)  # with a debugger, as nobody knows how long a rank stands at a breakpoint
 MEMORY = "scaling_fl"  # what memory that ranks share is called among a process's files
 POLL = 5e-4  # seconds between two looks whether a collective is done
+# Of glibc's mallopt: what is freed at the heap's end stays there up to 2 GiB, and blocks up to 32 MiB are of the heap.
+KEEP_FREED_MEMORY = ((-1, 2**31 - 1), (-3, 2**25))  # (M_TRIM_THRESHOLD, bytes), (M_MMAP_THRESHOLD, its largest)
 
 _bytes_sent = 0
 
@@ -46,6 +49,10 @@ def world() -> Iterator[None]:
         Interrupted: another rank was asked to end.
     """
     torch.set_num_threads(num_threads())
+    with suppress(AttributeError):  # another C library
+        # Gradients come and go with each batch: memory that went back would have to be mapped anew, page by page.
+        for option, num_bytes in KEEP_FREED_MEMORY:
+            ctypes.CDLL(None).mallopt(option, num_bytes)
     if accelerator() is not None:
         # Some kernels add in no fixed order otherwise, and a resumed run would end with other bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

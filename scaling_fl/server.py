@@ -98,14 +98,14 @@ class Server:
 
     @torch.no_grad()
     def collect(self, replica: Tensor, share: Fraction | float) -> None:
-        """Add a site's drift to the round's mean, or nothing if that is an error. Threads may call this at once.
+        """Add a site to the round's mean, or nothing if that is an error. Threads may call this at once.
 
         Args:
             replica: the flat vector of the site's trained model.
             share: the site's weight in the mean, its part of all examples; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or has moved by 128 or more.
+            FloatingPointError: a weight is not finite, or has moved by 64 or more (up to 128 may do).
         """
         self._mean.add(self.weights, replica.to(self.weights.device), share)
 

@@ -78,7 +78,7 @@ def test_the_sum_is_within_1e_12_of_exact_arithmetic(scale: float, arithmetic: b
     for local, share in zip(locals_, shares(COUNTS), strict=True):
         server.collect(local, share)
     mean = server._mean
-    assert mean._is_of_locals == (scale == 1.0)
+    assert mean._is_of_weights == (scale == 1.0)
     total = GRID - mean._sum
     mean._add_weights(total, start, mean._shares)
     for index in range(0, 100_003, 9_091):
