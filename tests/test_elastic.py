@@ -119,15 +119,15 @@ def test_torchrun_starts_ranks_again_however_often_they_are_killed(
         tmp_path,
         "--standalone",
         "--nproc-per-node=2",
-        "--max-restarts=3",
+        "--max-restarts=2",
         site_ids="[0,0,0,0,0,0]",
         checkpoints_dir="checkpoints",
     )
-    for kills, round_ in enumerate((2, 5, 8)):
+    for kills, round_ in enumerate((2, 6)):
         wait_for((tmp_path / f"checkpoints/round-{round_}.pt").exists, [agent])
         os.kill(agent.ranks()[-1 - kills % 2], signal.SIGKILL)
     assert agent.weights() == expected
-    assert agent.output.count("round | ") == 4, "it was not started again"
+    assert agent.output.count("round | ") == 3, "it was not started again"
 
 
 @pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("own", 0, False)])

@@ -281,8 +281,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("setting", REFUSED)
+# Settings that the ranks themselves refuse, and one that is refused before they start.
+REFUSED_BY_RANKS = ["learning_rate=1e30", "server_learning_rate=1e30", "text_column=body", "learning_rat=1"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "ranks"), [*((setting, 1) for setting in REFUSED), *((setting, 2) for setting in REFUSED_BY_RANKS)]
+)
 def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
     settings = dict(part.split("=", 1) for part in setting.split(" "))
     status, output = command("--unobserved", ranks=ranks, **settings)
