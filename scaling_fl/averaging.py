@@ -15,9 +15,10 @@ from scaling_fl.distributed import count_bytes, gather, rank, share_memory, sum_
 # apart: adding a term rounds it to a multiple of 2**-44, and sums of such multiples are the same in any
 # order. With terms below LIMIT a sum stays within these bounds, as the shares add up to 1. A term that
 # lies halfway between two multiples would be rounded one way or the other depending on the sum: see _odd.
-# A site's term is its share of its weights, as they are. What these would be if nobody had trained is added up
-# once a round, rounded alike, and taken away: what is left are the drifts. Where global weights are too large
-# for that, as statistics of batch norm may be, the term is of what the site's weights have gained.
+# A site's term is its share of its weights, as they are. What the terms would be if nobody had trained is summed
+# once a round, rounded alike, for each size of share: the difference is the drift. Where a global weight is
+# LIMIT / 2 or more, as a statistic of batch norm may be, the terms are of what the sites' weights have gained,
+# which takes nearly twice as long.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 
@@ -54,7 +55,7 @@ class Mean:
         self._is_fused = not is_exact or _is_fused(self._origin)
         self._piece = PIECE if device.type == "cpu" else min(size, ACCELERATOR_PIECE)
         self._buffer = torch.empty(self._piece, dtype=wide, device=device)
-        self._is_of_weights = False  # the sum of this round, not of gains, which takes nearly twice as long
+        self._is_of_weights = False  # whether weights are summed in this round, or what they have gained
         self._shares: list[Fraction] = []  # of all examples, of what was added
         self._lock = Lock()
         # Where ranks share memory, each has there its sum and, behind it, its part of the mean.
@@ -84,7 +85,7 @@ class Mean:
             share: the site's weight in the mean; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or has moved by 64 or more (up to 128 may do).
+            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
         """
         factor = _odd(float(share))
         with self._lock:
@@ -154,7 +155,7 @@ class Mean:
             return
         wide = weights.to(total.dtype)
         for share, count in Counter(shares).items():
-            # Multiples of 2**-44, of which nothing is rounded.
+            # Multiples of 2**-44 below 2**8, of which nothing is rounded.
             total.add_(self._round(wide, _odd(float(share))), alpha=count)
 
     def _reduce_in_memory(self, weights: Tensor, shares: Iterable[Fraction], divisor: float) -> Tensor:
@@ -196,14 +197,17 @@ class Mean:
 def _is_below(vector: Tensor, limit: float) -> bool:
     """Tell whether all are finite and below the limit in size."""
     # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
-    return torch.dot(vector, vector).item() < limit**2 or torch.linalg.vector_norm(vector, torch.inf).item() < limit
+    if torch.dot(vector, vector).item() < limit**2:
+        return True
+    least, most = torch.aminmax(vector)
+    return -limit < least.item() and most.item() < limit
 
 
 def _odd(share: float) -> float:
     """Return a share with the last bit of its mantissa set, so that its product with no term is a tie.
 
-    A term is an odd multiple of its last bit; times an odd multiple of 2**-53 or more it is one of that bit
-    times 2**-53 or more. To lie halfway between two multiples of 2**-44 the term would have to be 128 or more.
+    The last bit that is set in a product is that of its factors, multiplied, and in the share it is 2**-52 or
+    less. To lie halfway between two multiples of 2**-44 a product's would be 2**-45, so the term's 128 or more.
     """
     mantissa, exponent = math.frexp(share)
     return math.ldexp(int(mantissa * 2**53) | 1, exponent - 53)

@@ -105,7 +105,7 @@ class Server:
             share: the site's weight in the mean, its part of all examples; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or has moved by 64 or more (up to 128 may do).
+            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
         """
         self._mean.add(self.weights, replica.to(self.weights.device), share)
 

@@ -68,6 +68,31 @@ def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest
         assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "it is on record either way"
 
 
+@pytest.mark.parametrize("largest", [1.0, 100.0])
+def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
+    """The second of four sites is refused, and the fourth rank has none."""
+    size = 1000
+
+    def mean_of_few(share_it: bool) -> str:
+        if not share_it:
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
+        with world():
+            mean, weights = Mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
+            for site in range(rank(), 3, world_size()):
+                local = train(weights, site, 0)
+                if site == 1:
+                    local[-1] = torch.nan
+                    with pytest.raises(FloatingPointError):
+                        mean.add(weights, local, Fraction(1, 3))
+                else:
+                    mean.add(weights, local, Fraction(1, 3))
+            return hashlib.sha256(mean.take(weights).numpy().tobytes()).hexdigest()
+
+    runs = [(1, True), (2, True), (4, True), (4, False)]
+    hashes = [launch(mean_of_few, share_it, num_ranks=num_ranks) for num_ranks, share_it in runs]
+    assert hashes == [[hashes[0][0]] * num_ranks for num_ranks, _ in runs]
+
+
 @pytest.mark.parametrize("share_it", [True, False])
 def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
     size = 2 * PIECE + 5
