@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
@@ -68,6 +70,8 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     logs = TemporaryDirectory(prefix="scaling_fl-")
+    start_method = "fork" if accelerator() is None else "spawn"
+    all_started = multiprocessing.get_context(start_method).Barrier(num_ranks)
     config = LaunchConfig(
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         min_nodes=1,
@@ -79,12 +83,12 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         local_addr="127.0.0.1",
         max_restarts=0,
         shutdown_timeout=10,  # seconds from a polite signal to a kill
-        start_method="fork" if accelerator() is None else "spawn",
+        start_method=start_method,
     )
     # The collector writes into every object that it looks at, and so would copy what forks share.
     gc.freeze()
     try:
-        results = elastic_launch(config, _rank_main)(function, *args)
+        results = elastic_launch(config, _rank_main)(all_started, function, *args)
     except ChildFailedError as error:
         for number, failure in error.failures.items():
             if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
@@ -100,9 +104,14 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
     return [results[number] for number in range(num_ranks)]
 
 
-def _rank_main(function: Callable[..., object], *args: object) -> object:
-    """Call `function` and say what it raises, which the agent would keep to itself or interrupt."""
+def _rank_main(all_started: Barrier, function: Callable[..., object], *args: object) -> object:
+    """Call `function` and say what it raises, which the agent would keep to itself or interrupt.
+
+    No rank joins the others before all are forked: a thread of this process's parent serves the store where they
+    meet, and a lock that it holds at the moment of a fork (of the name resolver, say) is never released in the child.
+    """
     try:
+        all_started.wait()
         return function(*args)
     except SignalException:
         raise SystemExit(1) from None
