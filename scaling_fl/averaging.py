@@ -143,22 +143,22 @@ class Mean:
         shares = [Fraction(*pair) for of_rank in gather(own) for pair in of_rank]  # after it all sums are there
         divisor = float(sum(shares) or 1)
         if self._sums:
-            mean = self._reduce_in_memory(weights, shares, divisor)
+            mean = self._reduce_in_memory(weights, _factors(shares), divisor)
         else:
-            mean = self._reduce_by_messages(weights, divisor)
+            mean = self._reduce_by_messages(weights, _factors(self._shares), divisor)
         self._shares = []
         return mean
 
-    def _add_weights(self, total: Tensor, weights: Tensor, shares: Iterable[Fraction]) -> None:
+    def _add_weights(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> None:
         """Make drifts of a sum of local weights, taken negative: exactly zero where no site has moved a weight."""
         if not self._is_of_weights:
             return
         wide = weights.to(total.dtype)
-        for share, count in Counter(shares).items():
+        for factor, count in factors.items():
             # Multiples of 2**-44 below 2**8, of which nothing is rounded.
-            total.add_(self._round(wide, _odd(float(share))), alpha=count)
+            total.add_(self._round(wide, factor), alpha=count)
 
-    def _reduce_in_memory(self, weights: Tensor, shares: Iterable[Fraction], divisor: float) -> Tensor:
+    def _reduce_in_memory(self, weights: Tensor, factors: Counter[float], divisor: float) -> Tensor:
         """Compute this rank's part of the mean from all sums, and take the other ranks' parts from them."""
         own = slice(rank() * self._part, (rank() + 1) * self._part)
         vectors = [vector[own].split(self._piece) for vector in (weights, *self._sums)]
@@ -166,7 +166,7 @@ class Mean:
             total = torch.sub(self._origin, sums[0], out=self._buffer[: len(before)])
             for other in sums[1:]:
                 total.sub_(other).add_(self._origin)
-            self._add_weights(total, before, shares)
+            self._add_weights(total, before, factors)
             mean[: len(before)].copy_(total)
         gather(None)  # all parts are there
         count_bytes(self.bytes_handed)
@@ -175,10 +175,10 @@ class Mean:
             torch.div(self._parts[number][: len(place)], divisor, out=place)
         return mean
 
-    def _reduce_by_messages(self, weights: Tensor, divisor: float) -> Tensor:
+    def _reduce_by_messages(self, weights: Tensor, factors: Counter[float], divisor: float) -> Tensor:
         """Let the ranks send each other their sums."""
         for before, total in zip(weights.split(self._piece), self._sum.split(self._piece), strict=True):
-            self._add_weights(torch.sub(self._origin, total, out=total), before, self._shares)
+            self._add_weights(torch.sub(self._origin, total, out=total), before, factors)
         scale = FLOAT16_SCALE if self._wire == torch.float16 else 1.0
         total = self._sum if scale == 1.0 else self._sum.mul_(scale)
         mean = self._narrow_(sum_(total.to(self._wire)))
@@ -201,6 +201,11 @@ def _is_below(vector: Tensor, limit: float) -> bool:
         return True
     least, most = torch.aminmax(vector)
     return -limit < least.item() and most.item() < limit
+
+
+def _factors(shares: Iterable[Fraction]) -> Counter[float]:
+    """Return what terms of these shares are multiplied with, and how often."""
+    return Counter(_odd(float(share)) for share in shares)
 
 
 def _odd(share: float) -> float:
