@@ -49,10 +49,10 @@ class Mean:
 
     def __init__(self, size: int, comm_dtype: str, device: torch.device) -> None:
         self._wire = COMM_DTYPES[comm_dtype]
-        is_exact = self._wire == torch.float64
-        wide = torch.float64 if is_exact else torch.float32
-        self._origin = torch.tensor(GRID if is_exact else 0.0, dtype=wide, device=device)
-        self._is_fused = not is_exact or _is_fused(self._origin)
+        self._is_exact = self._wire == torch.float64
+        wide = torch.float64 if self._is_exact else torch.float32
+        self._origin = torch.tensor(GRID if self._is_exact else 0.0, dtype=wide, device=device)
+        self._is_fused = not self._is_exact or _is_fused(self._origin)
         self._piece = PIECE if device.type == "cpu" else min(size, ACCELERATOR_PIECE)
         self._buffer = torch.empty(self._piece, dtype=wide, device=device)
         self._is_of_weights = False  # whether weights are summed in this round, or what they have gained
@@ -76,8 +76,25 @@ class Mean:
         """How many bytes this rank hands to the others for a mean."""
         return len(self._sum) * self._wire.itemsize if world_size() > 1 else 0
 
+    def check(self, weights: Tensor, local: Tensor) -> None:
+        """Find out whether a site can be added, before a part of it is. Threads may do so at once.
+
+        Args:
+            weights: the global weights, the same until the mean is taken.
+            local: the site's weights.
+
+        Raises:
+            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
+        """
+        with self._lock:
+            self._begin(weights)
+        for before, after in zip(weights.split(self._piece), local.split(self._piece), strict=True):
+            _check(after if self._is_of_weights else after - before)
+
     def add(self, weights: Tensor, local: Tensor, share: Fraction | float) -> None:
-        """Add what a site has trained, or nothing if that is an error. Threads may do so at once.
+        """Add what a site has trained, and make its weights the global ones again. Threads may do so at once.
+
+        Both are done to a piece while it is in the cache, as what takes time is to fetch it from memory.
 
         Args:
             weights: the global weights, the same until the mean is taken.
@@ -85,51 +102,46 @@ class Mean:
             share: the site's weight in the mean; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
+            FloatingPointError: as for `check`. The round has no mean then, as part of the site may be in the sum.
         """
         factor = _odd(float(share))
         with self._lock:
             self._begin(weights)
-            pieces = list(zip(*(vector.split(self._piece) for vector in (weights, local, self._sum)), strict=True))
-            for number, (before, after, total) in enumerate(pieces):
-                term = self._term(before, after)
-                if not _is_below(term, LIMIT):
-                    self._take_back(pieces[:number], factor)
-                    raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT / 2:g} or more")
-                self._add(total, term, factor)
+            vectors = (vector.split(self._piece) for vector in (weights, local, self._sum))
+            for before, after, total in zip(*vectors, strict=True):
+                self._move(before, after, total, factor)
             self._shares.append(Fraction(share))
 
     def _begin(self, weights: Tensor) -> None:
         """Before a round's first, decide what is summed: the same on all ranks, as the global weights are."""
         if not self._shares:
             pieces = weights.split(self._piece)
-            self._is_of_weights = bool(self._origin) and all(_is_below(piece, LIMIT / 2) for piece in pieces)
+            self._is_of_weights = self._is_exact and all(_is_below(piece, LIMIT / 2) for piece in pieces)
 
-    def _term(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return what of a site is summed: its weights, or what they have gained."""
-        if self._is_of_weights:
-            return after
-        gain = self._buffer[: len(after)]
-        # Where both are float32 this is one pass over memory, else the difference would be rounded to float32.
-        return torch.sub(after, before, out=gain) if gain.dtype == after.dtype else gain.copy_(after).sub_(before)
+    def _move(self, before: Tensor, after: Tensor, total: Tensor, factor: float) -> None:
+        """Add a piece of a site to the sum, and put the global weights in its place."""
+        if self._is_exact:
+            term = self._buffer[: len(after)].copy_(after)
+            if not self._is_of_weights:
+                term.sub_(before)
+            _check(after if self._is_of_weights else term)
+            after.copy_(before)
+            self._add(total, term, factor)
+        else:
+            _check(after.sub_(before))
+            self._add(total, after, factor)
+            after.copy_(before)
 
     def _add(self, total: Tensor, term: Tensor, factor: float) -> None:
         """Add `factor * term` to the sum, rounded to the grid if it is exact; a round's first overwrite it."""
-        wide = term if term.dtype == total.dtype else self._buffer[: len(term)].copy_(term)
         if not self._is_fused:
-            wide, factor = self._round(wide, factor), 1.0
-        torch.add(total if self._shares else self._origin, wide, alpha=factor, out=total)
+            term, factor = self._round(term, factor), 1.0
+        torch.add(total if self._shares else self._origin, term, alpha=factor, out=total)
 
     def _round(self, wide: Tensor, factor: float) -> Tensor:
         """Return `factor * wide`, rounded to the grid."""
         scaled = torch.add(self._origin, wide, alpha=factor) if self._is_fused else (wide * factor).add_(self._origin)
         return scaled.sub_(self._origin)
-
-    def _take_back(self, pieces: list[tuple[Tensor, Tensor, Tensor]], factor: float) -> None:
-        """Subtract what was added of a site; where the sum is exact, it is again what it was."""
-        if self._shares:
-            for before, after, total in pieces:
-                self._add(total, self._term(before, after), -factor)
 
     def take(self, weights: Tensor) -> Tensor:
         """Return the mean of the drifts, global minus local weights, that all ranks have added, and begin anew.
@@ -192,6 +204,12 @@ class Mean:
         for wide, narrow in zip(total.split(self._piece), mean.split(self._piece), strict=True):
             narrow.copy_(wide.to(torch.float32))  # by way of a copy, as the first pieces overlap
         return mean
+
+
+def _check(term: Tensor) -> None:
+    """Refuse what would not fit into the sum."""
+    if not _is_below(term, LIMIT):
+        raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT / 2:g} or more")
 
 
 def _is_below(vector: Tensor, limit: float) -> bool:

@@ -47,14 +47,23 @@ class _Replica:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.trained = list(trained_weights(model).values())
         self.vector = flatten_(model)
         start, end = self.vector.data_ptr(), self.vector.data_ptr() + self.vector.nbytes
         own = [buffer for buffer in model.buffers() if not start <= buffer.data_ptr() < end]
         self._own = [(buffer, buffer.clone()) for buffer in own]
 
     def reset(self, server: Server) -> None:
-        """Take the global weights, and forget what else the last site may have left in the model."""
+        """Take the global weights, and forget what else a site may have left in the model."""
         server.send(self.vector)
+        self._forget()
+
+    def hand_over(self, server: Server, share: Fraction) -> None:
+        """Let the server collect what a site has trained, and be as after a reset."""
+        server.collect(self.vector, share)
+        self._forget()
+
+    def _forget(self) -> None:
         for buffer, first in self._own:
             buffer.copy_(first)
 
@@ -127,6 +136,7 @@ class Federation:
         """
 
         def train_sites(device: torch.device) -> Means:
+            self._replicas[device].reset(self._server)
             turns = [site for site in self._sites if site.device == device]
             return Means().merge(self._try_site(site, round_, num_epochs) for site in turns)
 
@@ -149,6 +159,7 @@ class Federation:
                 sentence = f"site {site.index} failed in round {round_} with {type(error).__name__}: {error}"
             if self._min_sites is not None:
                 self._failures.append((site.index, sentence))
+                self._replicas[site.device].reset(self._server)
                 return Means()
             if isinstance(error, FloatingPointError):
                 raise ValueError(sentence) from error
@@ -173,9 +184,8 @@ class Federation:
         return {"sites.failed": len(failures)}
 
     def _train_site(self, site: Site, round_: int, num_epochs: int) -> Means:
-        replica = self._replicas[site.device]
-        replica.reset(self._server)
-        optimiser = self._make_optimiser(trained_weights(replica.model).values())
+        replica = self._replicas[site.device]  # with the global weights
+        optimiser = self._make_optimiser(replica.trained)
         if self._proximal_mu:
             pull_towards(self._server.trained(site.device), self._proximal_mu, optimiser)
         if len(self._topology.devices) == 1:
@@ -190,7 +200,9 @@ class Federation:
                     yield batch
 
         means = train(replica.model, batches(), optimiser, self._score)
-        self._server.collect(replica.vector, Fraction(site.num_examples, self._num_examples))
+        if self._min_sites is not None:  # the round may go on without it
+            self._server.check(replica.vector)
+        replica.hand_over(self._server, Fraction(site.num_examples, self._num_examples))
         return means
 
     def evaluate(self) -> Metrics:

@@ -97,17 +97,34 @@ class Server:
         return [part.view(shape) for part, shape in zip(parts, self._trained_shapes, strict=True)]
 
     @torch.no_grad()
+    def check(self, replica: Tensor) -> None:
+        """Find out whether a site can be collected, before a part of it is.
+
+        Args:
+            replica: the flat vector of the site's trained model.
+
+        Raises:
+            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
+        """
+        self._mean.check(self.weights, replica.to(self.weights.device))
+
+    @torch.no_grad()
     def collect(self, replica: Tensor, share: Fraction | float) -> None:
-        """Add a site to the round's mean, or nothing if that is an error. Threads may call this at once.
+        """Add a site to the round's mean, and give its replica the global weights again.
+
+        Threads may call this at once.
 
         Args:
             replica: the flat vector of the site's trained model.
             share: the site's weight in the mean, its part of all examples; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
+            FloatingPointError: as for `check`. The round can not be finished then.
         """
-        self._mean.add(self.weights, replica.to(self.weights.device), share)
+        local = replica.to(self.weights.device)
+        self._mean.add(self.weights, local, share)
+        if local is not replica:
+            self.send(replica)
 
     @torch.no_grad()
     def step(self) -> None:

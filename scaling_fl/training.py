@@ -22,7 +22,8 @@ OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
 
 def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, score: Score) -> Means:
     """Take one optimiser step a batch and return the scores of the batches as they were trained on."""
-    model.train()
+    if not model.training:  # as to set it goes through all modules
+        model.train()
     means = Means()
     for batch in batches:
         batch = _to_device(batch, model)

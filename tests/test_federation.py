@@ -2,13 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Play
+import torch
+from conftest import Play, make_bert
+from torch import nn
 
+from scaling_fl.federation import Federation
+from scaling_fl.metrics import Means
 from scaling_fl.tasks.task import Examples
-from scaling_fl.training import Batch
+from scaling_fl.training import Batch, train
 
 BROKEN = Play(site_ids=(0,) * 5, broken=(1, 3))
 
@@ -56,7 +61,21 @@ def test_skipped_sites_are_counted_and_named_and_the_rest_goes_on(caplog: pytest
     assert len(set(hashes)) == 3
 
 
-def test_whom_a_failed_site_trained_beside_changes_no_bit() -> None:
+def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
+    """Train, and where a disk fails let the last weight of all be infinite."""
+    try:
+        return train(model, *arguments)
+    except OSError:
+        *_, last = model.parameters()
+        last.data[-1] = torch.inf
+        return Means()
+
+
+@pytest.mark.parametrize("what", ["disk", "weight"])
+def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "weight":
+        monkeypatch.setattr("scaling_fl.federation.train", train_or_overflow)
+        monkeypatch.setattr("scaling_fl.averaging.PIECE", 1_000)  # so that it is not in the first
     play = BROKEN.but(min_sites=3)
     alone = play.on_ranks(1)
     assert alone != Play().on_ranks(1)
@@ -67,6 +86,32 @@ def test_a_run_of_which_no_site_fails_does_not_depend_on_what_would_happen() -> 
     whole, skipping = Play().play(), Play(min_sites=5).play()
     assert whole[1] == skipping[1]
     assert [metrics["sites.failed"] for metrics in skipping[0][1:]] == [0, 0]
+
+
+def make_counting_bert() -> nn.Module:
+    """Return a model that counts what it trains on, and whose loss depends on it."""
+    model = make_bert()
+    model.register_buffer("seen", torch.tensor(0))
+
+    def count(model: nn.Module, _: Any, output: Any) -> None:
+        output.loss = output.loss * (1 + model.seen)
+        model.seen += model.training
+
+    model.register_forward_hook(count)
+    return model
+
+
+def test_what_a_site_leaves_in_the_model_changes_no_bit() -> None:
+    play = Play(make_model=make_counting_bert)
+    alone = play.on_ranks(1)
+    assert alone != Play().on_ranks(1)
+    assert play.on_ranks(2) == alone
+
+
+def test_that_a_round_was_evaluated_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, hashes = Play().play()
+    monkeypatch.setattr(Federation, "evaluate", lambda self: {})
+    assert Play().play()[1] == hashes
 
 
 @pytest.mark.parametrize(("broken", "min_sites"), [((1, 3), 4), ((0, 1, 2, 3, 4), 1)])

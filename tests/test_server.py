@@ -60,7 +60,7 @@ def test_the_order_of_the_sites_changes_no_bit(kind: str, arithmetic: bool) -> N
     for order in list(itertools.permutations(range(len(counts))))[:24]:
         server = make_server(weights=start)
         for site in order:
-            server.collect(locals_[site], shares(counts)[site])
+            server.collect(locals_[site].clone(), shares(counts)[site])
         hashes.add(hashlib.sha256(server._mean._sum.numpy().data).hexdigest())
     assert len(hashes) == 1
 
@@ -76,7 +76,7 @@ def test_the_sum_is_within_1e_12_of_exact_arithmetic(scale: float, arithmetic: b
     server = make_server(weights=start)
     locals_ = [start + torch.randn_like(start) for _ in COUNTS]
     for local, share in zip(locals_, shares(COUNTS), strict=True):
-        server.collect(local, share)
+        server.collect(local.clone(), share)
     mean = server._mean
     assert mean._is_of_weights == (scale == 1.0)
     total = GRID - mean._sum
@@ -119,9 +119,10 @@ def test_a_site_that_is_missing_is_left_out_of_the_mean() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_drift_that_is_refused_leaves_nothing_in_the_sum(number: int, arithmetic: bool) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_a_check_of_a_site_leaves_nothing_in_the_sum(number: int, scale: float, arithmetic: bool) -> None:
     torch.manual_seed(0)
-    start = torch.randn(100_003)
+    start = scale * torch.randn(100_003)
     locals_ = [start + 1e-3 * torch.randn_like(start) for _ in range(3)]
     bad = locals_[0].clone()
     bad[-1] = math.nan
@@ -129,9 +130,11 @@ def test_a_drift_that_is_refused_leaves_nothing_in_the_sum(number: int, arithmet
     for site, local in enumerate(locals_):
         if site == number:
             with pytest.raises(FloatingPointError):
-                server.collect(bad, 0.3)
-        server.collect(local, 0.1)
-        other.collect(local, 0.1)
+                server.check(bad)
+            assert torch.equal(bad[:-1], locals_[0][:-1])
+        server.check(local)
+        server.collect(local.clone(), 0.1)
+        other.collect(local.clone(), 0.1)
     assert torch.equal(server._mean._sum, other._mean._sum)
     server.step()
     other.step()
@@ -139,13 +142,26 @@ def test_a_drift_that_is_refused_leaves_nothing_in_the_sum(number: int, arithmet
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 200.0])
+@pytest.mark.parametrize("scale", [0.01, 1000.0])
 @pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
-def test_a_weight_that_is_not_finite_or_far_off_is_refused(value: float, comm_dtype: str) -> None:
-    server = make_server(comm_dtype=comm_dtype)
+def test_a_weight_that_is_not_finite_or_far_off_is_refused(value: float, scale: float, comm_dtype: str) -> None:
+    server = make_server(comm_dtype=comm_dtype, weights=scale * torch.randn(100_003))
     local = server.weights.clone()
     local[-1] += value
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="a weight is not finite, or moved by 64 or more"):
+        server.check(local)
+    with pytest.raises(FloatingPointError, match="a weight is not finite, or moved by 64 or more"):
         server.collect(local, 0.5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
+def test_a_replica_that_was_collected_has_the_global_weights_again(comm_dtype: str, scale: float) -> None:
+    torch.manual_seed(0)
+    server = make_server(comm_dtype=comm_dtype, weights=scale * torch.randn(100_003))
+    replica = server.weights + 1e-3
+    server.collect(replica, 0.5)
+    assert torch.equal(replica, server.weights)
 
 
 @pytest.mark.parametrize(
