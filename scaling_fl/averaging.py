@@ -18,7 +18,7 @@ from scaling_fl.distributed import count_bytes, gather, rank, share_memory, sum_
 # A site's term is its share of its weights, as they are. What the terms would be if nobody had trained is summed
 # once a round, rounded alike, for each size of share: the difference is the drift. Where a global weight is
 # LIMIT / 2 or more, as a statistic of batch norm may be, the terms are of what the sites' weights have gained,
-# which takes nearly twice as long.
+# which takes longer.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
 

@@ -49,6 +49,7 @@ class _Replica:
         self.model = model
         self.trained = list(trained_weights(model).values())
         self.vector = flatten_(model)
+        self.is_clean = False  # as after a reset in this round
         start, end = self.vector.data_ptr(), self.vector.data_ptr() + self.vector.nbytes
         own = [buffer for buffer in model.buffers() if not start <= buffer.data_ptr() < end]
         self._own = [(buffer, buffer.clone()) for buffer in own]
@@ -62,6 +63,7 @@ class _Replica:
         """Let the server collect what a site has trained, and be as after a reset."""
         server.collect(self.vector, share)
         self._forget()
+        self.is_clean = True
 
     def _forget(self) -> None:
         for buffer, first in self._own:
@@ -136,7 +138,7 @@ class Federation:
         """
 
         def train_sites(device: torch.device) -> Means:
-            self._replicas[device].reset(self._server)
+            self._replicas[device].is_clean = False  # the server may have moved
             turns = [site for site in self._sites if site.device == device]
             return Means().merge(self._try_site(site, round_, num_epochs) for site in turns)
 
@@ -159,7 +161,6 @@ class Federation:
                 sentence = f"site {site.index} failed in round {round_} with {type(error).__name__}: {error}"
             if self._min_sites is not None:
                 self._failures.append((site.index, sentence))
-                self._replicas[site.device].reset(self._server)
                 return Means()
             if isinstance(error, FloatingPointError):
                 raise ValueError(sentence) from error
@@ -184,7 +185,10 @@ class Federation:
         return {"sites.failed": len(failures)}
 
     def _train_site(self, site: Site, round_: int, num_epochs: int) -> Means:
-        replica = self._replicas[site.device]  # with the global weights
+        replica = self._replicas[site.device]
+        if not replica.is_clean:
+            replica.reset(self._server)
+        replica.is_clean = False  # until it is handed over
         optimiser = self._make_optimiser(replica.trained)
         if self._proximal_mu:
             pull_towards(self._server.trained(site.device), self._proximal_mu, optimiser)

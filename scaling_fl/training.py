@@ -22,8 +22,7 @@ OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
 
 def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, score: Score) -> Means:
     """Take one optimiser step a batch and return the scores of the batches as they were trained on."""
-    if not model.training:  # as to set it goes through all modules
-        model.train()
+    model.train()
     means = Means()
     for batch in batches:
         batch = _to_device(batch, model)
