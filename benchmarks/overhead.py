@@ -3,25 +3,29 @@
 That floor is a plain PyTorch loop: two gloo ranks of one thread each, whose sites take turns on one
 model, and one flat float32 all-reduce a round. It has none of the library's code and must end with
 the library's weights. Both train on random tokens with fused SGD, without dropout or evaluation; the
-library also pads, scores and checks as in a real run. Linux only, as memory is read from /proc.
+library also pads, scores and checks as in a real run. The programs that are compared are started at
+once and take turns of a fraction of a second, in which the others are stopped: what else the machine
+does meets them alike. Their memory is measured in a run of their own. Linux only, as it is read from
+/proc.
 
     python benchmarks/overhead.py --cases a b c --repetitions 3
 """
 
 import argparse
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
-from threading import Event, Thread
 
 import numpy as np
 import torch
@@ -39,6 +43,7 @@ NUM_LABELS = 4
 VOCABULARY = 30_522
 LEARNING_RATE = 0.01
 TOLERANCE = 1e-5  # of the final weights: the floor adds in another order
+TURN = 0.3  # seconds
 SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next
 LOOKING = 0.02  # of the time at most, as a look takes a core 30 ms and more where much memory is shared
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,13 +189,13 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     launch(in_world, num_ranks=NUM_RANKS)
 
 
-def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float]]:
-    """Return the seconds that each round took, and those of this rank's CPU."""
+def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float, float]]:
+    """Return when each round began and ended (seconds of the machine's clock), and the seconds of this rank's CPU."""
     rounds = []
     for round_ in range(1, num_rounds + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.monotonic(), time.process_time()
         run_round(round_)
-        rounds.append((time.perf_counter() - start, time.process_time() - cpu_start))
+        rounds.append((start, time.monotonic(), time.process_time() - cpu_start))
     return rounds
 
 
@@ -199,54 +204,91 @@ RUNS: dict[str, Callable[[Case, Path], None]] = {
     "float32": partial(run_library, "float32"),
     "exact": partial(run_library, "exact"),
 }
-# Of a steady round (median of all but the first), then of the whole run. What other programs of the
-# machine do hardly moves the CPU seconds.
-MEASURES = ("round, s", "round, CPU s", "wall, s", "CPU, s", "memory, MiB")
+# Of a steady round (median of all but the first), then of the whole run.
+TIMES = ("round, s", "round, CPU s", "wall, s", "CPU, s")
+MEMORY = "memory, MiB"
 
 
-def measure(case: str, run: str) -> tuple[dict[str, float], Tensor]:
-    """Run one case in a fresh process and return its measures and final weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result")
-        before, start = getrusage(RUSAGE_CHILDREN), time.perf_counter()
-        command = [sys.executable, __file__, "--one", case, run, str(result)]
-        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
+class Program:
+    """A run of a case in a fresh process, stopped until its turn comes."""
+
+    def __init__(self, case: str, run: str, folder: Path) -> None:
+        self.result = folder / run
+        self._turns: list[tuple[float, float]] = []
+        self._cpu = 0.0
+        command = [sys.executable, __file__, "--one", case, run, str(self.result)]
+        self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
+        self._signal(signal.SIGSTOP)
+
+    def run_for(self, seconds: float) -> bool:
+        """Let it run for so long, or to its end, and tell whether that has come."""
+        cpu = cpu_of_ended()
+        start = time.monotonic()
+        self._signal(signal.SIGCONT)
         try:
-            peak = wait(process)
-        finally:
-            process.terminate()  # which does nothing to one that has ended
-            process.wait()
-        wall, after = time.perf_counter() - start, getrusage(RUSAGE_CHILDREN)
-        if process.returncode != 0:
-            raise SystemExit(f"error: {run} of case {case} ended with exit status {process.returncode}")
-        rounds, weights = torch.load(result)
-    steady = map(statistics.median, zip(*rounds[1:], strict=True))
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return dict(zip(MEASURES, (*steady, wall, cpu, peak), strict=True)), weights
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGSTOP)
+        self._turns.append((start, time.monotonic()))
+        self._cpu = cpu_of_ended() - cpu  # when it has ended
+        return self.process.returncode is not None
+
+    def end(self) -> None:
+        """End it, with its ranks, if it runs."""
+        if self.process.poll() is None:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+
+    def outcome(self) -> tuple[dict[str, float], Tensor]:
+        """Return the TIMES it took in its turns, and its final weights."""
+        if self.process.returncode != 0:
+            raise SystemExit(f"error: {self.result.name} ended with exit status {self.process.returncode}")
+        rounds, weights = torch.load(self.result)
+        steady = [(self._in_turns(start, end), cpu) for start, end, cpu in rounds[1:]]
+        medians = map(statistics.median, zip(*steady, strict=True))
+        times = *medians, self._in_turns(0, math.inf), self._cpu
+        return dict(zip(TIMES, times, strict=True)), weights
+
+    def _in_turns(self, start: float, end: float) -> float:
+        return sum(max(0.0, min(end, turn_end) - max(start, turn_start)) for turn_start, turn_end in self._turns)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
 
 
-def wait(process: subprocess.Popen) -> float:
-    """Wait for a process and return the most memory that it and its descendants had at once, in MiB."""
-    peak, has_ended = 0.0, Event()
+def cpu_of_ended() -> float:
+    """Return the CPU seconds of all processes that this one has started and that have ended."""
+    usage = getrusage(RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
-    def sample() -> None:
-        nonlocal peak
-        pause = SAMPLE_EVERY
-        while not has_ended.wait(pause):
+
+def take_turns(case: str) -> dict[str, tuple[dict[str, float], Tensor]]:
+    """Let all programs run a case, and return their TIMES and final weights."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        programs = {}
+        for run in RUNS:
+            programs[run] = Program(case, run, Path(folder))
+            stack.callback(programs[run].end)
+        running = list(programs.values())
+        while running:
+            running = [program for program in running if not program.run_for(TURN)]
+        return {run: program.outcome() for run, program in programs.items()}
+
+
+def peak_memory(case: str, run: str) -> float:
+    """Run one case alone and return the most memory that its processes had at once, in MiB."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        program = Program(case, run, Path(folder))
+        stack.callback(program.end)
+        peak, pause = 0.0, SAMPLE_EVERY
+        while not program.run_for(pause):
             start = time.perf_counter()
             # A process that ends or forks during a look is counted twice in part, so look again.
-            if (seen := memory(process.pid)) > peak:
-                peak = max(peak, min(seen, memory(process.pid)))
+            if (seen := memory(program.process.pid)) > peak:
+                peak = max(peak, min(seen, memory(program.process.pid)))
             pause = max(SAMPLE_EVERY, (time.perf_counter() - start) / LOOKING)
-
-    sampler = Thread(target=sample)
-    sampler.start()
-    try:
-        process.wait()
-    finally:
-        has_ended.set()
-        sampler.join()
-    return peak
+        program.outcome()  # which is an error if it failed
+        return peak
 
 
 def memory(pid: int) -> float:
@@ -269,30 +311,32 @@ def family(pid: int) -> Iterator[int]:
 
 
 def compare(case: str, num_repetitions: int) -> dict[str, dict[str, float]]:
-    """Return the median measures of each run of a case, which take turns.
+    """Return what the floor takes in a case, and what the library does as multiples of it: medians.
 
     Raises:
         SystemExit: final weights are not the floor's.
     """
     measured: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
     for _ in range(num_repetitions):
-        for run in RUNS:
-            measures, weights = measure(case, run)
-            measured[run].append(measures)
-            if run == "floor":
-                floor = weights
-            difference = (weights - floor).abs().max().item()
-            print(case, run, *(f"{name} {value:.3f}" for name, value in measures.items()), sep=" | ", end="")
+        found = take_turns(case)
+        floor, floors_weights = found["floor"]
+        for run, (times, weights) in found.items():
+            difference = (weights - floors_weights).abs().max().item()
+            print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
             print(f" | differs by {difference:.0e}", flush=True)
             if not difference <= TOLERANCE:
                 raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {TOLERANCE}")
+            measured[run].append(times if run == "floor" else {name: times[name] / floor[name] for name in TIMES})
+    memory = {run: peak_memory(case, run) for run in RUNS}
     return {
-        run: {name: statistics.median(one[name] for one in all_) for name in MEASURES} for run, all_ in measured.items()
+        run: {name: statistics.median(one[name] for one in all_) for name in TIMES}
+        | {MEMORY: memory[run] / (1 if run == "floor" else memory["floor"])}
+        for run, all_ in measured.items()
     }
 
 
 def print_table(results: dict[str, dict[str, dict[str, float]]], num_repetitions: int) -> None:
-    """Print the floor's medians, and the library's as multiples of them."""
+    """Print what `compare` has found, by case."""
     print(
         f"\n{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {NUM_RANKS} ranks of one thread,", end=""
     )
@@ -300,12 +344,14 @@ def print_table(results: dict[str, dict[str, dict[str, float]]], num_repetitions
     for name, runs in results.items():
         case = CASES[name]
         print(f"({name}) {case.make_model.__name__}, {case.num_sites} sites x {case.num_examples} examples")
-        for measure_ in MEASURES:
-            floor, *library = (runs[run][measure_] for run in RUNS)
-            print(f"{measure_:>38} {floor:>10.2f}", *(f"{value / floor:>10.3f}" for value in library))
+        for measure in (*TIMES, MEMORY):
+            floor, *library = (runs[run][measure] for run in RUNS)
+            print(f"{measure:>38} {floor:>10.2f}", *(f"{ratio:>10.3f}" for ratio in library))
     if {"a", "b256"} <= results.keys():
-        growth = (results["b256"][run]["memory, MiB"] / results["a"][run]["memory, MiB"] for run in RUNS)
-        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in growth))
+        few, many = results["a"], results["b256"]
+        growth = many["floor"][MEMORY] / few["floor"][MEMORY]
+        ratios = (growth * (many[run][MEMORY] / few[run][MEMORY] if run != "floor" else 1) for run in RUNS)
+        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in ratios))
 
 
 def main() -> None:
