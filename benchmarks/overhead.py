@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
@@ -310,33 +311,28 @@ def family(pid: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def compare(case: str, num_repetitions: int) -> dict[str, dict[str, float]]:
-    """Return what the floor takes in a case, and what the library does as multiples of it: medians.
+def compare(case: str, num_repetitions: int) -> dict[str, dict[str, list[float]]]:
+    """Return what each run of a case took, repetition by repetition; its memory is measured once.
 
     Raises:
         SystemExit: final weights are not the floor's.
     """
-    measured: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
+    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in TIMES} for run in RUNS}
     for _ in range(num_repetitions):
         found = take_turns(case)
-        floor, floors_weights = found["floor"]
         for run, (times, weights) in found.items():
-            difference = (weights - floors_weights).abs().max().item()
+            difference = (weights - found["floor"][1]).abs().max().item()
             print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
             print(f" | differs by {difference:.0e}", flush=True)
             if not difference <= TOLERANCE:
                 raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {TOLERANCE}")
-            measured[run].append(times if run == "floor" else {name: times[name] / floor[name] for name in TIMES})
-    memory = {run: peak_memory(case, run) for run in RUNS}
-    return {
-        run: {name: statistics.median(one[name] for one in all_) for name in TIMES}
-        | {MEMORY: memory[run] / (1 if run == "floor" else memory["floor"])}
-        for run, all_ in measured.items()
-    }
+            for name, value in times.items():
+                measured[run][name].append(value)
+    return {run: times | {MEMORY: [peak_memory(case, run)]} for run, times in measured.items()}
 
 
-def print_table(results: dict[str, dict[str, dict[str, float]]], num_repetitions: int) -> None:
-    """Print what `compare` has found, by case."""
+def print_table(results: dict[str, dict[str, dict[str, list[float]]]], num_repetitions: int) -> None:
+    """Print the floor's medians, and those of the library as multiples of the floor in the same repetition."""
     print(
         f"\n{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {NUM_RANKS} ranks of one thread,", end=""
     )
@@ -346,12 +342,11 @@ def print_table(results: dict[str, dict[str, dict[str, float]]], num_repetitions
         print(f"({name}) {case.make_model.__name__}, {case.num_sites} sites x {case.num_examples} examples")
         for measure in (*TIMES, MEMORY):
             floor, *library = (runs[run][measure] for run in RUNS)
-            print(f"{measure:>38} {floor:>10.2f}", *(f"{ratio:>10.3f}" for ratio in library))
+            ratios = (statistics.median(map(truediv, values, floor)) for values in library)
+            print(f"{measure:>38} {statistics.median(floor):>10.2f}", *(f"{ratio:>10.3f}" for ratio in ratios))
     if {"a", "b256"} <= results.keys():
-        few, many = results["a"], results["b256"]
-        growth = many["floor"][MEMORY] / few["floor"][MEMORY]
-        ratios = (growth * (many[run][MEMORY] / few[run][MEMORY] if run != "floor" else 1) for run in RUNS)
-        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in ratios))
+        growth = (results["b256"][run][MEMORY][0] / results["a"][run][MEMORY][0] for run in RUNS)
+        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in growth))
 
 
 def main() -> None:

@@ -122,9 +122,10 @@ class Mean:
         """Add a piece of a site to the sum, and put the global weights in its place."""
         if self._is_exact:
             term = self._buffer[: len(after)].copy_(after)
-            if not self._is_of_weights:
-                term.sub_(before)
-            _check(after if self._is_of_weights else term)
+            if self._is_of_weights:
+                _check(after)
+            else:
+                _check(term.sub_(before))
             after.copy_(before)
             self._add(total, term, factor)
         else:

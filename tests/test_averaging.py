@@ -3,6 +3,8 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -26,11 +28,18 @@ def train(weights: Tensor, site: int, round_: int) -> Tensor:
     return weights - 0.01 * torch.randn(len(weights), generator=torch.Generator().manual_seed(10 * site + round_))
 
 
+@contextmanager
+def world_that(shares: bool) -> Iterator[None]:
+    """Let a rank meet the others, which share memory with it or are as if on nodes of their own."""
+    if not shares:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+    with world():
+        yield
+
+
 def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
     """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
-    if not share_it:
-        os.environ.pop("LOCAL_WORLD_SIZE", None)  # as if each rank was on a node of its own
-    with world():
+    with world_that(share_it):
         mean = Mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._sums) == (share_it and world_size() > 1)
         found, weights = [], global_weights(size, largest)
@@ -74,9 +83,7 @@ def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
     size = 3 * PIECE + 1  # so that the fourth rank has a part of the mean
 
     def mean_of_few(share_it: bool) -> str:
-        if not share_it:
-            os.environ.pop("LOCAL_WORLD_SIZE", None)
-        with world():
+        with world_that(share_it):
             mean, weights = Mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
             for site in range(rank(), 3, world_size()):
                 local = train(weights, site, 0)
