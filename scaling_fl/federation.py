@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from scaling_fl.distributed import gather, rank
 from scaling_fl.metrics import Means, Metrics, spread
 from scaling_fl.placement import Topology
 from scaling_fl.server import Server, flatten_, trained_weights
-from scaling_fl.training import Batch, Score, evaluate, pull_towards, train
+from scaling_fl.settings import one_line
+from scaling_fl.training import Batch, Score, evaluate, pull_towards, train, try_step
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +127,24 @@ class Federation:
         replica = self._replicas[self._topology.devices[0]]
         replica.reset(self._server)
         return replica.model
+
+    def try_out(self, batches: Mapping[torch.device, Batch]) -> None:
+        """Pass a batch forward and backward through the model of each device, and leave everything as it was.
+
+        Raises:
+            ValueError: the model does not take it, or its loss is not finite.
+        """
+        for device, batch in batches.items():
+            replica = self._replicas[device]
+            replica.reset(self._server)
+            size = "{} texts of {} tokens".format(*batch["attention_mask"].shape)
+            try:
+                loss = try_step(replica.model, batch)
+            except Exception as error:
+                hint = ". A smaller batch_size or max_seq_len takes less" if "memory" in str(error) else ""
+                raise ValueError(f"it cannot train on its longest batch ({size}): {one_line(error)}{hint}") from error
+            if not math.isfinite(loss):
+                raise ValueError(f"expected a finite loss of its longest batch ({size}), got {loss}")
 
     def train(self, round_: int, num_epochs: int) -> Metrics:
         """Let every site train the global weights, and collect the drifts.

@@ -1,5 +1,6 @@
 """How much memory training takes, found out without computing: tensors that have shapes only pass through the model."""
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -73,9 +74,10 @@ def estimate(
 
 def passing(model: nn.Module, batch: Batch, is_training: bool) -> int:
     """Return the most bytes of activations, and in training of gradients, while a batch passes through a model."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+    from torch._subclasses import fake_tensor  # takes a second to import
 
-    fakes = FakeTensorMode()
+    fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of an error that it raises
+    fakes = fake_tensor.FakeTensorMode()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}

@@ -21,6 +21,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 W = TypeVar("W")
 Encode = Callable[[Dataset], Examples]
+OrderLabels = Callable[[tuple[str, ...]], tuple[str, ...]]
 SPLITS = ("train", "test")
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
@@ -97,7 +98,13 @@ class Holdings:
 
 
 def deal_corpus(
-    corpus: Corpus, topology: Topology, encode: Encode, partitioner: Partitioner, seed: int, val_batch_size: int
+    corpus: Corpus,
+    topology: Topology,
+    encode: Encode,
+    order_labels: OrderLabels,
+    partitioner: Partitioner,
+    seed: int,
+    val_batch_size: int,
 ) -> Holdings:
     """Deal the examples of a corpus, which every rank has, to the sites; and its test set to the devices.
 
@@ -105,20 +112,22 @@ def deal_corpus(
         corpus: what every rank has.
         topology: where the sites run.
         encode: tokenises.
+        order_labels: returns the labels in the order in which the model numbers them.
         partitioner: how the training set is dealt.
         seed: of the dealing.
         val_batch_size: most examples in a batch of the test set.
     """
-    train, test = encode(corpus.train), encode(corpus.test)
+    names = order_labels(corpus.label_names)
+    train, test = (encode(rows).with_labels(corpus.label_names, names) for rows in (corpus.train, corpus.test))
     dealt = deal(train.labels, topology.num_sites, partitioner, seed)
     parts = [Part(train, indices) for indices in dealt]
     batches = [Part(test, indices) for indices in test.fixed_batches(val_batch_size)]
     return Holdings(
         topology=topology,
-        label_names=corpus.label_names,
+        label_names=names,
         train={site: parts[site] for site in topology.sites},
         test={device: batches[topology.turn(device)] for device in topology.devices},
-        extents=[part.extent(len(corpus.label_names)) for part in parts],
+        extents=[part.extent(len(names)) for part in parts],
         num_test=len(test),
         sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},
     )
@@ -130,6 +139,7 @@ def read_own_files(
     columns: tuple[str | None, str | None],
     topology: Topology,
     encode: Encode,
+    order_labels: OrderLabels,
     val_batch_size: int,
 ) -> Holdings:
     """Read the files of each site of this rank. Of them other ranks learn the labels, counts and SHA-256, nothing else.
@@ -143,6 +153,7 @@ def read_own_files(
         columns: of the texts and of the labels; None takes the task's own.
         topology: where the sites run, in the order of the nodes.
         encode: tokenises.
+        order_labels: returns the labels in the order in which the model numbers them.
         val_batch_size: most examples in a batch of a test set.
 
     Raises:
@@ -159,7 +170,7 @@ def read_own_files(
     labels = _each(lambda table: sorted(set(label_names_of(table).values())), rows)
     names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
     all_labels = _merge(gather({names[site]: of_site for site, of_site in labels.items()}))
-    label_names = agree_on_labels(all_labels, known)
+    label_names = order_labels(agree_on_labels(all_labels, known))
     examples = _each(lambda table: encode(index_labels(table, label_names, known)), rows)
     all_sums = _merge(gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
     train = {site: Part.whole(of_site["train"]) for site, of_site in examples.items()}

