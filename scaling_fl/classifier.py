@@ -90,7 +90,6 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     if _is_same(own, label_names) or new & output_layer:
         return Classifier(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
-    torch.manual_seed(seed)
     model, info = type(model).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )

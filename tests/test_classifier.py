@@ -68,7 +68,7 @@ def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, t
     ("own", "labels", "in_order"),
     [
         (("pos", "neg"), ("neg", "pos"), ("pos", "neg")),
-        (("NEGATIVE", "POSITIVE"), ("negative", "positive"), ("negative", "positive")),
+        (("POSITIVE", "NEGATIVE"), ("negative", "positive"), ("positive", "negative")),
         (("B", "a", "A"), ("A", "B", "a"), ("B", "a", "A")),
         (("LABEL_0", "LABEL_1"), ("0", "1"), ("0", "1")),
         (("LABEL_1", "LABEL_0"), ("0", "1"), ("1", "0")),
@@ -97,6 +97,7 @@ def test_the_labels_take_the_order_of_a_head_that_has_them(
         (("LABEL_0", "LABEL_1"), ("1", "2")),
         (("a", "a"), ("a", "b")),
         (("a", "A"), ("b", "B")),
+        (("A", "a"), ("a", "A")),
     ],
 )
 def test_a_head_for_other_labels_is_new_and_the_run_says_so(

@@ -366,6 +366,13 @@ def sentence_bpe(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def words(texts: list[str]) -> Tokenizer:
+    """As BERT's, to which a thousand spaces are no token."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
 def unigram(texts: list[str]) -> Tokenizer:
     """As T5's and XLM-RoBERTa's."""
     tokenizer = Tokenizer(models.Unigram())
@@ -376,14 +383,15 @@ def unigram(texts: list[str]) -> Tokenizer:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("train", [byte_level_bpe, sentence_bpe, unigram])
+@pytest.mark.parametrize("train", [byte_level_bpe, sentence_bpe, words, unigram])
 def test_a_long_text_is_cut_before_it_is_tokenised_and_has_the_same_tokens(
     train: Callable[[list[str]], Tokenizer], side: str
 ) -> None:
     random = np.random.default_rng(0)
     alphabet = np.array(list("abcdeé漢 \n"))
-    texts = ["".join(random.choice(alphabet, size)) for size in (1, 300, 5_000, 20_000)]
-    texts += ["x" * 9_000, " " * 9_000, "a " * 6_000, f"{'b' * 5_000} {'ab ' * 5_000}"]
+    texts = ["".join(random.choice(alphabet, size)) for size in (1, 300, 5_000, 9_000)]
+    far_apart = f"a{' ' * 5_000}".join("aaaa")
+    texts += ["x" * 9_000, " " * 9_000, "a " * 6_000, f"{'b' * 5_000} {'ab ' * 5_000}", f"a ab a {far_apart} a ab a"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train(texts), unk_token="<unk>", pad_token="<unk>", truncation_side=side
     )

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, succeed
+import torch
+from conftest import Command, accuracies, succeed
 from safetensors.torch import load_file, save_file
-from tiny_models import edit, put_model
+from tiny_models import WORDS, edit, put_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 ROWS = "text,label\n" + "once upon a time,a\nthe end,b\n" * 3
 
@@ -79,3 +81,28 @@ def test_a_plan_of_a_model_that_works_holds(
     assert "fake_tensor" not in plan
     output = succeed(command(**texts, report=False))
     assert "newly initialised" in output
+
+
+@pytest.mark.parametrize("own_files", [False, True])
+def test_a_head_is_judged_by_the_names_of_its_labels(
+    own_files: bool, command: Command, texts: dict[str, object], tmp_path: Path
+) -> None:
+    model = str(tmp_path / "model")
+    put_model(tmp_path / "model", "bert")
+    config = AutoConfig.from_pretrained(model, id2label={0: "b", 1: "a"}, label2id={"b": 0, "a": 1})
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, config=config)
+    classifier.classifier.weight.data *= 100  # so that its answers differ
+    classifier.save_pretrained(model)
+    words = [f"{a} {b} {c}" for a in WORDS[3:] for b in WORDS[3:6] for c in WORDS[5:8]]
+    tokens = AutoTokenizer.from_pretrained(model)(words, return_tensors="pt")
+    with torch.inference_mode():
+        answers = [classifier.config.id2label[int(i)] for i in classifier.eval()(**tokens).logits.argmax(1)]
+    assert len(set(answers)) == 2
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{a},{b}\n" for a, b in zip(words, answers, strict=True))
+    )
+    if own_files:
+        texts |= {"train_path": None, "test_path": None, "site_paths": '[["rows.csv","rows.csv"],"rows.csv"]'}
+    output = succeed(command(**texts | {"num_rounds": 0, "site_ids": [0, 0]}))
+    assert accuracies(output) == [1.0]
+    assert "newly initialised: none\n" in output
