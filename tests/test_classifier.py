@@ -280,7 +280,7 @@ def test_a_token_beyond_the_embeddings_is_refused_by_its_row(tmp_path: Path) -> 
     encoder.encode(rows.select([2, 0, 1]))
     assert refusal(lambda: encoder.encode(rows.select([0, 3]))) == (
         "text 2 of the 2 in use (row 4 as read): expected ids of tokens below 10, the number of the model's "
-        "embeddings, got 10: the tokenizer is of another model"
+        "embeddings, got 10: the tokenizer, or vocab_size in config.json, is of another model"
     )
 
 

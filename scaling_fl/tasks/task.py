@@ -176,7 +176,8 @@ class TextEncoder:
             where = int(ids.argmax())
             raise ValueError(
                 f"{_row(texts, _example_of(where, lengths))}: expected ids of tokens below {self.num_ids}, the number "
-                f"of the model's embeddings, got {ids[where]}: the tokenizer is of another model"
+                f"of the model's embeddings, got {ids[where]}: the tokenizer, or vocab_size in config.json, is of "
+                "another model"
             )
         if self.end_id is not None:
             counts = np.add.reduceat(ids == self.end_id, np.cumsum(lengths) - lengths, dtype=np.int64)
