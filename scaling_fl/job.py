@@ -23,7 +23,7 @@ from scaling_fl.partition import PARTITIONERS
 from scaling_fl.placement import Topology, place
 from scaling_fl.server import Server, trained_weights
 from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks import read_task, sample
+from scaling_fl.tasks import name_labels, read_task, sample
 from scaling_fl.tasks.task import encode, score_classes
 from scaling_fl.tracking import Progress
 from scaling_fl.training import OPTIMISERS, Batch
@@ -78,7 +78,8 @@ def hold(config: SimpleNamespace, topology: Topology, tokens: Encode) -> Holding
             f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
             f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
-    held = read_own_files(config.task_name, config.site_paths, columns, topology, tokens, config.val_batch_size)
+    known = name_labels(config.task_name, config.labels)
+    held = read_own_files(config.task_name, config.site_paths, columns, known, topology, tokens, config.val_batch_size)
     for site, entry in sorted(held.topology.entries.items()):
         files = " and ".join(files_of(config.site_paths[entry]))
         print(f"site {site:<4} {files}, {held.extents[site].num_examples:,} examples")
@@ -89,7 +90,7 @@ def deal_data(
     config: SimpleNamespace, columns: tuple[str | None, str | None], topology: Topology, tokens: Encode
 ) -> Holdings:
     """Read the task's data set, and deal it to the sites."""
-    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns)
+    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns, config.labels)
     corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from scaling_fl.hub import from_hub
 from scaling_fl.settings import one_line
 
 
@@ -118,7 +119,7 @@ def make_classifier(
 def _load(load: Callable[..., Any], model: str, **options: Any) -> Any:
     path = MODELS[model].path() if model in MODELS else model
     try:
-        return load(path, **options)
+        return from_hub(path, lambda folder: load(path, cache_dir=folder, **options))
     except Exception as error:
         raise ValueError(
             f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "

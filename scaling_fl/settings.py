@@ -28,6 +28,13 @@ SITE_PATHS = Kind(
     "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
 )
 
+LABELS = Kind(
+    lambda value: (
+        isinstance(value, list | tuple) and len(value) > 1 and all(type(i) in (str, int, float) for i in value)
+    ),
+    "a list of two or more labels such as ['no','yes']",
+)
+
 
 def _is_site_path(value: Any) -> bool:
     files = value if isinstance(value, list | tuple) else [value]

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from scaling_fl.cache import mapped
 from scaling_fl.metrics import Means
 from scaling_fl.training import Batch
 
@@ -93,7 +94,8 @@ def encode(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_len: int)
         ValueError: a text has no token at all.
     """
     names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
-    tokens = texts.map(
+    tokens = mapped(
+        texts,
         _tokenise,
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "max_seq_len": max_seq_len, "names": names},
