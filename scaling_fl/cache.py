@@ -126,11 +126,20 @@ def _batches(rows: Iterator[Row]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return schema, batches()
 
 
-def warn(error: Exception, folder: str | None = None) -> None:
-    """Say once, on the first rank of a node, which cache cannot be written: None is that of data sets."""
+def warn(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE") -> None:
+    """Say once, on the first rank of a node, that a cache cannot be written.
+
+    Args:
+        error: says why.
+        folder: of the cache; None is that of data sets.
+        name: the variable that names it. HF_HOME names them all.
+    """
     global _has_warned
     if not _has_warned and local_rank() == 0:
-        folder = folder or str(datasets.config.HF_DATASETS_CACHE)
-        message = "HF_HOME: expected a folder where the cache can be written, got %r (%s). The run goes on without it"
-        log.warning(message, folder, one_line(error))
+        log.warning(
+            "%s: expected a folder where the cache can be written, got %r (%s). The run goes on without the cache",
+            name if name in os.environ else "HF_HOME",
+            str(folder or datasets.config.HF_DATASETS_CACHE),
+            one_line(error),
+        )
     _has_warned = True

@@ -19,7 +19,7 @@ from scaling_fl.settings import one_line
 
 T = TypeVar("T")
 
-CONNECT, ANSWER = 3.0, 8.0  # seconds for a connection, and for a first answer: the client would try for a minute
+CONNECT, ANSWER = 3.0, 6.0  # seconds for a connection, and for a first answer: the client would try for a minute
 AWAY = (502, 503, 504)  # what a gateway answers for a server that is not there
 UNWRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -65,8 +65,15 @@ def _load(load: Callable[[str | None], T]) -> T:
         if not _is_of_cache(error):
             raise
         with TemporaryDirectory(prefix="scaling_fl-") as folder:
-            loaded = load(folder)
-        warn(error, str(constants.HF_HUB_CACHE))
+            try:
+                loaded = load(folder)
+            except Exception as again:
+                if not _is_of_cache(again):
+                    raise
+                raise OSError(
+                    f"HF_HOME: expected a folder that can be written, got {constants.HF_HOME!r}: {one_line(again)}"
+                ) from None
+        warn(error, constants.HF_HUB_CACHE, "HF_HUB_CACHE")
         return loaded
 
 

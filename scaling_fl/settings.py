@@ -1,5 +1,6 @@
 """The kinds of values that a setting takes, and the sentence for one that it does not."""
 
+import io
 import math
 import os
 import sys
@@ -107,6 +108,13 @@ def whole_number_from_environment(name: str, default: str, least: int = 1) -> in
 def one_line(error: BaseException) -> str:
     """Return what an exception says, cut to 200 characters, or its name where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Print escapes in place of letters that the terminal or file has no code for: any name may hold an emoji."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def literal(argument: str, text_keys: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """Fine-tune a language model on the data of many sites, none of which gives its data away."""
 
-import io
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from scaling_fl.settings import (
     SITE_PATHS,
     TEXT,
     check,
+    escape_what_cannot_be_printed,
     literal,
     number,
     one_of,
@@ -306,9 +306,7 @@ def main() -> None:
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a label may have letters that a terminal has not
+    escape_what_cannot_be_printed()
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

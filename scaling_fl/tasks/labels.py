@@ -27,7 +27,8 @@ def label_name(value: object) -> str:
         return ""
     name = SPACE.sub(" ", NEW_LINE.sub("\n", str(value)))
     name = unicodedata.normalize("NFC", NOTHING.sub("", name)).strip(" \t\n\u200c\u200d")
-    return re.sub(r"\.0*$", "", name) if re.fullmatch(r"-?[0-9]+\.0*", name) else name
+    name = re.sub(r"\.0*$", "", name) if re.fullmatch(r"-?[0-9]+\.0*", name) else name
+    return "0" if name == "-0" else name
 
 
 def check_alike(names: Iterable[str]) -> None:

@@ -16,7 +16,8 @@ from scaling_fl.tasks.csv_rows import read_csv
 from scaling_fl.tasks.json_rows import read_json
 from scaling_fl.tasks.parquet_rows import read_parquet
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tab": "csv"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+FORMATS |= {".parquet": "parquet"}
 PACKED = (".gz", ".bz2", ".xz")  # after the ending of a file of text
 SHOWN = ".csv, .tsv, .jsonl, .json, .parquet"
 VERSION = 1  # of what is read out of a file: another one reads again what is in the cache
