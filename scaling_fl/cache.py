@@ -140,6 +140,13 @@ def warn(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE
             "%s: expected a folder where the cache can be written, got %r (%s). The run goes on without the cache",
             name if name in os.environ else "HF_HOME",
             str(folder or datasets.config.HF_DATASETS_CACHE),
-            one_line(error),
+            one_line(os_error(error) or error),
         )
     _has_warned = True
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the system behind another one, which libraries make of it or meet while they clean up."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error

@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
-from scaling_fl.cache import warn
+from scaling_fl.cache import os_error, warn
 from scaling_fl.settings import one_line
 
 T = TypeVar("T")
@@ -77,13 +77,10 @@ def _load(load: Callable[[str | None], T]) -> T:
         return loaded
 
 
-def _is_of_cache(error: BaseException | None) -> bool:
-    """Tell whether a file could not be written: the hub's client raises errors of its own from that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_of_cache(error: Exception) -> bool:
+    """Tell whether a file could not be written."""
+    cause = os_error(error)
+    return cause is not None and cause.errno in UNWRITABLE
 
 
 @cache

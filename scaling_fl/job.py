@@ -134,7 +134,9 @@ def server_optimiser(config: SimpleNamespace) -> Callable[[Iterable[Tensor]], Op
 
 def what_matters(config: SimpleNamespace) -> dict[str, Any]:
     """Return the settings that the weights of a round depend on."""
-    return {key: value for key, value in vars(config).items() if key not in FREE} | {
+    settings = {key: value for key, value in vars(config).items() if key not in FREE}
+    return settings | {
+        "labels": config.labels and list(config.labels),  # of no class of Sacred's, which a checkpoint cannot hold
         "data": "dealt" if config.site_paths is None else "of the sites' own (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -130,16 +131,32 @@ def _rows(path: str, separator: str, *, is_plain: bool = False) -> Iterator[tupl
 
 
 def _is_plain(path: str, separator: str) -> bool:
-    """Tell whether each line has as many tabs: then quotes are those of CSV only where they enclose a whole field.
+    """Tell whether a row is a line, and a quote any character but where a pair encloses a field.
 
     Some programs write quotes in tables of tabs as those of CSV, others as any character.
+
+    Raises:
+        ValueError: the file may be both.
     """
     if separator != "\t":
         return False
+    tabs, num_lines, has_quotes = set(), 0, False
     with open_text(path) as file:
-        numbers = (line.count(separator) for line in file if line.strip("\r\n"))
-        first = next(numbers, 0)
-        return all(number == first for number in numbers)
+        for line in filter(str.strip, file):
+            tabs.add(line.count(separator))
+            num_lines += 1
+            has_quotes = has_quotes or '"' in line
+            if len(tabs) > 1:
+                return False
+    if not has_quotes:
+        return True
+    try:
+        widths = Counter(len(row) - 1 for _, row in _rows(path, separator))
+    except ValueError:
+        return True
+    if widths.total() < num_lines and set(widths) == tabs:
+        raise ValueError("its quotes may stand for themselves, or enclose lines that are rows too: save it as CSV")
+    return True
 
 
 def _unquote(field: str) -> str:

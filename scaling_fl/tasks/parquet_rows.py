@@ -67,7 +67,9 @@ def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None =
         return as_texts(column.cast(kind.value_type), classes)
     # As a number of Python, 0.1 in 32 bits would be 0.10000000149011612.
     is_short = types.is_float16(kind) or types.is_float32(kind)
-    values: list[Any] = list(column.to_numpy(zero_copy_only=False)) if is_short else column.to_pylist()
+    values: list[Any] = column.to_pylist()
+    if is_short:
+        values = [float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
     if not classes:
         return [written(value) for value in values]
     values = [None if value is None or value < 0 else value for value in values]
