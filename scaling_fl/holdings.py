@@ -1,21 +1,24 @@
 """What the sites hold: parts of one data set that is dealt to them, or files of their own."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from scaling_fl.distributed import gather, rank
+from scaling_fl.distributed import gather, is_one_node, rank
 from scaling_fl.partition import Partitioner, deal
 from scaling_fl.placement import Topology
-from scaling_fl.tasks import TASKS, read_rows
+from scaling_fl.tasks import read_rows
 from scaling_fl.tasks.corpus import agree_on_labels, index_labels, label_names_of
 from scaling_fl.tasks.task import Corpus, Examples
 from scaling_fl.training import Batch
+from scaling_fl.vigil import keep_here
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -23,6 +26,7 @@ W = TypeVar("W")
 Encode = Callable[[Dataset], Examples]
 OrderLabels = Callable[[tuple[str, ...]], tuple[str, ...]]
 SPLITS = ("train", "test")
+ROW = re.compile(r"(?: cannot be read as \w+: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
 
@@ -67,6 +71,27 @@ class Part:
     def shuffled_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yield one epoch of them in the order of `seed`; the last batch may be smaller."""
         return self.examples.shuffled_batches(self.indices, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """A file of a site of this rank."""
+
+    site: str  # in words
+    split: str
+    path: str
+
+    def use(self, work: Callable[..., V], *arguments: object) -> V:
+        """Return what `work` makes of it. Other nodes hear of an error only in which file and row it is."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if not is_one_node():
+                row = ROW.match(str(error).removeprefix(repr(self.path)))
+                where = f"{row[1]} of the" if row else "the"
+                kind = PurePosixPath(self.path).suffix
+                keep_here(error, f"{where} {self.split} file ({kind}) of {self.site} is refused: its node says why")
+            raise
 
 
 @dataclass(frozen=True)
@@ -137,12 +162,15 @@ def read_own_files(
     task_name: str,
     site_paths: SitePaths,
     columns: tuple[str | None, str | None],
+    known: Mapping[str, str] | None,
     topology: Topology,
     encode: Encode,
     order_labels: OrderLabels,
     val_batch_size: int,
 ) -> Holdings:
     """Read the files of each site of this rank. Of them other ranks learn the labels, counts and SHA-256, nothing else.
+
+    What is wrong with a file is said on its node; others hear which file it is, and of which row.
 
     Sites are numbered by the SHA-256 of their files, so that a site keeps its number, and with it its random
     numbers, whichever nodes come first.
@@ -151,6 +179,7 @@ def read_own_files(
         task_name: a key of TASKS, of a task that takes files.
         site_paths: the files of each site of this node.
         columns: of the texts and of the labels; None takes the task's own.
+        known: the name of each label that there may be; None takes those that sites have in common.
         topology: where the sites run, in the order of the nodes.
         encode: tokenises.
         order_labels: returns the labels in the order in which the model numbers them.
@@ -159,19 +188,19 @@ def read_own_files(
     Raises:
         ValueError: a file is missing or not what it should be, or no site has a test file, or sites disagree on labels.
     """
-    known = TASKS[task_name].labels
-    paths = {
-        site: dict(zip(SPLITS, files_of(site_paths[entry]), strict=False)) for site, entry in topology.entries.items()
-    }
-    rows = {
-        site: {split: read_rows(task_name, path, split, *columns) for split, path in of_site.items()}
-        for site, of_site in paths.items()
-    }
-    labels = _each(lambda table: sorted(set(label_names_of(table).values())), rows)
     names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
+    files = {
+        site: {
+            split: OwnFile(names[site], split, path)
+            for split, path in zip(SPLITS, files_of(site_paths[entry]), strict=False)
+        }
+        for site, entry in topology.entries.items()
+    }
+    rows = _each(lambda file: (file, file.use(read_rows, task_name, file.path, file.split, *columns)), files)
+    labels = _each(lambda of: sorted(set(label_names_of(of[1]).values())), rows)
     all_labels = _merge(gather({names[site]: of_site for site, of_site in labels.items()}))
     label_names = order_labels(agree_on_labels(all_labels, known))
-    examples = _each(lambda table: encode(index_labels(table, label_names, known)), rows)
+    examples = _each(lambda of: of[0].use(encode, index_labels(of[1], label_names, known)), rows)
     all_sums = _merge(gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
     train = {site: Part.whole(of_site["train"]) for site, of_site in examples.items()}
     extents = _merge(gather({site: astuple(part.extent(len(label_names))) for site, part in train.items()}))

@@ -24,7 +24,7 @@ from scaling_fl.placement import Topology, place
 from scaling_fl.pretrained import load_pretrained
 from scaling_fl.server import Server, trained_weights
 from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks import read_task, sample
+from scaling_fl.tasks import name_labels, read_task, sample
 from scaling_fl.tasks.task import TextEncoder, score_classes
 from scaling_fl.tracking import Progress
 from scaling_fl.training import OPTIMISERS, Batch
@@ -80,8 +80,9 @@ def hold(config: SimpleNamespace, topology: Topology, encode: Encode, order_labe
             f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
             f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
+    known = name_labels(config.task_name, config.labels)
     held = read_own_files(
-        config.task_name, config.site_paths, columns, topology, encode, order_labels, config.val_batch_size
+        config.task_name, config.site_paths, columns, known, topology, encode, order_labels, config.val_batch_size
     )
     for site, entry in sorted(held.topology.entries.items()):
         files = " and ".join(files_of(config.site_paths[entry]))
@@ -97,7 +98,7 @@ def deal_data(
     order_labels: OrderLabels,
 ) -> Holdings:
     """Read the task's data set, and deal it to the sites."""
-    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns)
+    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns, config.labels)
     corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":
@@ -151,7 +152,9 @@ def server_optimiser(config: SimpleNamespace) -> Callable[[Iterable[Tensor]], Op
 
 def what_matters(config: SimpleNamespace) -> dict[str, Any]:
     """Return the settings that the weights of a round depend on."""
-    return {key: value for key, value in vars(config).items() if key not in FREE} | {
+    settings = {key: value for key, value in vars(config).items() if key not in FREE}
+    return settings | {
+        "labels": config.labels and list(config.labels),  # of no class of Sacred's, which a checkpoint cannot hold
         "data": "dealt" if config.site_paths is None else "of the sites' own (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

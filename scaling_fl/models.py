@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from scaling_fl.hub import from_hub
 from scaling_fl.settings import one_line
 
 
@@ -79,10 +80,10 @@ def load_config(model: str) -> PreTrainedConfig:
     return AutoConfig.for_model(kinds[0], **found)
 
 
-def _weight_names(path: str) -> Iterable[str]:
+def _weight_names(path: str, **options: Any) -> Iterable[str]:
     """Return the names of the weights in a model's file, of which there may be several with an index."""
     for name in WEIGHT_FILES:
-        file = find_file(path, name)
+        file = find_file(path, name, **options)
         if file is None:
             continue
         if name.endswith(".json"):
@@ -112,7 +113,7 @@ def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:
     """
     path = path_of(model)
     try:
-        return loader(path, **options)
+        return from_hub(path, lambda folder: loader(path, cache_dir=folder, **options))
     except Exception as error:
         raise ValueError(
             f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "

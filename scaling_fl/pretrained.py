@@ -62,7 +62,7 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     pad_id = getattr(text_config, "pad_token_id", None)
     if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
         text_config.pad_token_id = tokenizer.pad_token_id
-    empty = load(model, lambda path: _make_empty(config))
+    empty = load(model, lambda *_, **__: _make_empty(config))
     positions = _find_positions(empty)
     if positions is None or positions.padding_idx is None:
         # Others find the end of a text by it. RoBERTa's kin count positions from it, so theirs has to stay.

@@ -1,5 +1,6 @@
 """The kinds of values that a setting takes, and the sentence for one that it does not."""
 
+import io
 import math
 import os
 import sys
@@ -26,6 +27,13 @@ DEVICE_IDS = Kind(
 SITE_PATHS = Kind(
     lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_site_path, value)),
     "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
+)
+
+LABELS = Kind(
+    lambda value: (
+        isinstance(value, list | tuple) and len(value) > 1 and all(type(i) in (str, int, float) for i in value)
+    ),
+    "a list of two or more labels such as ['no','yes']",
 )
 
 
@@ -100,6 +108,13 @@ def whole_number_from_environment(name: str, default: str, least: int = 1) -> in
 def one_line(error: BaseException) -> str:
     """Return what an exception says, cut to 200 characters, or its name where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Print escapes in place of letters that the terminal or file has no code for: any name may hold an emoji."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def literal(argument: str, text_keys: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaling_fl.checkpoint import History
 from scaling_fl.distributed import rank
 from scaling_fl.metrics import Metrics
+from scaling_fl.tasks.labels import shown
 from scaling_fl.training import Batch
 
 
@@ -67,7 +68,7 @@ def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_si
     lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
     for number, site in enumerate(sites):
         num_steps = num_epochs * -(-site["examples"] // batch_size)
-        labels = ", ".join(f"{name} {count:,}" for name, count in zip(label_names, site["labels"], strict=True))
+        labels = ", ".join(f"{shown(name)} {count:,}" for name, count in zip(label_names, site["labels"], strict=True))
         lines.append(
             f"{number:>4} | {site['rank']:>4} | {site['device']:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
             f"{num_steps:>13,} | {labels}"

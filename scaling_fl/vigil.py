@@ -45,6 +45,11 @@ class PeerError(RuntimeError):
     """Another rank failed, vanished or hangs; what it had to say, it has said."""
 
 
+def keep_here(error: Exception, told: str) -> None:
+    """Let other ranks be told so much of an error, and nothing of what it says itself."""
+    error.told = told  # type: ignore[attr-defined]
+
+
 class Bereft(BaseException):
     """Another rank has ended. It is no failure of this rank or of its sites, so it is no `Exception`."""
 
@@ -199,7 +204,8 @@ def _report(error: BaseException) -> str:
         return repr(("interrupted", getattr(error, "number", int(signal.SIGINT))))
     if isinstance(error, Bereft):
         return repr(("bereft", ""))
+    told = getattr(error, "told", None)
     if isinstance(error, ValueError):
-        return repr(("refused", str(error)))
+        return repr(("refused", told or str(error)))
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-    return repr(("failed", f"{type(error).__name__}: {error}{notes}"))
+    return repr(("failed", told or f"{type(error).__name__}: {error}{notes}"))

@@ -26,9 +26,11 @@ from scaling_fl.partition import PARTITIONERS
 from scaling_fl.settings import (
     DEVICE_IDS,
     FLAG,
+    LABELS,
     SITE_PATHS,
     TEXT,
     check,
+    escape_what_cannot_be_printed,
     literal,
     number,
     one_of,
@@ -36,7 +38,7 @@ from scaling_fl.settings import (
     whole_number,
 )
 from scaling_fl.strategies import STRATEGIES, make_strategy
-from scaling_fl.tasks import TASKS, task_defaults
+from scaling_fl.tasks import TASKS, name_labels, task_defaults
 from scaling_fl.training import OPTIMISERS
 from scaling_fl.vigil import Interrupted, PeerError
 
@@ -73,6 +75,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     test_path = None  # the test file, which is evaluated whole after every round
     text_column = None  # the column of the text; None takes the task's own
     label_column = None  # the column of the label; None takes the task's own
+    labels = None  # the labels there may be, in the order of the classes; None takes the task's own or those found
     max_train_examples = _own.get("max_train_examples")  # train on a random sample of so many
     max_test_examples = None  # evaluate on a random sample of so many
 
@@ -117,6 +120,7 @@ KINDS = {
     "test_path": OPTIONAL_TEXT,
     "text_column": OPTIONAL_TEXT,
     "label_column": OPTIONAL_TEXT,
+    "labels": optional(LABELS),
     "max_train_examples": optional(whole_number(1)),
     "max_test_examples": optional(whole_number(1)),
     "on_site_failure": one_of(("abort", "skip")),
@@ -145,6 +149,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     problems = find_problems([lambda: check(config, KINDS)]) or find_problems(
         [
             lambda: check_site_paths(config),
+            lambda: name_labels(config["task_name"], config["labels"]),
             lambda: make_strategy(config["strategy"], config["server_learning_rate"], config["server_momentum"]),
             lambda: count_ranks(config),
             num_threads,
@@ -217,8 +222,8 @@ def on_ranks(config: dict[str, Any], work: Callable[[SimpleNamespace], T]) -> T 
         with world():
             return work(SimpleNamespace(**config))
     except (ValueError, PeerError) as error:
-        # Every rank knows of the error; one of each node says it.
-        raise SystemExit(f"error: {error}" if local_rank() == 0 else 1) from error
+        # Every rank knows of the error; one of each node says it, and the one whose error it is if others know less.
+        raise SystemExit(f"error: {error}" if local_rank() == 0 or hasattr(error, "told") else 1) from error
 
 
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
@@ -302,10 +307,13 @@ def main() -> None:
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()
+    escape_what_cannot_be_printed()
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what keeps us from data, our own sentence says
+    huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stack traces of what it raises, or tries again
     for signum in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+import runpy
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Command, make_bert, refusal, succeed
+from conftest import SCRIPT, Command, make_bert, refusal, succeed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -123,6 +125,10 @@ BAD: dict[str, Bad] = {
     "a model that is no name of the hub": Bad(("model='no such model' cannot be loaded",), {"model": "no such model"}),
     "a model that is a file": Bad(("model='m.txt' cannot be loaded",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
     "a model that is an empty folder": Bad(("model='m' cannot be loaded",), {"model": "m"}, files={"m/no.txt": b""}),
+    "labels that are no list": setting("labels", "[a,b]", "labels='[a,b]' was given: a list of two or more labels"),
+    "a label twice": setting("labels", "['a','a ']", "labels: expected names that differ and are not empty, got ['a',"),
+    "labels of a task that has its own": setting("labels", "[0,1]", "has its own (neg, pos)", task_name="imdb"),
+    "a label that is not named": Bad(("there are unknown labels, food: sport, tech",), {"labels": "['sport','tech']"}),
     "one column for both": Bad(("text_column and label_column are both 'label'",), {"text_column": "label"}),
     # CSV files.
     "a row with a field too few": table_csv(b"text,label\na,x\nb\n", "row 2 has 1 fields, not 2"),
@@ -137,15 +143,16 @@ BAD: dict[str, Bad] = {
     "blank lines alone": table_csv(b"\n\r\n\n", "it is empty"),
     "lines of spaces": table_csv(b"  \n  \n", "text_column='text' is not in", "' ' would do"),
     "a column twice": table_csv(b"text,label,text\na,x,b\n", "it has several columns called text: rename them"),
-    "columns without a name, twice": table_csv(b",,text,label\n1,2,a,x\n", "it has several columns called"),
     "no column of texts": table_csv(b"body,label\na,x\n", "text_column='text' is not in", "'body', 'label' would do"),
     "no column of labels": table_csv(
         b"text,class\na,x\n", "label_column='label' is not in", "'text', 'class' would do"
     ),
     "names with a space before them": table_csv(b"text, label\na, x\n", "label_column='label'", "'text', ' label'"),
     "names in capitals": table_csv(b"Text,Label\na,x\n", "text_column='text' is not in", "'Text', 'Label' would do"),
-    "semicolons": table_csv(b"text;label\na;x\n", "separated by ';': commas would do"),
-    "tabs": table_csv(b"text\tlabel\na\tx\n", "separated by '\\t': commas would do"),
+    "semicolons and another header": table_csv(b"body;label\na;x\n", "is not in 't.csv': 'body', 'label' would do"),
+    "tabs and a field too many": table_csv(b"text\tlabel\na\tx\ty\n", "row 1 has 3 fields, not 2"),
+    "a text that is no table": table("t.txt", ROWS, "is no table: a file that ends in .csv, .tsv, "),
+    "a packed file that is none": table("t.csv.gz", ROWS, "cannot be read as csv: Not a gzipped file"),
     "Latin-1": table_csv("text,label\ncafé,x\n".encode("latin-1"), "it is not UTF-8", "save it as that"),
     "Latin-1 far down": table_csv(ROWS * 999 + "café,x\n".encode("latin-1"), "it is not UTF-8"),
     "UTF-16": table_csv(ROWS.decode().encode("utf-16"), "it is not UTF-8"),
@@ -158,6 +165,9 @@ BAD: dict[str, Bad] = {
     "nan for every label": table_csv(b"text,label\na,nan\nb,nan\n", "row 1 of", "has no label"),
     "a header of a megabyte": table_csv(b"text " * 200_000 + b",label\na,x\n", "text_column='text' is not in", "..."),
     "one label": labels("x x x x", "x", "there is one label only, x"),
+    "labels that print alike": labels(
+        "x\u200dy xy", "xy", "got xy (U+0078 U+0079) and x\\u200dy (U+0078 U+200D U+0079). Write it one way"
+    ),
     "a label that the test set lacks": labels("x y z x", "x y", "z only in train, none only in test"),
     "a label that the training set lacks": labels("x y x y", "x z y", "none only in train, z only in test"),
     "labels in other letters": labels("pos neg", "Pos Neg", "neg, pos only in train, Neg, Pos only in test"),
@@ -179,7 +189,6 @@ BAD: dict[str, Bad] = {
     "texts and numbers": table_jsonl(JSON_ROWS + b'{"text": 5, "label": "x"}\n', "a column of texts would do"),
     "labels in a list": table_jsonl(b'{"text": "a", "label": [1]}\n', "label_column='label'", "holds lists"),
     "labels in a record": table_jsonl(b'{"text": "a", "label": {"v": 1}}\n', "label_column='label'", "holds lists"),
-    "labels of two types": table_jsonl(JSON_ROWS + b'{"text": "a", "label": 5}\n', "texts alone or numbers alone"),
     "a label that is NaN": table_jsonl(b'{"text": "a", "label": 1.5}\n{"text": "b", "label": NaN}\n', "row 2 of"),
     "a label that is null": table_jsonl(b'{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', "row 2 of"),
     "a row without a label": table_jsonl(JSON_ROWS + b'{"text": "b"}\n', "row 3 of", "has no label"),
@@ -344,6 +353,27 @@ def test_texts_of_megabytes_and_texts_of_nothing_are_texts(command: Command, tmp
     write(tmp_path, {"t.csv": ROWS + b"".join(text + b",sport\n" for text in HUGE)})
     output = succeed(command(train_path="t.csv", test_path="t.csv", num_rounds=1))
     assert "11 examples to train on" in output
+
+
+def test_a_label_that_the_output_has_no_code_for_is_escaped(
+    tmp_path: Path, small_run: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["\U0001f600 <b>s\xe4d</b>", "a/b\nc"]
+    rows = "".join(f'goal {i},"{names[i % 2]}"\n' for i in range(8))
+    write(tmp_path, {"t.csv": f"text,label\n{rows}".encode()})
+    settings = {**small_run, "train_path": tmp_path / "t.csv", "test_path": tmp_path / "t.csv"}
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "plan", "with", *(f"{key}={settings[key]}" for key in settings)])
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with open(tmp_path / "output.txt", "w", encoding="ascii") as sys.stdout:
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    output = (tmp_path / "output.txt").read_text()
+    assert len(re.findall(r"\| a/b\\nc \d, \\U0001f600 <b>s\\xe4d</b> \d$", output, re.MULTILINE)) == 4
+    assert "the plan holds" in output
 
 
 def test_nan_among_words_is_a_word(command: Command, tmp_path: Path) -> None:
@@ -585,11 +615,17 @@ def test_fields_come_back_as_python_wrote_them(
 
 
 def rows_of(content: bytes) -> list[list[str]] | None:
-    """The rows as Python's own module reads them, None if it does not."""
+    """The rows as Python's own module reads them, None if it does not; empty fields at their ends are no matter."""
     try:
-        return [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True) if row]
+        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True) if row]
     except (UnicodeDecodeError, csv.Error):
         return None
+    for row in rows[1:]:
+        while len(row) > len(rows[0]) and not row[-1].strip():
+            row.pop()
+        if not any(name.strip() for name in rows[0][len(row) :]):
+            row += [""] * (len(rows[0]) - len(row))
+    return rows
 
 
 def is_table(rows: list[list[str]] | None) -> bool:
@@ -612,6 +648,9 @@ ENCODINGS = st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "latin-1", 
 @example(content=b"a,b\nc,\0\n")
 @example(content=b"a\n\xff\n")
 @example(content=b"a|b\nc\n")
+@example(content=b"a,b,\nc,d\ne,f,,,\n")
+@example(content=b"a,b\nc\n")
+@example(content=b"a,b\nc,d,e\n")
 @settings(deadline=None, max_examples=300)
 def test_bytes_of_any_kind_are_the_rows_that_python_reads_or_refused(scratch: Path, content: bytes) -> None:
     rows, name = rows_of(content), put_csv(content)

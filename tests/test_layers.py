@@ -10,11 +10,12 @@ from conftest import ROOT
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
     {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
-    {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
+    {"debugger", "mongo", "stores", "tasks.labels", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
-    {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
-    {"server", "tasks.task", "report", "models"},
-    {"pretrained", "footprint", "tasks.corpus", "federation", "checkpoint"},
+    {"averaging", "launch", "training", "placement", "cache", "tasks.columns", "report.page"},
+    {"server", "tasks.task", "hub", "tasks.csv_rows", "tasks.json_rows", "tasks.parquet_rows", "report"},
+    {"models", "footprint", "tasks.reading", "federation", "checkpoint"},
+    {"pretrained", "tasks.corpus"},
     {
         "classifier",
         "ledger",

@@ -1,8 +1,16 @@
 """Files of every format are read as they stand, and what is wrong with one is said in a sentence."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 import re
+import tracemalloc
 from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refusal
 from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
-from scaling_fl.tasks.corpus import label_name, make_corpus, pick, sort_labels
+from scaling_fl.tasks.corpus import agree_on_labels, label_names_of, make_corpus, pick, read_labelled
+from scaling_fl.tasks.csv_rows import read_csv
+from scaling_fl.tasks.json_rows import read_json
+from scaling_fl.tasks.labels import label_name, shown, sort_labels
 from scaling_fl.tasks.reading import read_folders, read_table
 
 # Each is a text that some reader takes for something else.
@@ -129,8 +142,12 @@ PARQUET = as_bytes(".parquet", {"text": ["a", "b"], "label": [0, 1]})
     ("name", "content", "says"),
     [
         ("t.csv", None, "there is no such file"),
-        ("t.tsv", "text\n", "is no table: a file that ends in .csv, .jsonl, .json, .parquet would do"),
-        ("t.csv.gz", "text\n", "is no table"),
+        ("t.txt", "text\n", "is no table: a file that ends in .csv, .tsv, .jsonl, .json, .parquet would do"),
+        ("t.csv.zip", "text\n", "is no table"),
+        ("t.parquet.gz", "text\n", "is no table"),
+        ("t.csv.gz", "text\n", "Not a gzipped file"),
+        ("t.csv.gz", gzip.compress(b"text,label\na,1\n" * 99)[:-9], "ended before the end-of-stream marker"),
+        ("t.tsv", 'text\tlabel\n"a\t1\tb\nc\t2\n', "line 3: unexpected end of data"),
         ("t.csv", "", "it is empty"),
         ("t.csv", "\n\n", "it is empty"),
         ("t.jsonl", "", "it is empty"),
@@ -147,7 +164,15 @@ PARQUET = as_bytes(".parquet", {"text": ["a", "b"], "label": [0, 1]})
         ("t.csv", "text,label\ncafé,1\n".encode("latin-1"), "it is not UTF-8 (invalid continuation byte)"),
         ("t.csv", ("text,label\n" + "tea,1\n" * 9999 + "café,1\n").encode("latin-1"), "it is not UTF-8"),
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "it is not UTF-8"),
-        ("t.jsonl", '{"text": "a"}\n{"text":', "JSON parse error"),
+        ("t.jsonl", '{"text": "a"}\n{"text":', "row 2: JSON parse error"),
+        ("t.jsonl", '{"text": "a"},\n{"text": "b"}', "row 2: JSON parse error"),
+        ("t.jsonl", '{"text": "a\nb"}', "row 1: JSON parse error"),
+        ("t.json", '[{"text": "a"}', "row 1: JSON parse error: expected , or ]"),
+        ("t.json", '[{"text": "a"},]', "row 2: JSON parse error"),
+        ("t.json", '[{"text": "a"}] {}', "something follows the list"),
+        ("t.jsonl", '{"text": "a"}\n5\n', "row 2 is no object"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "row 2: it is not UTF-8"),
+        ("t.jsonl", '{"text": "a"}\n{"text": "\\udc00\\ud83d"}\n', "row 2: it has half a character, a surrogate"),
         ("t.json", "3", "its first row is no object"),
         ("t.parquet", PARQUET[:-9], "Parquet magic bytes not found"),
         ("t.parquet", PARQUET[: len(PARQUET) // 2], "Parquet"),
@@ -197,6 +222,224 @@ def test_a_folder_without_texts_of_a_label_is_refused(tmp_path: Path) -> None:
     assert "a folder of .txt files for each label would do" in refusal(lambda: read_folders(str(tmp_path / "pos")))
 
 
+def texts_and_labels(path: str, *columns: str) -> tuple[list[str], list[str]]:
+    """The texts of a file, and the names of their labels."""
+    rows = read_labelled(path, *(columns or ("text", "label")))
+    names = label_names_of(rows)
+    return rows["text"][:], [names[label] for label in rows["label"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "v1,v2,,,\nx,a,,,\ny,b,,,\n"),
+        ("t.csv", "v1,v2,,,\nx,a\ny,b,,,,,,\n"),
+        ("t.csv", ",,v2,v1\n1,2,a,x\n3,4,b,y\n"),
+        ("t.csv", "n,v1,n,v2,n\n1,x,2,a,3\n1,y,2,b,3,\n"),
+        ("t.csv", b"v1,v2,n\xe9\nx,a,caf\xe9\ny,b,\0\n"),
+        ("t.csv", "v1;v2\nx;a\ny;b\n"),
+        ("t.csv", '"v1";"v2"\r\n"x";"a"\r\n"y";"b"\r\n'),
+        ("t.csv", "v1;v2;;\nx;a;1,5;\ny;b\n"),
+        ("t.csv", "v1\tv2\nx\ta\ny\tb\n"),
+        ("t.csv", "v1|v2\nx|a\ny|b\n"),
+        ("t.tsv", "v1\tv2\nx\ta\ny\tb\n"),
+        ("t.TAB", '"v1"\t"v2"\t\n"x"\t"a"\t\ny\tb\n'),
+        ("t.tsv", "v1,v2\nx,a\ny,b\n"),
+        ("t.csv.gz", gzip.compress(b"v1,v2\nx,a\ny,b\n")),
+        ("t.tsv.bz2", bz2.compress(b"v1\tv2\nx\ta\ny\tb\n")),
+        ("t.jsonl.xz", lzma.compress(b'{"v1": "x", "v2": "a"}\n{"v1": "y", "v2": "b"}\n')),
+        ("t.jsonl", '{"v1": "x", "v2": "a", "n": 1, "n": 2}\n{"v1": "y", "n": {"m": [1, "2"]}, "v2": "b"}\n'),
+        ("t.ndjson", b'{"v1": "x", "v2": "a", "n": "caf\xe9"}\r\n\n {"v2": "b", "n": "\\ud800", "v1": "y"}'),
+        ("t.json", '\ufeff [ {"v1": "x",\n"v2": "a"} , {"v1": "y", "n": 1e999, "v2": "b"} ] \n'),
+        ("t.json", '{"v1": "x", "v2": "a"}{"v1": "y", "v2": "b"}'),
+    ],
+)
+def test_only_the_columns_in_use_are_looked_at(name: str, content: str | bytes, tmp_path: Path) -> None:
+    assert texts_and_labels(put(tmp_path / name, content), "v2", "v1") == (["a", "b"], ["x", "y"])
+
+
+def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Path) -> None:
+    odd = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
+    table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *odd], names=["v2", "v1", *"nnmm"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert texts_and_labels(str(tmp_path / "t.parquet"), "v2", "v1") == (["a", "b"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.csv", "text,label,more\na,x\n", "row 1 has 2 fields, not 3"),  # it may be half of a row
+        ("t.csv", "text,label,,\na,x\nb\n", "row 2 has 1 fields, not 4"),
+        ("t.csv", "text,label,,\na,x,,,1\n", "row 1 has 5 fields, not 4"),
+        ("t.csv", "text;labels\na;x\n", "label_column='label' is not in 't.csv': 'text', 'labels' would do"),
+        ("t.csv", "text,label,label\na,x,y\n", "it has several columns called label: rename them"),
+        ("t.csv", b"id,text,label\n\xe9,a,x\n1,caf\xe9,y\n", "line 3: it is not UTF-8"),
+        ("t.csv", "id,text,label\n\0,a,x\n1,b\0,y\n", "line 3 has a NUL byte"),
+        ("t.jsonl", '{"text": "a", "label": 1, "label": 2}\n', "row 1: 'label' is specified twice"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": 1.5, "label": 1}\n', "row 2: text_column='text' holds double"),
+        ("t.jsonl", '{"text": true, "label": 1}\n', "row 1: text_column='text' holds bool: a column of texts would do"),
+        ("t.jsonl", '{"text": "a", "label": {"b": 1}}\n', "row 1: label_column='label' holds lists or records"),
+        ("t.jsonl", '{"text": "a", "x": 1}\n{"text": "b", "y": 1}\n', "is not in 't.jsonl': 'text', 'x', 'y' would do"),
+        ("t.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}\n', "row 1 of 't.jsonl' has no label"),
+    ],
+)
+def test_what_is_wrong_in_the_columns_in_use_is_refused(
+    name: str, content: str | bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / name, content)
+    assert says in refusal(lambda: read_labelled(name, "text", "label"))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ('"2020-01-01"', "2020-01-01"),
+        ('"2020-01-01T00:00:00Z"', "2020-01-01T00:00:00Z"),
+        ('"12:30"', "12:30"),
+        ('"true"', "true"),
+        ("true", "True"),
+        ('"null"', "null"),
+        ("12345678901234567891", "12345678901234567891"),
+        ("9223372036854775809", "9223372036854775809"),
+        ("-9223372036854775810", "-9223372036854775810"),
+        ("9007199254740993.0", "9007199254740993"),
+        ("1" * 5000, "1" * 5000),
+        ("0.1", "0.1"),
+        ("1e3", "1e3"),
+        ("0.30000000000000000001", "0.30000000000000000001"),
+        ("5", "5"),
+        ('"5"', "5"),
+        ("5.0", "5"),
+    ],
+)
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_value_of_json_is_what_is_written(value: str, name: str, is_list: bool, tmp_path: Path) -> None:
+    rows = [f'{{"text": "a", "label": {label}}}' for label in ('"other"', value)]
+    path = put(tmp_path / "t.json", f"[{', '.join(rows)}]" if is_list else "\n".join(rows))
+    assert texts_and_labels(path)[1] == ["other", name]
+
+
+@pytest.mark.parametrize("text", ["2020-01-01", "12:30:00", "1", "true", "null", "1e3", ""])
+def test_a_column_of_texts_that_look_like_something_else_is_of_texts(text: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "t.jsonl", f'{{"text": "{text}", "label": 1}}\n' * 3)
+    assert texts_and_labels(path)[0] == [text] * 3
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda trees: st.lists(trees, max_size=3) | st.dictionaries(st.text(max_size=3), trees, max_size=3),
+    max_leaves=5,
+)
+RECORDS = st.fixed_dictionaries({"text": st.text(), "label": st.text(), "more": TREES})
+
+
+@given(records=st.lists(RECORDS, min_size=1, max_size=5), chunk=st.integers(1, 40), style=st.sampled_from("[i\n "))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_json_comes_back_as_python_wrote_it_in_pieces_of_any_size(
+    records: list[dict], chunk: int, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaling_fl.tasks.json_rows.CHUNK", chunk)
+    content = {
+        "[": json.dumps(records),
+        "i": json.dumps(records, indent=2, ensure_ascii=False),
+        "\n": "\n".join(map(json.dumps, records)),
+        " ": "".join(json.dumps(record, indent=1) for record in records),
+    }[style]
+    found = list(read_json(put("memory://t.json", content), ("text", "label")))
+    assert found == [("text", "label"), *((record["text"], record["label"]) for record in records)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_reading_does_not_take_the_size_of_the_file(suffix: str, tmp_path: Path) -> None:
+    columns = {"text": ["goal match team " * 50] * 20_000, "label": [1, 2] * 10_000}
+    path = put(tmp_path / f"t{suffix}", as_bytes(suffix, columns))
+    del columns
+    tracemalloc.start()
+    try:
+        assert len(read_labelled(path, "text", "label")) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 0.6 * Path(path).stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+FIELDS = st.text(st.characters(exclude_characters="\0\r\n\t", exclude_categories=["Cs"]), min_size=1, max_size=6)
+FIELDS |= st.text('"a ', min_size=1, max_size=6)
+
+
+@given(rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=4), is_quoted=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_quotes_in_a_table_of_tabs_are_read_however_they_are_written(
+    rows: list[tuple[str, str]], is_quoted: bool
+) -> None:
+    file = io.StringIO()
+    if is_quoted:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *rows])
+    else:  # each quote stands for itself, but a pair around a field
+        rows = [row for row in rows if not any(re.fullmatch('"(|.*")', field) for field in row)] or [("a", 'b"')]
+        file.write("\n".join("\t".join(row) for row in [("text", "label"), *rows]))
+    try:
+        found = list(read_csv(put("memory://t.tsv", file.getvalue()), ("text", "label"), ()))
+    except ValueError as error:  # of quotes at the start of one line and the end of another
+        assume(is_quoted or "may stand for themselves" not in str(error))
+        raise
+    assert found == [("text", "label"), *rows]
+
+
+def test_a_text_of_several_lines_may_be_in_a_table_of_tabs(tmp_path: Path) -> None:
+    path = put(tmp_path / "t.tsv", 'label\ttext\nx\t"one\ntwo ""three"""\n"y"\tb\n')
+    assert texts_and_labels(path) == (['one\ntwo "three"', "b"], ["x", "y"])
+    path = put(tmp_path / "two.tsv", 'label\ttext\nx\t"one\ntwo\tthree"\n"y"\tb\n')
+    assert "may stand for themselves, or enclose lines that are rows too" in refusal(lambda: texts_and_labels(path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (pa.array([0.1, 16777216], pa.float32()), ["0.1", "16777216"]),
+        (pa.array([0.1, 2], pa.float16()), ["0.1", "2"]),
+        (pa.array([0.1, 1e16]), ["0.1", "1e+16"]),
+        (pa.array([2**64 - 1, 2**64 - 2], pa.uint64()), ["18446744073709551615", "18446744073709551614"]),
+        (pa.array([-(2**63), 2**63 - 1]), ["-9223372036854775808", "9223372036854775807"]),
+        (pa.array([Decimal("12345678901234567890123456789"), Decimal("1.00")]), None),
+        (pa.array(["x", "y"], pa.string_view()), ["x", "y"]),
+        (pa.array(["x", "y"], pa.large_string()), ["x", "y"]),
+        (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
+        (pa.array([7, 8]).dictionary_encode(), ["7", "8"]),
+        (pa.array([True, False]), ["True", "False"]),
+        (pa.array([date(2020, 1, 1), date(2020, 6, 1)]), ["2020-01-01", "2020-06-01"]),
+        (pa.array([datetime(2020, 1, 1, 12)] * 2, pa.timestamp("ns")), ["2020-01-01 12:00:00"] * 2),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_of_any_type_is_read_as_people_write_it(
+    labels: pa.Array, names: list[str] | None, kind: pa.DataType, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"text": pa.array(["a", "b"]).cast(kind), "label": labels}), tmp_path / "t.parquet")
+    expected = names or ["12345678901234567890123456789", "1"]
+    assert texts_and_labels(str(tmp_path / "t.parquet")) == (["a", "b"], expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (pa.nulls(2), "row 1 of 't.parquet' has no label"),
+        (pa.array([0.5, None], pa.float32()), "row 2 of 't.parquet' has no label"),
+        (pa.array([0.5, float("nan")], pa.float32()), "row 2 of 't.parquet' has no label"),
+        (pa.array([b"x", b"y"]), "label_column='label' holds binary: texts or numbers would do"),
+        (pa.array([[1], [2]]), "label_column='label' holds list<element: int64>: texts or numbers would do"),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_parquet_without_labels_is_refused(
+    labels: pa.Array, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"text": ["a", "b"], "label": labels}), "t.parquet")
+    assert says in refusal(lambda: read_labelled("t.parquet", "text", "label"))
+
+
 @pytest.mark.parametrize(
     ("values", "name"),
     [
@@ -207,7 +450,12 @@ def test_a_folder_without_texts_of_a_label_is_refused(tmp_path: Path) -> None:
         (["v1.0"], "v1.0"),
         (["01"], "01"),
         ([True], "True"),
-        ([None, float("nan"), "", "  "], ""),
+        ([0, -0.0, "-0", "-0.0"], "0"),
+        (["caf\xe9", "cafe\u0301", "caf\xe9\xa0", "\ufeffcaf\xe9", "ca\xadf\u200be\u0301", "caf\xe9\u200d"], "caf\xe9"),
+        (["New York", "New\xa0York", "New\u202fYork\u200e", "\u202aNew\u3000York\u202c"], "New York"),
+        (["a\nb", "a\r\nb", "a\u2028b\0"], "a\nb"),
+        (["\u212b"], "\xc5"),
+        ([None, float("nan"), "", "  ", "\u200b", "\xa0\ufeff"], ""),
     ],
 )
 def test_a_label_has_one_name_however_it_is_written(values: list, name: str) -> None:
@@ -256,11 +504,6 @@ def test_a_table_without_texts_or_labels_is_refused(rows: Dataset, columns: tupl
     assert says in refusal(lambda: pick(rows, "t.csv", *columns))
 
 
-def test_labels_of_mixed_types_in_one_column_are_refused(tmp_path: Path) -> None:
-    path = put(tmp_path / "t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n')
-    assert "texts alone or numbers alone would do" in refusal(lambda: pick(read_table(path), path, "text", "label"))
-
-
 KNOWN = {"1": "World", "2": "Sports"}
 
 
@@ -307,3 +550,42 @@ def test_labels_become_indices_into_their_names(
     assert corpus.test["label"][:] == in_test
     assert corpus.train.features["label"] == Value("int64")
     assert re.sub("large_", "", corpus.train.features["text"].dtype) == "string"
+
+
+@pytest.mark.parametrize("other", ["x\u200dy", "x\u200cy", "xy\ufe0f"])
+@pytest.mark.parametrize("known", [None, {"xy": "xy", "b": "b"}])
+def test_labels_that_differ_in_what_may_not_be_seen_are_refused_with_their_code_points(
+    other: str, known: dict | None
+) -> None:
+    for refused in (
+        lambda: make_corpus(table(["xy", other, "b"]), table(["xy", other, "b"]), known),
+        lambda: make_corpus(table(["xy", "b"]), table([other, "b"]), known),
+        lambda: agree_on_labels({"s": {"train": ["xy", "b"], "test": ["b"]}, "t": {"train": ["b", other]}}, known),
+    ):
+        assert " ".join(f"U+{ord(character):04X}" for character in other) in refusal(refused)
+
+
+def test_a_name_is_shown_in_one_line() -> None:
+    assert shown("a\nb\x1b[0m\u202ec \U0001f600 \xe9\u200d") == "a\\nb\\x1b[0m\\u202ec \U0001f600 \xe9\\u200d"
+
+
+def test_labels_that_the_setting_names_are_the_classes_in_its_order() -> None:
+    corpus = make_corpus(table(["a", "a"]), table(["b", "1"]), named=["b", "c", "a", "1"])
+    assert corpus.label_names == ("b", "c", "a", "1")
+    assert (corpus.train["label"][:], corpus.test["label"][:]) == ([2, 2], [0, 3])
+    assert "there are unknown labels, b: a, c would do" in refusal(
+        lambda: make_corpus(table(["a", "a"]), table(["b"]), named=["a", "c"])
+    )
+
+
+ONE_EACH = {"s": {"train": ["a"], "test": ["a", "b"]}, "t": {"train": ["b"]}}
+
+
+def test_a_label_of_one_site_is_a_slip_unless_it_is_named() -> None:
+    assert "taken for slips: a (of s), b (of t)" in refusal(
+        lambda: agree_on_labels({"s": {"train": ["a"], "test": ["a"]}, "t": {"train": ["b"]}}, None)
+    )
+    assert agree_on_labels(ONE_EACH, {"b": "b", "a": "a"}) == ("b", "a")
+    alone = {"s": {"train": ["a"], "test": ["a"]}, "t": {"train": ["a"]}}
+    assert "there is one label only, a" in refusal(lambda: agree_on_labels(alone, None))
+    assert agree_on_labels(alone, {"a": "a", "b": "b"}) == ("a", "b")

@@ -15,6 +15,10 @@ import torch.distributed as dist
 from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
 from transformers import AutoTokenizer
 
+from scaling_fl.distributed import world
+from scaling_fl.holdings import OwnFile
+from scaling_fl.tasks import read_rows
+
 READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
 SIZES = (17, 9, 23)
 
@@ -64,14 +68,14 @@ def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Runs two nodes with settings of their own, and returns what each of them printed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*nodes: dict[str, object]) -> list[str]:
+    def run(*nodes: dict[str, object], status: int = 0) -> list[str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         started = [start_node(command, number, port, **settings) for number, settings in enumerate(nodes)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
         outputs = [Path(f"node-{number}.txt").read_text() for number in range(2)]
-        assert statuses == [0, 0], outputs
+        assert statuses == [status, status], outputs
         return outputs
 
     return run
@@ -170,6 +174,67 @@ def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_r
                 assert size == num_weights
             else:  # how long a text is
                 assert (dtype, size <= 2) == ("torch.int64", True)
+
+
+SECRET = "raspberry"
+REFUSED = {  # a file's name and content, what its own node says, and where other nodes hear that it is
+    "a row": (
+        "a.csv",
+        f'text,label\na,x\n{SECRET},y,"{SECRET}"\n',
+        "row 2 has 3 fields, not 2",
+        "row 2 of the train file (.csv)",
+    ),
+    "a quote": ("a.csv", f'text,label\n"{SECRET}" a,x\n', "line 2: ',' expected", "line 2 of the train file (.csv)"),
+    "no label": ("a.csv", f"text,label\na,x\n{SECRET},\n", "has no label", "row 2 of the train file (.csv)"),
+    "no header": (
+        "a.csv",
+        f"{SECRET},x\na,y\n",
+        f"is not in '{SECRET}/a.csv': '{SECRET}', 'x'",
+        "the train file (.csv)",
+    ),
+    "JSON": (
+        "a.jsonl",
+        f'{{"text": 1, "{SECRET}": 2}}',
+        "row 1: text_column='text' holds",
+        "row 1 of the train file (.jsonl)",
+    ),
+    "no file": ("a.csv", "", "it is empty", "the train file (.csv)"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, content, says, where = REFUSED[what]
+    (tmp_path / SECRET).mkdir()
+    path = f"{SECRET}/{name}"
+    Path(path).write_text(content)
+    with world(), pytest.raises(ValueError, match=re.escape(says)) as caught:
+        OwnFile("site_paths[0] on rank 1", "train", path).use(read_rows, "text", path, "train")
+    assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+
+
+def test_a_file_that_is_refused_is_explained_on_its_own_node_alone(
+    two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
+) -> None:
+    name, content, says, where = REFUSED["a row"]
+    (tmp_path / name).write_text(content)
+    other, own_node = two_nodes(own(files[:1]), own([[str(tmp_path / name)]]), status=1)
+    assert other == f"error: rank 1: {where} of site_paths[0] on rank 1 is refused: its node says why\n"
+    assert own_node == f"error: '{tmp_path / name}' cannot be read as csv: {says}\n"
+
+
+def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
+    command: Command, files: list, tmp_path: Path
+) -> None:
+    (tmp_path / "one.csv").write_text("text,label\ngoal,typo\n")
+    settings = own([files[0], [str(tmp_path / "one.csv")]], num_rounds=1)
+    assert "taken for slips" in command("--unobserved", **settings)[1]
+    output = succeed(command("plan", labels=json.dumps(["typo", *LABELS]).replace(" ", ""), **settings))
+    assert re.search(r"\| typo 0, sport 6, tech 6, food 5$", output, re.MULTILINE)
+    assert re.search(r"\| typo 1, sport 0, tech 0, food 0$", output, re.MULTILINE)
 
 
 BAD = {

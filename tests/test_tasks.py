@@ -237,9 +237,12 @@ def test_real_data_is_read_to_the_last_row(
         (("imdb", "{rows}", "{rows}"), "there are unknown labels, 2: 0, 1, neg, pos would do"),
         (("text", "{rows}"), "task_name='text' needs test_path"),
         (("text", None, "{rows}"), "task_name='text' needs train_path"),
-        (("text", "no/such"), "'no/such' is neither a file that ends in .csv, .jsonl, .json, .parquet nor a data set"),
+        (
+            ("text", "no/such"),
+            "'no/such' is neither a file that ends in .csv, .tsv, .jsonl, .json, .parquet nor a data",
+        ),
         (("text", "{none}"), "'{none}' is neither a file"),
-        (("text", "s3://bucket/x.tsv", "{rows}"), "'s3://bucket/x.tsv' is no table"),
+        (("text", "s3://bucket/x.txt", "{rows}"), "'s3://bucket/x.txt' is no table"),
         (("text", "{rows}", "{none}.csv"), "'{none}.csv' cannot be read as csv: there is no such file"),
         (("text", "{rows}", "{rows}", "body"), "text_column='body' is not in '{rows}': 'text', 'label' would do"),
         (("text", "{rows}", "{rows}", None, "stars"), "label_column='stars' is not in '{rows}'"),
@@ -500,7 +503,7 @@ def test_tokens_are_cached_for_another_process(
         check=False,
     )
     assert again.stdout == capsys.readouterr().out, again.stderr
-    assert len(before) >= 4
+    assert len(before) >= 3, "rows and two times tokens"
     assert cached() == before, "the second process tokenised again"
 
 

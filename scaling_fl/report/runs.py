@@ -64,7 +64,7 @@ class Run:
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes."""
-        names = [str(name) for name in as_list(self.info.get("labels"))]
+        names = [" ".join(str(name).split()) for name in as_list(self.info.get("labels"))]
         return names + [f"class {index}" for index in range(len(names), self.label_counts.shape[1])]
 
     @cached_property

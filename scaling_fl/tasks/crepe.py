@@ -2,8 +2,8 @@
 
 from datasets import Dataset
 
-from scaling_fl.tasks.corpus import pick
-from scaling_fl.tasks.reading import read_table
+from scaling_fl.cache import mapped
+from scaling_fl.tasks.corpus import read_labelled
 from scaling_fl.tasks.task import Source
 
 AGNEWS_COLUMNS = ("Class Index", "Title", "Description")
@@ -18,14 +18,13 @@ def _unescape(rows: dict[str, list]) -> dict[str, list]:
 
 def _read_agnews(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
     """Leave backslashes alone: in this file one stands for a new line, even before an n."""
-    rows = read_table(path, AGNEWS_COLUMNS)
-    return pick(rows, path, text_column or "Description", label_column or "Class Index")
+    return read_labelled(path, text_column or "Description", label_column or "Class Index", AGNEWS_COLUMNS)
 
 
 def _read_yelp(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
     """Undo how Crepe writes a new line: as a backslash and an n."""
-    rows = pick(read_table(path, YELP_COLUMNS), path, text_column or "text", label_column or "stars")
-    return rows.map(_unescape, batched=True)
+    rows = read_labelled(path, text_column or "text", label_column or "stars", YELP_COLUMNS)
+    return mapped(rows, _unescape, batched=True)
 
 
 AGNEWS = Source(_read_agnews, labels=AGNEWS_LABELS)

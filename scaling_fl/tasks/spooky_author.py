@@ -2,15 +2,14 @@
 
 from datasets import Dataset
 
-from scaling_fl.tasks.corpus import pick
-from scaling_fl.tasks.reading import read_table
+from scaling_fl.tasks.corpus import read_labelled
 from scaling_fl.tasks.task import Source
 
 COLUMNS = ("id", "text", "author")
 
 
 def _read(path: str, split: str, text_column: str | None, label_column: str | None) -> Dataset:
-    return pick(read_table(path, COLUMNS), path, text_column or "text", label_column or "author")
+    return read_labelled(path, text_column or "text", label_column or "author", COLUMNS)
 
 
 SOURCE = Source(_read, labels={author: author for author in ("EAP", "HPL", "MWS")})

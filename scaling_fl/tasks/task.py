@@ -11,6 +11,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from scaling_fl.cache import mapped
 from scaling_fl.metrics import Means
 from scaling_fl.training import Batch
 
@@ -124,7 +125,8 @@ class TextEncoder:
             ValueError: a text has no token at all, or tokens that the model does not take.
         """
         names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
-        tokens = texts.map(
+        tokens = mapped(
+            texts,
             self._tokenise,
             batched=True,
             fn_kwargs={"names": names},

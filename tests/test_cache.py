@@ -1,0 +1,223 @@
+"""Where the cache cannot be written, or the hub does not answer, a run does without, and says so."""
+
+import errno
+import http.server
+import logging
+import resource
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from conftest import Command, refusal, succeed, weights_hash
+from transformers import AutoConfig
+
+from scaling_fl import cache, hub
+from scaling_fl.pretrained import load_pretrained
+from scaling_fl.tasks import read_task, sample
+from scaling_fl.tasks.task import Corpus, TextEncoder
+
+ROWS = "stars,text\n" + "".join(f'{i % 2 + 1},"goal match team {i}\\nchip"\n' for i in range(40))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_has_warned", False)
+    hub._problem.cache_clear()
+    datasets.disable_progress_bars()  # which are written to a file here, and a full disk takes no bar
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def corpus_of(tmp_path: Path) -> Callable[[], Corpus]:
+    path = tmp_path / "rows.csv"
+    path.write_text(ROWS)
+    return lambda: sample(read_task("yelp", str(path), str(path)), 30, None, seed=1)
+
+
+def digests(corpus: Corpus, model: str) -> list[str]:
+    encoder = TextEncoder(load_pretrained(model, 8).tokenizer, 8)
+    return [encoder.encode(rows).sha256() for rows in (corpus.train, corpus.test)]
+
+
+@contextmanager
+def full(num_bytes: int) -> Iterator[None]:
+    """No file may be larger, as if the disk was full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("fit", ["none", "the smallest", "all but the largest"])
+def test_a_full_disk_changes_no_token(
+    fit: str, corpus_of: Callable, tiny_model: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = digests(corpus_of(), tiny_model)
+    sizes = sorted(file.stat().st_size for file in folder.rglob("*.arrow"))
+    assert sizes[0] < sizes[-1]
+    shutil.rmtree(folder)
+    with full({"none": 0, "the smallest": sizes[0], "all but the largest": sizes[-1] - 1}[fit]):
+        assert digests(corpus_of(), tiny_model) == expected
+    (record,) = caplog.records
+    assert (
+        f"HF_HOME: expected a folder where the cache can be written, got {str(folder)!r} ([Err" in record.getMessage()
+    )
+    assert {file.stat().st_size for file in folder.rglob("*.arrow*")} <= set(sizes), "no half of a file"
+
+
+def lose(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def replace_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def damage(folder: Path) -> None:
+    for file in folder.rglob("*.arrow"):
+        content = file.read_bytes()
+        file.unlink()  # those who have mapped it still have it
+        file.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("harm", [lose, replace_by_a_file, damage])
+def test_a_cache_that_is_lost_halfway_changes_no_token(
+    harm: Callable[[Path], None], corpus_of: Callable, tiny_model: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = corpus_of()
+    expected = digests(corpus, tiny_model)
+    harm(folder)
+    assert digests(corpus, tiny_model) == digests(corpus_of(), tiny_model) == expected
+    assert len(caplog.records) <= 1
+
+
+def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "t.csv").write_text("stars,text\n1,a\n2\n")
+    folder.write_text("")
+    assert "row 2 has 1 fields, not 2" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
+    folder.unlink()
+    assert "row 2 has 1 fields, not 2" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
+    assert not list(folder.rglob("rows*"))
+
+
+def test_a_run_goes_on_without_the_cache_and_says_so_once(command: Command, folder: Path) -> None:
+    with_cache = succeed(command("--unobserved", num_rounds=1, ranks=2))
+    shutil.rmtree(folder)
+    folder.write_text("")
+    without = succeed(command("--unobserved", num_rounds=1, ranks=2))
+    assert weights_hash(without) == weights_hash(with_cache)
+    warnings = [line for line in without.splitlines() if "cache" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        f"warning: HF_HOME: expected a folder where the cache can be written, got '{folder}' ("
+    )
+
+
+# The hub.
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets the hub be at a port of this machine."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ANSWER", 2.0)
+    return lambda port: monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and answers nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_hub_that_does_not_answer_is_said_at_once(
+    is_silent: bool, online: Callable[[int], None], silent_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = silent_port if is_silent else 9
+    online(port)
+    began = time.monotonic()
+    for load in (lambda: load_pretrained("some/id", 8), lambda: read_task("text", "some/data")):
+        sentence = refusal(load)
+        assert f"the hub, http://127.0.0.1:{port}, does not answer: " in sentence
+        assert ("nothing within 2 seconds" if is_silent else "refused") in sentence
+    assert time.monotonic() - began < 20, "the client alone takes a minute"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_hub_that_does_not_answer_is_not_needed_for_what_is_in_its_cache(online: Callable[[int], None]) -> None:
+    online(9)
+    assert hub.from_hub("some/id", lambda folder: (folder, huggingface_hub.is_offline_mode())) == (None, True)
+    assert not huggingface_hub.is_offline_mode()
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers late, that there is nothing."""
+
+    def do_HEAD(self) -> None:
+        time.sleep(0.5)
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ANSWER", 20.0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever).start()
+        online(server.server_address[1])
+        assert hub.from_hub("some/id", lambda _: huggingface_hub.is_offline_mode()) is False
+        server.shutdown()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
+def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
+    number: int, tiny_model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = []
+
+    def load(folder: str | None) -> AutoConfig:
+        used.append(folder)
+        if folder is None:
+            try:
+                raise OSError(number, "no")
+            except OSError as error:
+                raise ValueError("the client's own") from error
+        return AutoConfig.from_pretrained(tiny_model, cache_dir=folder)
+
+    assert hub.from_hub("some/id", load).hidden_size == 32
+    assert used[0] is None
+    assert not Path(used[1]).exists()
+    (record,) = caplog.records
+    assert "HF_HOME: expected a folder where the cache can be written" in record.getMessage()
+
+
+def test_an_error_that_is_not_of_the_cache_is_not_tried_again() -> None:
+    used = []
+
+    def load(folder: str | None) -> None:
+        used.append(folder)
+        raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"):
+        hub.from_hub("some/id", load)
+    assert used == [None]
