@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import LABELS, Command, refusal, succeed
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -169,6 +169,17 @@ def test_columns_of_your_own_are_named_in_the_settings(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
     corpus = read_task("text", path, path, "body", "kind")
     assert named_rows(corpus.train, corpus.label_names) == [("a", "u"), ("b", "v")]
+    others = read_task("text", path, path, "kind", "body")  # not what is in the cache of this file
+    assert named_rows(others.train, others.label_names) == [("u", "a"), ("v", "b")]
+
+
+def test_named_labels_are_settings_of_a_run_that_goes_on(command: Command, tmp_path: Path) -> None:
+    settings = {"checkpoints_dir": tmp_path / "checkpoints", "labels": str(LABELS[::-1]).replace(" ", "")}
+    succeed(command(num_rounds=1, **settings))
+    assert json.loads((tmp_path / "runs/1/model/config.json").read_text())["id2label"]["0"] == LABELS[-1]
+    assert "resumed   after round 1" in succeed(command(num_rounds=2, ranks=2, **settings))
+    other = command(num_rounds=3, **settings | {"labels": str(LABELS).replace(" ", "")})[1]
+    assert "labels was ['food', 'tech', 'sport'] and is ['sport', 'tech', 'food']" in other
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -251,11 +262,17 @@ def test_real_data_is_read_to_the_last_row(
         (("yelp", "{rows}", "{rows}", None, "star"), "label_column='star' is not in '{rows}'"),
         (("bbcnews", "{rows}"), "task_name='bbcnews' brings its own texts: leave out train_path='{rows}'"),
         (("bbcnews", None, None, "body"), "leave out text_column='body'"),
+        (
+            ("imdb", "{rows}", "{rows}", None, None, ["0", "1"]),
+            "expected None, as task_name='imdb' has its own (neg, pos)",
+        ),
+        (("text", "{rows}", "{rows}", None, None, ["1", 1.0]), "expected names that differ and are not empty"),
+        (("text", "{rows}", "{rows}", None, None, ["1", "3"]), "there are unknown labels, 2: 1, 3 would do"),
     ],
 )
 def test_data_that_is_not_there_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
     paths = {"rows": put(tmp_path / "rows.csv", "text,label\na,1\nb,2\n"), "none": str(tmp_path / "none")}
-    given = [argument and argument.format(**paths) for argument in arguments]
+    given = [argument.format(**paths) if isinstance(argument, str) else argument for argument in arguments]
     assert says.format(**paths) in refusal(lambda: read_task(*given))
 
 
