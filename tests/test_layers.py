@@ -9,11 +9,12 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
+    {"settings", "metrics", "partition", "strategies", "vigil", "flat", "report.runs"},
     {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
-    {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
+    {"averaging", "buffers", "launch", "training", "placement", "tasks.reading", "report.page"},
     {"server", "tasks.task", "report"},
+    {"replica"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
     {
         "ledger",
