@@ -19,7 +19,6 @@ from scaling_fl.flat import Slot
 DIGIT_BITS = 40  # an int64 holds the sum of a digit over 2**23 sites
 LAST_DIGIT = -25  # what is below 2**-1000 does not count
 COUNT = LAST_DIGIT - 1  # in place of an exponent: how many sites changed each element
-MOST = torch.finfo(torch.float64).max
 
 Indices = tuple[int, ...]  # of slots
 
@@ -123,7 +122,7 @@ class BufferMean:
         share = sum(Fraction(*of_rank[1]) for of_rank in by_rank)
         changed = [(indices, Fraction(*of)) for of_rank in by_rank for indices, of in of_rank[2].items()]
         exponents = sorted({exponent for of_rank in by_rank for exponent in of_rank[3]})
-        if changed:
+        if share and changed:
             left = {  # slot -> the share of the sites that did not change it
                 index: float(share - sum(of for others, of in changed if index in others))
                 for index in sorted({index for indices, _ in changed for index in indices})
@@ -156,7 +155,7 @@ class BufferMean:
         total = torch.cat([_finite(before) * of for before, of in zip(buffers, left.values(), strict=True)])
         for exponent, digit in sorted(sums.items(), reverse=True):
             total += digit.double() * 2.0 ** (DIGIT_BITS * exponent)
-        means = (total / share).clamp(-MOST, MOST)  # rounding may lead beyond
+        means = total / share
         sizes = [len(before) for before in buffers]
         for before, mean, count in zip(buffers, means.split(sizes), counts.split(sizes), strict=True):
             rounded = mean if before.is_floating_point() else (mean + 0.5).floor()

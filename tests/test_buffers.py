@@ -109,6 +109,18 @@ def test_what_no_site_changes_keeps_its_bits_beside_what_one_does(constants: Ten
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_site_that_leaves_a_buffer_as_it_was_counts_like_any_other() -> None:
+    first = torch.full((2,), 8.0)
+    assert averaged(first, [first, first / 2], [Fraction(1, 4), Fraction(3, 4)]).tolist() == [5.0, 5.0]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_mean_of_the_largest_numbers_is_no_larger() -> None:
+    largest = torch.tensor([1.0, -1.0], dtype=torch.float64) * torch.finfo(torch.float64).max
+    assert torch.equal(averaged(torch.zeros_like(largest), [largest] * 10, [Fraction(1, 10)] * 10), largest)
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_buffer_that_begins_infinite_has_the_mean_of_its_sites_if_all_have_found_one() -> None:
     """As the least and the most that were seen begin."""
     first = torch.tensor([math.inf, -math.inf])
