@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from scaling_fl.settings import one_line
+from scaling_fl.settings import mounted, one_line
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def make_classifier(
 
 
 def _load(load: Callable[..., Any], model: str, **options: Any) -> Any:
-    path = MODELS[model].path() if model in MODELS else model
+    path = MODELS[model].path() if model in MODELS else mounted(model)
     try:
         return load(path, **options)
     except Exception as error:
