@@ -8,7 +8,7 @@ from conftest import Command, succeed, weights_hash
 
 from scaling_fl.settings import mounted
 
-DATA = "/nowhere/data"  # in place of /workspace/data, which is there where these tests run in a container
+DATA = "/proc/no/data"  # for /workspace/data, which is there where the tests run in a container
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +27,18 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("path", "found"),
     [
-        ("/nowhere/data/a/b.csv", "{mount}/a/b.csv"),
-        ("/nowhere/data/", "{mount}/"),
-        ("/nowhere/data", "{mount}"),
-        ("file:///nowhere/data/b.csv", "file://{mount}/b.csv"),
-        ("zip://b.csv::/nowhere/data/c.zip", "zip://b.csv::{mount}/c.zip"),
+        ("/proc/no/data/a/b.csv", "{mount}/a/b.csv"),
+        ("/proc/no/data/", "{mount}/"),
+        ("/proc/no/data", "{mount}"),
+        ("file:///proc/no/data/b.csv", "file://{mount}/b.csv"),
+        ("zip://b.csv::/proc/no/data/c.zip", "zip://b.csv::{mount}/c.zip"),
         ("data/there.csv", "{mount}/there.csv"),
         ("./data/there.csv", "{mount}/there.csv"),
         ("data/not-there", "data/not-there"),  # may be on the hub
-        ("/nowhere/database/b.csv", "/nowhere/database/b.csv"),
-        ("/else/nowhere/data/b.csv", "/else/nowhere/data/b.csv"),
+        ("/proc/no/database/b.csv", "/proc/no/database/b.csv"),
+        ("/else/proc/no/data/b.csv", "/else/proc/no/data/b.csv"),
         ("s3://nowhere/data/b.csv", "s3://nowhere/data/b.csv"),
-        ("nowhere/data/b.csv", "nowhere/data/b.csv"),
+        ("proc/no/data/b.csv", "proc/no/data/b.csv"),
         ("/data/there.csv", "/data/there.csv"),
     ],
 )
@@ -52,7 +52,7 @@ def test_what_is_mounted_is_what_run_local_mounts(
 ) -> None:
     monkeypatch.setenv("DATA_MOUNT_DIR", given)
     expected = Path(folder.format(here=tmp_path / "here", home=Path.home())).resolve()
-    assert mounted("/nowhere/data/b.csv") == f"{expected}/b.csv"
+    assert mounted("/proc/no/data/b.csv") == f"{expected}/b.csv"
 
 
 def test_a_folder_that_is_there_is_the_one_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ SENTENCES = {
     ".model=a": "there is no setting '.model': did you mean model?",
     "model[0]=a": "there is no setting 'model[0]': did you mean model?",
     "site_paths.x=1": "there is no setting 'site_paths.x': did you mean site_paths?",
+    "model.config.hidden_dropout_prob=0": "there is no setting 'model.config.hidden_dropout_prob': did you mean model?",
     "seed.a.b=1": "there is no setting 'seed.a.b': did you mean seed?",
     "num-rounds=1": "there is no setting 'num-rounds': did you mean num_rounds?",
     "mödel=a": "there is no setting 'mödel': did you mean model?",
