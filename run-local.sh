@@ -51,10 +51,16 @@ if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose v
   mkdir -p checkpoints "$SACRED_RUNS_DIR" "$DATA_MOUNT_DIR" "$HF_HOME"
   user=$(id -un | tr '[:upper:]' '[:lower:]' | tr -cd 'a-z0-9_-')
   project=scaling-fl-$user-$(printf '%s\0' "$@" | cksum | cut -d' ' -f1)
+  # A container with the network of this machine, or of another container, has no ports to publish, and would listen to
+  # other machines for a debugger.
+  case ${DOCKER_NETWORK:-} in
+    host | container:* | service:*) options=(--env DEBUG_HOST=127.0.0.1) ;;
+    *) options=(--service-ports) ;;
+  esac
   # .env has been read: Compose would understand its quotes and dollars in another way.
   compose=(docker compose --env-file /dev/null --project-name "$project" --profile=main)
   "${compose[@]}" build --quiet main >&2
-  exec "${compose[@]}" run --rm --service-ports main "$@"
+  exec "${compose[@]}" run --rm "${options[@]}" main "$@"
 fi
 
 if [[ ${1:-} == dashboard ]]; then
@@ -67,6 +73,13 @@ if [[ ${1:-} == dashboard ]]; then
   exec "${omniboard[@]}"
 fi
 
+# The Compose file that waits for a debugger means the same without Compose.
+separator=${COMPOSE_PATH_SEPARATOR:-:}
+files=$separator${COMPOSE_FILE:-}$separator
+case $files in
+  *"$separator"docker-compose.debug.yaml"$separator"* | */docker-compose.debug.yaml"$separator"*)
+    export DEBUG=${DEBUG:-1} ;;
+esac
 [[ ${DEBUG:-} != 1 ]] || RANKS=${RANKS:-1} # the debugger's rank trains all sites, to the same bits
 export RANKS=${RANKS:-auto}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

@@ -1,4 +1,4 @@
-"""The mean of the sites' drifts, summed so that no order and no grouping of the sites changes a bit."""
+"""The mean of the drifts of the sites' weights, summed so that no order and no grouping of the sites changes a bit."""
 
 import math
 from collections import Counter
@@ -17,10 +17,13 @@ from scaling_fl.distributed import count_bytes, gather, rank, share_memory, sum_
 # lies halfway between two multiples would be rounded one way or the other depending on the sum: see _odd.
 # A site's term is its share of its weights, as they are. What the terms would be if nobody had trained is summed
 # once a round, rounded alike, for each size of share: the difference is the drift. Where a global weight is
-# LIMIT / 2 or more, as a statistic of batch norm may be, the terms are of what the sites' weights have gained,
-# which takes longer.
+# LIMIT / 2 or more, the terms are of what the sites' weights have gained, which takes longer.
+# So the sum is exact in order. In value it is within (number of sites) * 2**-44 of exact arithmetic, 5.7e-11 for 1,000
+# sites, before one rounding to float32. Where a round goes on without some sites, it is divided by the share of those
+# that are left, and so is the bound: see LEAST_SHARE.
 GRID = 1.5 * 2.0**8
 LIMIT = 2.0**7
+LEAST_SHARE = Fraction(1, 2**10)
 
 # Pieces of this many weights stay in a core's cache through all the operations on them; an accelerator, which
 # has to be asked after each, takes larger ones.
@@ -39,7 +42,7 @@ FLOAT16_SCALE = 2.0**8
 
 
 class Mean:
-    """The weighted mean of drifts, over all ranks.
+    """The weighted mean of drifts, over all ranks, as exact as the head of this file says.
 
     Args:
         size: weights in a drift.
@@ -148,12 +151,20 @@ class Mean:
         """Return the mean of the drifts, global minus local weights, that all ranks have added, and begin anew.
 
         It is float32 (size,), in memory that the next round is summed in; zeros if nothing was added.
+
+        Raises:
+            ValueError: what was added is too small a share of all examples. All ranks raise it.
         """
         self._begin(weights)
         if not self._shares:
             self._sum.fill_(self._origin.item())
         own = [share.as_integer_ratio() for share in self._shares]
         shares = [Fraction(*pair) for of_rank in gather(own) for pair in of_rank]  # after it all sums are there
+        if 0 < sum(shares) < LEAST_SHARE:
+            raise ValueError(
+                f"the sites that are left: expected at least 1/{1 / LEAST_SHARE} of all examples, got "
+                f"{float(sum(shares)):.2g}. The mean is divided by this share, which would magnify its rounding"
+            )
         divisor = float(sum(shares) or 1)
         if self._sums:
             mean = self._reduce_in_memory(weights, _factors(shares), divisor)

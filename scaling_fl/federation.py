@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from scaling_fl.distributed import gather, rank
 from scaling_fl.metrics import Means, Metrics, spread
 from scaling_fl.placement import Topology
-from scaling_fl.server import Server, flatten_, trained_weights
+from scaling_fl.replica import Replica
+from scaling_fl.server import Server
 from scaling_fl.settings import one_line
 from scaling_fl.training import Batch, Score, evaluate, pull_towards, train, try_step
 
@@ -42,34 +43,6 @@ class Site:
     device: torch.device
     num_examples: int
     batches: Callable[[int], Iterable[Batch]]
-
-
-class _Replica:
-    """A device's model, which the sites of that device take turns to train."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.trained = list(trained_weights(model).values())
-        self.vector = flatten_(model)
-        self.is_clean = False  # as after a reset in this round
-        start, end = self.vector.data_ptr(), self.vector.data_ptr() + self.vector.nbytes
-        own = [buffer for buffer in model.buffers() if not start <= buffer.data_ptr() < end]
-        self._own = [(buffer, buffer.clone()) for buffer in own]
-
-    def reset(self, server: Server) -> None:
-        """Take the global weights, and forget what else a site may have left in the model."""
-        server.send(self.vector)
-        self._forget()
-
-    def hand_over(self, server: Server, share: Fraction) -> None:
-        """Let the server collect what a site has trained, and be as after a reset."""
-        server.collect(self.vector, share)
-        self._forget()
-        self.is_clean = True
-
-    def _forget(self) -> None:
-        for buffer, first in self._own:
-            buffer.copy_(first)
 
 
 class Federation:
@@ -118,7 +91,7 @@ class Federation:
         self._is_ending = Event()  # by an error: threads of other devices need not finish their sites
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
-            device: _Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
+            device: Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
         }
 
     @property
@@ -126,7 +99,7 @@ class Federation:
         """The model of this rank's first device, with the global weights."""
         replica = self._replicas[self._topology.devices[0]]
         replica.reset(self._server)
-        return replica.model
+        return replica.release()
 
     def try_out(self, batches: Mapping[torch.device, Batch]) -> None:
         """Pass a batch forward and backward through the model of each device, and leave everything as it was.
@@ -177,12 +150,14 @@ class Federation:
         except Exception as error:
             if isinstance(error, FloatingPointError):
                 sentence = f"site {site.index} diverged in round {round_}: {error}; a lower learning_rate would do"
+            elif isinstance(error, ValueError):
+                sentence = f"site {site.index} failed in round {round_}: {error}"
             else:
                 sentence = f"site {site.index} failed in round {round_} with {type(error).__name__}: {error}"
             if self._min_sites is not None:
                 self._failures.append((site.index, sentence))
                 return Means()
-            if isinstance(error, FloatingPointError):
+            if isinstance(error, FloatingPointError | ValueError):
                 raise ValueError(sentence) from error
             error.add_note(f"(of site {site.index} in round {round_})")
             raise
@@ -224,9 +199,10 @@ class Federation:
                     yield batch
 
         means = train(replica.model, batches(), optimiser, self._score)
-        if self._min_sites is not None:  # the round may go on without it
-            self._server.check(replica.vector)
-        replica.hand_over(self._server, Fraction(site.num_examples, self._num_examples))
+        share = Fraction(site.num_examples, self._num_examples)
+        replica.hand_over(
+            self._server, share, check_first=self._min_sites is not None
+        )  # the round may go on without it
         return means
 
     def evaluate(self) -> Metrics:

@@ -23,6 +23,7 @@ from scaling_fl.partition import PARTITIONERS
 from scaling_fl.placement import Topology, place
 from scaling_fl.pretrained import load_pretrained
 from scaling_fl.server import Server, trained_weights
+from scaling_fl.settings import mounted
 from scaling_fl.strategies import make_strategy
 from scaling_fl.tasks import name_labels, read_task, sample
 from scaling_fl.tasks.task import TextEncoder, score_classes
@@ -50,7 +51,8 @@ def set_up(config: SimpleNamespace) -> Job:
     """Read and tokenise the data, load the model, and take over the last checkpoint."""
     settings = what_matters(config)
     agree(settings | {"num_rounds": config.num_rounds, "checkpoints_dir": config.checkpoints_dir})
-    checkpoint.check(config.checkpoints_dir)
+    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
+    checkpoint.check(checkpoints_dir)
     topology = place(config.site_ids, config.num_sites)
     if config.on_site_failure == "skip" and config.min_sites > topology.num_sites:
         raise ValueError(f"min_sites={config.min_sites} was given: {topology.num_sites}, the number of sites, would do")
@@ -62,7 +64,7 @@ def set_up(config: SimpleNamespace) -> Job:
     settings |= what_is_there(config, held)
     agree(settings)
     server = Server(classifier.model, server_optimiser(config), config.comm_dtype, held.topology.devices[0])
-    history = checkpoint.restore(config.checkpoints_dir, server, settings)
+    history = checkpoint.restore(checkpoints_dir, server, settings)
     if len(history) > config.num_rounds + 1:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
@@ -81,12 +83,12 @@ def hold(config: SimpleNamespace, topology: Topology, encode: Encode, order_labe
             f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
     known = name_labels(config.task_name, config.labels)
+    site_paths = [list(map(mounted, files_of(entry))) for entry in config.site_paths]
     held = read_own_files(
-        config.task_name, config.site_paths, columns, known, topology, encode, order_labels, config.val_batch_size
+        config.task_name, site_paths, columns, known, topology, encode, order_labels, config.val_batch_size
     )
     for site, entry in sorted(held.topology.entries.items()):
-        files = " and ".join(files_of(config.site_paths[entry]))
-        print(f"site {site:<4} {files}, {held.extents[site].num_examples:,} examples")
+        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {held.extents[site].num_examples:,} examples")
     return held
 
 
@@ -98,7 +100,8 @@ def deal_data(
     order_labels: OrderLabels,
 ) -> Holdings:
     """Read the task's data set, and deal it to the sites."""
-    corpus = read_task(config.task_name, config.train_path, config.test_path, *columns, config.labels)
+    train_path, test_path = (path and mounted(path) for path in (config.train_path, config.test_path))
+    corpus = read_task(config.task_name, train_path, test_path, *columns, config.labels)
     corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":

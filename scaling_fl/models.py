@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from scaling_fl.hub import from_hub
-from scaling_fl.settings import one_line
+from scaling_fl.settings import mounted, one_line
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_file(path: str, name: str, **options: Any) -> str | None:
 
 def path_of(model: str) -> str:
     """Return the folder or hub id that the setting `model` stands for."""
-    return MODELS[model].path() if model in MODELS else model
+    return MODELS[model].path() if model in MODELS else mounted(model)
 
 
 def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:

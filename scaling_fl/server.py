@@ -12,40 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.averaging import Mean
+from scaling_fl.buffers import BufferMean
 from scaling_fl.distributed import share_, world_size
+from scaling_fl.flat import Slot, flatten_, lay_out, pack, trained_weights
 
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that are trained, and so travel, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _shared(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights, then the floating-point buffers that a saved model holds."""
-    saved = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()}
-    return trained_weights(model) | buffers
-
-
-def flatten_(model: nn.Module) -> Tensor:
-    """Lay the shared tensors of `model` end to end and make them views of the vector returned.
-
-    Returns:
-        A float32 vector, first the trained weights, then the floating-point buffers.
-
-    Raises:
-        ValueError: a shared tensor is not float32, or nothing is trained.
-    """
-    shared = _shared(model)
-    if not trained_weights(model):
-        raise ValueError("the model has no weight that requires a gradient: there is nothing to train")
-    for name, tensor in shared.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}: trained weights must be torch.float32")
-    vector = torch.cat([tensor.detach().reshape(-1) for tensor in shared.values()])
-    for tensor, view in zip(shared.values(), vector.split([t.numel() for t in shared.values()]), strict=True):
-        tensor.data = view.view(tensor.shape)
-    return vector
+__all__ = ["Server", "flatten_", "trained_weights"]
 
 
 class Server:
@@ -66,16 +37,15 @@ class Server:
         comm_dtype: str = "exact",
         device: torch.device | None = None,
     ) -> None:
-        shared = _shared(model)
-        self._shapes = {name: tensor.shape for name, tensor in shared.items()}
-        self.weights = torch.cat([tensor.detach().reshape(-1) for tensor in shared.values()]).to(device)
+        self._slots = lay_out(model)
+        self._num_tensors = len(trained_weights(model))  # that are trained, the first of the slots
+        num_trained = self._slots[self._num_tensors - 1].end
+        self.weights = pack(model).to(device)
         share_(self.weights)
-        self._trained_shapes = [weight.shape for weight in trained_weights(model).values()]
-        num_trained = sum(shape.numel() for shape in self._trained_shapes)
         self._trained = nn.Parameter(self.weights[:num_trained])
-        self._buffers = self.weights[num_trained:]
         self._optimiser = make_optimiser([self._trained])
-        self._mean = Mean(len(self.weights), comm_dtype, self.weights.device)
+        self._mean = Mean(num_trained, comm_dtype, self.weights.device)
+        self._buffers = BufferMean(self._slots[self._num_tensors :])
 
     @property
     def bytes_a_round(self) -> int:
@@ -93,8 +63,8 @@ class Server:
 
     def trained(self, device: torch.device) -> list[Tensor]:
         """Return the global weights that are trained, tensor by tensor, on `device`."""
-        parts = self._trained.detach().to(device).split([shape.numel() for shape in self._trained_shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._trained_shapes, strict=True)]
+        weights = self._trained.detach().to(device)
+        return [slot.view(weights) for slot in self._slots[: self._num_tensors]]
 
     @torch.no_grad()
     def check(self, replica: Tensor) -> None:
@@ -105,8 +75,11 @@ class Server:
 
         Raises:
             FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
+            ValueError: a buffer is not finite any more.
         """
-        self._mean.check(self.weights, replica.to(self.weights.device))
+        local = replica.to(self.weights.device)
+        self._mean.check(self._trained.detach(), local[: len(self._trained)])
+        self._buffers.check(self.weights, local)
 
     @torch.no_grad()
     def collect(self, replica: Tensor, share: Fraction | float) -> None:
@@ -119,10 +92,11 @@ class Server:
             share: the site's weight in the mean, its part of all examples; all sites' add up to 1 at most.
 
         Raises:
-            FloatingPointError: as for `check`. The round can not be finished then.
+            FloatingPointError, ValueError: as for `check`. The round can not be finished then.
         """
         local = replica.to(self.weights.device)
-        self._mean.add(self.weights, local, share)
+        self._mean.add(self._trained.detach(), local[: len(self._trained)], share)
+        self._buffers.add(self.weights, local, share)
         replica.copy_(local)  # which does nothing if they are the same
 
     @torch.no_grad()
@@ -131,12 +105,14 @@ class Server:
 
         Trained weights are moved by the strategy's optimiser, buffers to their mean. If nothing was collected,
         the mean is zero.
+
+        Raises:
+            ValueError: what was collected is too small a share of all examples. All ranks raise it.
         """
-        mean = self._mean.take(self.weights)
-        self._trained.grad = mean[: self._trained.numel()]
+        self._trained.grad = self._mean.take(self._trained.detach())
         self._optimiser.step()
         self._trained.grad = None
-        self._buffers -= mean[self._trained.numel() :]
+        self._buffers.take(self.weights)
         if self.weights.device.type != "cpu":
             torch.accelerator.synchronize()  # so that a clock outside sees what this took
 
@@ -145,26 +121,37 @@ class Server:
         return hashlib.sha256(self.weights.cpu().numpy().data).hexdigest()
 
     def state_dict(self) -> dict:
-        """Return the global weights by name, and the optimiser's state."""
-        parts = self.weights.split([shape.numel() for shape in self._shapes.values()])
-        named = zip(self._shapes.items(), parts, strict=True)
-        weights = {name: part.view(shape) for (name, shape), part in named}
+        """Return the global weights and buffers by name, and the optimiser's state."""
+        views = {slot.name: slot.view(self.weights) for slot in self._slots}
+        # torch saves no two types of numbers in one memory.
+        weights = {name: view if view.dtype == torch.float32 else view.clone() for name, view in views.items()}
         return {"weights": weights, "optimiser": self._optimiser.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a state.
 
         Raises:
-            ValueError: it is of a model with other weights.
+            ValueError: it is of a model with other weights, or of a version that saved not all buffers.
         """
-        shapes = {name: weight.shape for name, weight in state["weights"].items()}
-        for name in [*self._shapes, *shapes]:
-            ours, theirs = self._shapes.get(name), shapes.get(name)
-            if ours != theirs:
+        saved, own = state["weights"], {slot.name: slot for slot in self._slots}
+        for name in [*own, *saved]:
+            ours, theirs = own.get(name), saved.get(name)
+            if theirs is None and own[name].dtype != torch.float32:
                 raise ValueError(
-                    f"the checkpoint is of another model: its {name} is "
-                    f"{list(theirs) if theirs is not None else 'missing'}, "
-                    f"this model's is {list(ours) if ours is not None else 'missing'}"
+                    f"the checkpoint: expected the buffer {name}, got none. Older versions averaged and saved "
+                    "float32 buffers only: start again with another checkpoints_dir"
                 )
-        self.weights.copy_(torch.cat([weight.reshape(-1) for weight in state["weights"].values()]))
+            if _form(ours) != _form(theirs):
+                raise ValueError(
+                    f"the checkpoint is of another model: its {name} is {_form(theirs)}, this model's is {_form(ours)}"
+                )
+        for slot in self._slots:
+            slot.view(self.weights).copy_(saved[slot.name])
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _form(tensor: Slot | Tensor | None) -> str:
+    """Return the shape of a tensor in words, and its type if it is not the usual one."""
+    if tensor is None:
+        return "missing"
+    return f"{list(tensor.shape)}" + (f" of {tensor.dtype}" if tensor.dtype != torch.float32 else "")

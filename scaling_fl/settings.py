@@ -3,11 +3,14 @@
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+
+CONTAINER_DATA = "/workspace/data"  # where Compose mounts DATA_MOUNT_DIR
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,20 @@ def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
     problems = []
     for key, value in settings.items():
         if key not in kinds:
-            near = get_close_matches(key, kinds, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{', '.join(kinds)} would do"
-            problems.append(f"there is no setting {key!r}: {hint}")
+            problems.append(unknown(key, kinds))
         elif not kinds[key].accepts(value):
             problems.append(f"{key}={value!r} was given: {kinds[key].wanted} would do")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def unknown(key: object, kinds: Iterable[str]) -> str:
+    """Return the sentence for a setting that there is not. None has a part of its own, so `model.name` is one."""
+    kinds = list(kinds)
+    whole = [kind for kind in kinds if re.match(rf"{kind}\W", str(key))]
+    near = whole or get_close_matches(str(key), kinds, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{', '.join(kinds)} would do"
+    return f"there is no setting {key!r}: {hint}"
 
 
 def whole_number_from_environment(name: str, default: str, least: int = 1) -> int:
@@ -103,6 +113,22 @@ def whole_number_from_environment(name: str, default: str, least: int = 1) -> in
     if not value.isdecimal() or int(value) < least:
         raise ValueError(f"{name}={value!r} was given: a whole number from {least} would do")
     return int(value)
+
+
+def mounted(path: str) -> str:
+    """Return where a path of a container's data folder is outside of one: in DATA_MOUNT_DIR, or ./data without it.
+
+    Such are `/workspace/data/...`, also in the URL of a local file, where that folder is not here; and `data/...` where
+    ./data is not here either, but such a file in DATA_MOUNT_DIR. All others are returned as they are.
+    """
+    folder = os.path.abspath(os.path.expanduser(os.environ.get("DATA_MOUNT_DIR") or "data"))
+    if not os.path.exists(CONTAINER_DATA):
+        # Behind the start, a scheme, or the `::` of a chain of URLs.
+        path = re.sub(rf"(^|file://|local://|::){CONTAINER_DATA}(?=/|$)", lambda found: found[1] + folder, path)
+    inside = re.fullmatch(r"(?:\./)*data(/.*)", path)
+    if inside and not os.path.exists("data") and os.path.exists(folder + inside[1]):
+        return folder + inside[1]
+    return path
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import datasets
 import huggingface_hub
 import transformers
 from sacred import SETTINGS, Experiment
+from sacred.config.config_files import load_config_file
 from sacred.run import Run
 
 from scaling_fl import checkpoint, observers, tracking
@@ -32,9 +34,12 @@ from scaling_fl.settings import (
     check,
     escape_what_cannot_be_printed,
     literal,
+    mounted,
     number,
+    one_line,
     one_of,
     optional,
+    unknown,
     whole_number,
 )
 from scaling_fl.strategies import STRATEGIES, make_strategy
@@ -54,7 +59,7 @@ def defaults() -> None:  # noqa: D103 - Sacred would take a docstring for a sett
     num_sites = None  # of the federation, which take the nodes' site_ids in turn; None takes one for each of these
     task_name = "bbcnews"  # bbcnews, agnews, imdb, yelp, spooky_author, or text for labelled texts of your own
     model = "minilm"  # minilm, albert, bert, distilbert, a hub id, or a local folder
-    _own = {**task_defaults(task_name), **model_defaults(model)}
+    _own = {**task_defaults(str(task_name)), **model_defaults(str(model))}  # of any type as yet
 
     num_rounds = 3  # how often the sites train and their weights are averaged
     num_local_epochs = _own.get("num_local_epochs", 2)  # passes of a site over its data in a round
@@ -223,7 +228,18 @@ def on_ranks(config: dict[str, Any], work: Callable[[SimpleNamespace], T]) -> T 
             return work(SimpleNamespace(**config))
     except (ValueError, PeerError) as error:
         # Every rank knows of the error; one of each node says it, and the one whose error it is if others know less.
-        raise SystemExit(f"error: {error}" if local_rank() == 0 or hasattr(error, "told") else 1) from error
+        is_to_say = local_rank() == 0 or hasattr(error, "told")
+        raise SystemExit(f"error: {error}{places(config, str(error))}" if is_to_say else 1) from error
+
+
+def places(config: dict[str, Any], sentence: str) -> str:
+    """Return what was given for the paths in a sentence that are at another place on this machine."""
+    site_paths = [
+        path for entry in config["site_paths"] or () for path in ([entry] if isinstance(entry, str) else entry)
+    ]
+    given = [path for key in ("train_path", "test_path", "checkpoints_dir") if (path := config[key])] + site_paths
+    found = {path: mounted(path) for path in given if mounted(path) != path and mounted(path) in sentence}
+    return "".join(f" ({place} stands for {path}: see DATA_MOUNT_DIR)" for path, place in found.items())
 
 
 def run_rounds(config: SimpleNamespace, run: Run) -> float:
@@ -235,9 +251,10 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
     testing = tracking.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
     federation = make_federation(config, job, training, testing)
     folder = observers.run_folder(run)
+    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
     tracking.say(
         *describe(config, job),
-        f"results   {', '.join(observers.results(run, config.checkpoints_dir)) or 'not on record'}",
+        f"results   {', '.join(observers.results(run, checkpoints_dir)) or 'not on record'}",
     )
     run.info |= {
         "labels": list(held.label_names),
@@ -266,7 +283,7 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
         metrics |= ledger.total(metrics)
         history.append(metrics)
         if round_ > 0:
-            checkpoint.save(config.checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
+            checkpoint.save(checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
             metrics |= ledger.lap("checkpoint")
         record(round_, metrics)
         metrics = {}
@@ -331,12 +348,45 @@ def main() -> None:
 
 def check_updates(argv: list[str]) -> None:
     """Refuse what follows `with` and is neither a setting nor a file of settings, such as half a list."""
-    for word in argv[argv.index("with") + 1 :] if "with" in argv else ():
-        if "=" not in word and not word.startswith("-") and not os.path.isfile(word):
-            raise SystemExit(
-                f"error: {word!r} is neither a setting nor a file of settings: key=value would do, in quotes if there "
-                "is a space in it"
-            )
+    end = argv.index("with") if "with" in argv else len(argv)
+    problems = [
+        f"{word!r}: expected `with` before the first setting, got none: ... with {word}"
+        for word in argv[1:end]
+        if word.partition("=")[0] in KINDS and "=" in word
+    ]
+    problems += find_problems([partial(check_update, word) for word in argv[end + 1 :] if not word.startswith("-")])
+    if problems:
+        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
+
+
+def check_update(word: str) -> None:
+    """Refuse what Sacred would take apart at a dot, or stumble over."""
+    key, equals, _ = word.partition("=")
+    if equals and key.strip():
+        if not key.strip().isidentifier():  # others are checked with all settings
+            raise ValueError(unknown(key.strip(), KINDS))
+    elif os.path.isfile(word):
+        check(read_settings(word), KINDS)
+    else:
+        raise ValueError(
+            f"{word!r} is neither a setting nor a file of settings: key=value would do, in quotes if there is a space "
+            "in it"
+        )
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """Return the settings of a file, but of no pickle, which could run code."""
+    got = "a file of another kind"
+    if path.endswith((".json", ".yaml", ".yml")):
+        try:
+            found = load_config_file(path)
+        except Exception as error:
+            got = f"one that cannot be read: {one_line(error)}"
+        else:
+            if isinstance(found, dict):
+                return found
+            got = "an empty one" if found is None else f"a {type(found).__name__}"
+    raise ValueError(f'{path}: expected settings such as {{"seed": 2}} in JSON (.json) or YAML (.yaml), got {got}')
 
 
 def is_rank() -> bool:
@@ -351,7 +401,7 @@ def is_observed() -> bool:
 
 def goes_on(config: dict[str, Any]) -> bool:
     """Tell whether a run with this configuration continues from a checkpoint."""
-    return checkpoint.exists(config["checkpoints_dir"])
+    return checkpoint.exists(config["checkpoints_dir"] and mounted(config["checkpoints_dir"]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SERVICES = PLAN["services"]
 MAIN, MONGO, OMNIBOARD = SERVICES["main"], SERVICES["mongo"], SERVICES["omniboard"]
 DEBUG = OVERLAY["services"]["main"]
 TEMPLATE = (ROOT / ".env.template").read_text()
+DISTRIBUTED = (ROOT / "docs/distributed.md").read_text()
 RUN_LOCAL = (ROOT / "run-local.sh").read_text()
 LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
 
@@ -76,11 +77,22 @@ def test_the_template_explains_each_variable_that_is_read_and_no_other():
 
 
 def test_the_library_gets_its_variables_in_the_container_too():
-    library = set(re.findall(r"""env(?:iron)?(?:\.get)?[(\[]["']((?:SACRED_|RANKS|OMP_|USER)[A-Z_]*)""", LIBRARY))
-    assert len(library) >= 7
+    read = r"""env(?:iron(?:ment)?)?(?:\.get)?[(\[]["']((?:SACRED_|RANK|LOCAL_|LOST_|OMP_|USER)[A-Z_]*)"""
+    library = set(re.findall(read, LIBRARY))
+    assert len(library) >= 11
     # The folder of the runs is mounted where the library looks without the variable.
     assert library - {"SACRED_RUNS_DIR"} <= MAIN["environment"].keys()
     assert {"source": "${SACRED_RUNS_DIR:-./runs}", "target": "/workspace/runs", "type": "bind"} in MAIN["volumes"]
+
+
+RANK = ["MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOST_AFTER"]
+NETWORK = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]
+
+
+@pytest.mark.parametrize("name", RANK + NETWORK)
+def test_a_container_can_be_a_rank_of_several_nodes_and_is_none_by_itself(name):
+    assert MAIN["environment"][name] is None, "as it is outside, unset too"
+    assert name in DISTRIBUTED, "docs/distributed.md explains it"
 
 
 def test_each_variable_of_the_template_has_one_line_that_explains_it():
@@ -179,7 +191,7 @@ def test_hadolint_has_nothing_to_say():
 
 
 def test_the_debugger_waits_and_only_this_machine_can_reach_it():
-    assert DEBUG["environment"]["DEBUG"] == "1"
+    assert DEBUG["environment"]["DEBUG"] == "${DEBUG:-1}", "DEBUG=0 counts, as without Docker"
     assert DEBUG["environment"]["DEBUG_HOST"] == "0.0.0.0"
     port = DEBUG["environment"]["DEBUG_PORT"]
     assert port == "${DEBUG_PORT:-5678}"
@@ -276,6 +288,8 @@ def test_compose_accepts_the_files(files, profiles):
         "DATA_MOUNT_DIR": "./data:of mine",
         "HOST_UID": "1234",
         "OMP_NUM_THREADS": "3",
+        "RANK": "1",
+        "DOCKER_NETWORK": "host",
     }
     result = subprocess.run([*COMPOSE, "config"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -288,5 +302,9 @@ def test_compose_accepts_the_files(files, profiles):
     assert service["build"]["args"]["BASE"] == "python:3.11-slim"
     assert str(ROOT / "data:of mine") in [volume["source"] for volume in service["volumes"]]
     assert str(service["environment"]["RANKS"]) == ("auto" if len(files) == 1 else "1")
+    assert str(service["environment"]["RANK"]) == "1"
+    assert service["environment"].get("WORLD_SIZE") is None
+    assert service["network_mode"] == "host"
+    assert str(service["environment"].get("DEBUG")) == ("None" if len(files) == 1 else "1")
     assert ("ports" in service) == (len(files) == 2)
     assert "127.0.0.1" in str(service.get("ports", "127.0.0.1"))

@@ -9,12 +9,13 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
+    {"settings", "metrics", "partition", "strategies", "vigil", "flat", "report.runs"},
     {"debugger", "mongo", "stores", "tasks.labels", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
-    {"averaging", "launch", "training", "placement", "cache", "tasks.columns", "report.page"},
+    {"averaging", "buffers", "launch", "training", "placement", "cache", "tasks.columns", "report.page"},
     {"server", "tasks.task", "hub", "tasks.csv_rows", "tasks.json_rows", "tasks.parquet_rows", "report"},
-    {"models", "footprint", "tasks.reading", "federation", "checkpoint"},
+    {"replica", "tasks.reading"},
+    {"models", "footprint", "federation", "checkpoint"},
     {"pretrained", "tasks.corpus"},
     {
         "classifier",

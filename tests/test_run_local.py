@@ -116,6 +116,15 @@ def test_a_run_in_a_container_publishes_its_ports_and_leaves_nothing_behind(proj
     assert argv[argv.index("run") :] == ["run", "--rm", "--service-ports", "main", "a.py"]
 
 
+@pytest.mark.parametrize("network", ["host", "container:other"])
+def test_a_container_without_a_network_of_its_own_publishes_no_ports_and_listens_to_this_machine_alone(
+    project, network
+):
+    argv, environment = project.compose("a.py", DOCKER_NETWORK=network, DEBUG="1", RANK="1", MASTER_ADDR="10.0.0.1")
+    assert argv[argv.index("run") :] == ["run", "--rm", "--env", "DEBUG_HOST=127.0.0.1", "main", "a.py"]
+    assert (environment["RANK"], environment["MASTER_ADDR"]) == ("1", "10.0.0.1")
+
+
 def test_a_project_is_named_after_the_user_and_the_arguments(project):
     names = [project_name(project.compose(*arguments)[0]) for arguments in (["a", "b"], ["a b"], ["b", "a"], ["a"], [])]
     assert len(set(names)) == len(names)
@@ -269,6 +278,33 @@ def test_the_debugged_rank_is_the_only_one_unless_somebody_says(project):
     assert project.environment_of_run(DEBUG="1")["RANKS"] == "1"
     assert project.environment_of_run(DEBUG="1", RANKS="auto")["RANKS"] == "auto"
     assert project.environment_of_run(DEBUG="0")["RANKS"] == "auto"
+
+
+OVERLAY = "docker-compose.debug.yaml"
+
+
+@pytest.mark.parametrize(
+    ("environment", "debug"),
+    [
+        ({"COMPOSE_FILE": f"docker-compose.yaml:{OVERLAY}"}, "1"),
+        ({"COMPOSE_FILE": f"/the project/docker-compose.yaml:/the project/{OVERLAY}"}, "1"),
+        ({"COMPOSE_FILE": f"{OVERLAY}:mine.yaml"}, "1"),
+        ({"COMPOSE_FILE": f"a.yaml,./{OVERLAY}", "COMPOSE_PATH_SEPARATOR": ","}, "1"),
+        ({"COMPOSE_FILE": f"a.yaml:{OVERLAY}", "DEBUG": ""}, "1"),
+        ({"COMPOSE_FILE": f"a.yaml:{OVERLAY}", "DEBUG": "0"}, "0"),
+        ({"COMPOSE_FILE": f"a.yaml:{OVERLAY}", "COMPOSE_PATH_SEPARATOR": ","}, None),
+        ({"COMPOSE_FILE": f"a.yaml:{OVERLAY}.old:my-{OVERLAY}"}, None),
+        ({"COMPOSE_FILE": "docker-compose.yaml"}, None),
+        ({}, None),
+    ],
+)
+def test_the_overlay_of_the_debugger_means_the_same_without_docker(project, environment, debug):
+    found = project.environment_of_run(**environment)
+    assert found.get("DEBUG") == debug
+    assert found["RANKS"] == ("1" if debug == "1" else "auto")
+    lines = [f"{name}={value}\n" for name, value in environment.items()]
+    (project.folder / ".env").write_text("".join(lines))
+    assert project.environment_of_run().get("DEBUG") == debug
 
 
 def test_sigterm_reaches_the_program(project):

@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 import pandas as pd
 
+from scaling_fl.settings import mounted
+
 
 def split(num_rows: int, random_state: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the training and of the test rows, in their order in the files."""
@@ -24,9 +26,9 @@ def split(num_rows: int, random_state: int = 1) -> tuple[np.ndarray, np.ndarray]
 def main() -> None:
     """Read the whole file and write the two parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full-path", required=True, help="Kaggle's train.csv: id,text,author")
-    parser.add_argument("--train-path", required=True, help="where to write three quarters of the rows")
-    parser.add_argument("--test-path", required=True, help="where to write the rest")
+    parser.add_argument("--full-path", type=mounted, required=True, help="Kaggle's train.csv: id,text,author")
+    parser.add_argument("--train-path", type=mounted, required=True, help="where to write three quarters of the rows")
+    parser.add_argument("--test-path", type=mounted, required=True, help="where to write the rest")
     paths = parser.parse_args()
     targets = (paths.train_path, paths.test_path)
     if len({os.path.abspath(path) for path in (paths.full_path, *targets)}) < 3:

@@ -1,0 +1,156 @@
+"""What sites share of a model, its trained weights and its buffers, end to end in one vector."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+WORD = torch.float32.itemsize  # bytes
+ALIGNMENT = torch.complex128.itemsize // WORD  # words from which a tensor of any type may start
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a shared tensor lies in the flat vector, which holds the bits of any type as float32 words."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int  # in words
+
+    @property
+    def end(self) -> int:
+        """The word behind it."""
+        return self.start + -(-self.num_bytes // WORD)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the tensor."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def view(self, vector: Tensor) -> Tensor:
+        """Return the tensor in a flat vector."""
+        found = vector[self.start : self.end].view(torch.uint8)[: self.num_bytes]
+        return found.view(self.dtype).view(self.shape)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are trained, and so travel, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def lay_out(model: nn.Module) -> list[Slot]:
+    """Return the slots of the trained weights, then of the buffers that a saved model holds.
+
+    Raises:
+        ValueError: nothing is trained; or a trained weight is not float32; or a shared tensor is not dense, or shares
+            memory with another tensor.
+    """
+    shared, trained = shared_tensors(model), trained_weights(model)
+    if not trained:
+        raise ValueError("the model has no weight that requires a gradient: there is nothing to train")
+    slots: list[Slot] = []
+    for name, tensor in shared.items():
+        if name in trained and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}: trained weights must be torch.float32")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+        start = slots[-1].end if slots else 0
+        start += -start % (1 if tensor.dtype == torch.float32 else ALIGNMENT)
+        slots.append(Slot(name, tensor.shape, tensor.dtype, start))
+    _check_memory(model, shared)
+    return slots
+
+
+def pack(model: nn.Module) -> Tensor:
+    """Return a copy of the shared tensors as a flat vector.
+
+    Returns:
+        A float32 vector, first the trained weights, then the buffers, those of other types bit by bit.
+
+    Raises:
+        ValueError: as for `lay_out`.
+    """
+    slots, shared = lay_out(model), shared_tensors(model)
+    vector = torch.zeros(slots[-1].end, device=shared[slots[0].name].device)
+    for slot in slots:
+        slot.view(vector).copy_(shared[slot.name].detach())
+    return vector
+
+
+def flatten_(model: nn.Module) -> Tensor:
+    """Lay the shared tensors of `model` end to end, as `pack` does, and make them views of the vector returned."""
+    vector, shared = pack(model), shared_tensors(model)
+    for slot in lay_out(model):
+        shared[slot.name].data = slot.view(vector)
+    return vector
+
+
+def shared_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the shared tensors in their order: trained weights, float32 buffers, other buffers."""
+    saved = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved]
+    buffers.sort(key=lambda item: item[1].dtype != torch.float32)
+    return _each_once([*trained_weights(model).items(), *buffers])
+
+
+def _each_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return each tensor under the first of its names."""
+    names: dict[int, str] = {}
+    return {name: tensor for name, tensor in named if names.setdefault(id(tensor), name) == name}
+
+
+def _check_memory(model: nn.Module, shared: dict[str, Tensor]) -> None:
+    """Refuse shared tensors that would no longer be one with others when they are moved to a vector."""
+    for name, tensor in shared.items():
+        if tensor.requires_grad and not tensor.is_contiguous() and _bytes_of(tensor).sum() < tensor.nbytes:
+            raise ValueError(
+                f"{name}: expected memory for each of its elements, got a view in which some are the same, such as an "
+                "expanded tensor. A copy (.clone()) can be trained"
+            )
+    moved = {id(tensor) for tensor in shared.values()}
+    for before, after in _pairs_that_overlap([*model.named_parameters(), *model.named_buffers()]):
+        if moved & {id(before[1]), id(after[1])}:
+            raise ValueError(
+                f"{before[0]} and {after[0]}: expected the same tensor, or memory for each, got two tensors that share "
+                "memory. To tie weights assign the parameter itself, not its .data; else make one a copy (.clone())"
+            )
+
+
+def _pairs_that_overlap(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, Tensor], ...]]:
+    """Yield tensors, with their names, that are not the same and have a byte in common."""
+    by_storage: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, tensor in _each_once(named).items():
+        if tensor.layout == torch.strided and tensor.numel():
+            by_storage[tensor.untyped_storage().data_ptr()].append((name, tensor))
+    for tensors in by_storage.values():
+        reaching: list[tuple[str, Tensor]] = []  # beyond where the next begins
+        for item in sorted(tensors, key=lambda item: item[1].data_ptr()):
+            reaching = [before for before in reaching if _end(before[1]) > item[1].data_ptr()]
+            yield from ((before, item) for before in reaching if _overlap(before[1], item[1]))
+            reaching.append(item)
+
+
+def _overlap(before: Tensor, after: Tensor) -> bool:
+    """Tell whether two tensors of one storage, the first of which begins first, have a byte in common."""
+    taken, others = _bytes_of(before)[after.data_ptr() - before.data_ptr() :], _bytes_of(after)
+    length = min(len(taken), len(others))
+    return bool((taken[:length] & others[:length]).any())
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return which bytes a tensor takes, of those from its first to its last: bool (num_bytes,)."""
+    taken = torch.zeros(_end(tensor) - tensor.data_ptr(), dtype=torch.bool)
+    # A dimension whose steps lead nowhere is no place to write to.
+    dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    sizes, strides = [size for size, _ in dimensions], [stride * tensor.itemsize for _, stride in dimensions]
+    taken.as_strided([*sizes, tensor.itemsize], [*strides, 1]).fill_(True)
+    return taken
+
+
+def _end(tensor: Tensor) -> int:
+    """Return the address behind a tensor's last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize

@@ -1,0 +1,114 @@
+"""What follows `with` on the command line: settings by their names, and files of settings."""
+
+import json
+import pickle
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SCRIPT, Command
+
+SENTENCES = {
+    "model.name=a": "there is no setting 'model.name': did you mean model?",
+    "model.=a": "there is no setting 'model.': did you mean model?",
+    ".model=a": "there is no setting '.model': did you mean model?",
+    "model[0]=a": "there is no setting 'model[0]': did you mean model?",
+    "site_paths.x=1": "there is no setting 'site_paths.x': did you mean site_paths?",
+    "model.config.hidden_dropout_prob=0": "there is no setting 'model.config.hidden_dropout_prob': did you mean model?",
+    "seed.a.b=1": "there is no setting 'seed.a.b': did you mean seed?",
+    "num-rounds=1": "there is no setting 'num-rounds': did you mean num_rounds?",
+    "mödel=a": "there is no setting 'mödel': did you mean model?",
+    "$where=1": "there is no setting '$where': site_ids, ",
+    "__doc__=1": "there is no setting '__doc__': site_ids, ",
+    "zzz=": "there is no setting 'zzz': site_ids, ",
+    "=x": "'=x' is neither a setting nor a file of settings: ",
+    " = ": "' = ' is neither a setting nor a file of settings: ",
+    "with": "'with' is neither a setting nor a file of settings: ",
+    "": "'' is neither a setting nor a file of settings: ",
+    "missing.json": "'missing.json' is neither a setting nor a file of settings: ",
+    "folder.json": "'folder.json' is neither a setting nor a file of settings: ",
+    "nested.json": "model={'name': 'a'} was given: a text would do",
+    "nested.yaml": "model={'name': 'a'} was given: a text would do",
+    "dotted.json": "there is no setting 'model.name': did you mean model?",
+    "number.yaml": "there is no setting 1: site_ids, ",
+    "list.json": 'list.json: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got a list',
+    "text.yaml": 'text.yaml: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got a str',
+    "empty.json": "empty.json: expected settings such as ",
+    "empty.yaml": 'empty.yaml: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got an empty one',
+    "half.json": "half.json: expected settings such as ",
+    "half.yaml": "half.yaml: expected settings such as ",
+    "latin.json": "latin.json: expected settings such as ",
+    "a.pickle": "a.pickle: expected settings such as ",
+    "a.txt": "a.txt: expected settings such as ",
+}
+FILES = {
+    "nested.json": b'{"model": {"name": "a"}}',
+    "nested.yaml": b"model:\n  name: a\n",
+    "dotted.json": b'{"seed": 2, "model.name": "a"}',
+    "number.yaml": b"1: 2\n",
+    "list.json": b'["seed", 2]',
+    "text.yaml": b"seed\n",
+    "empty.json": b"",
+    "empty.yaml": b"",
+    "half.json": b'{"seed": 2,',
+    "half.yaml": b"seed: [2\n",
+    "latin.json": '{"author": "J\xf6"}'.encode("latin-1"),
+    "a.txt": b'{"seed": 2}',
+}
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (Path("sprung"),)
+
+
+@pytest.fixture(scope="module")
+def check_updates() -> Callable[[list[str]], None]:
+    return runpy.run_path(str(SCRIPT))["check_updates"]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.json").mkdir()
+    for name, content in FILES.items():
+        Path(name).write_bytes(content)
+    Path("a.pickle").write_bytes(pickle.dumps(Trap()))
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("word", SENTENCES)
+def test_what_is_no_setting_is_one_sentence(check_updates: Callable[[list[str]], None], word: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check_updates(["train.py", "--unobserved", "with", "seed=3", word, "num_rounds=2"])
+    sentence = str(caught.value)
+    assert sentence.startswith(f"error: {SENTENCES[word]}")
+    assert "\n" not in sentence
+    assert not Path("sprung").exists()
+
+
+def test_a_setting_before_with_is_one_sentence(check_updates: Callable[[list[str]], None]) -> None:
+    for argv in (["train.py", "seed=2"], ["train.py", "plan", "seed=2", "with", "num_rounds=1"]):
+        with pytest.raises(SystemExit, match=r"^error: 'seed=2': expected `with` before the first setting, got none: "):
+            check_updates(argv)
+
+
+def test_settings_and_files_of_settings_are_taken(check_updates: Callable[[list[str]], None], tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text(json.dumps({"site_ids": [0, 0], "model": "a.b", "site_paths": ["a.csv"]}))
+    (tmp_path / "some.yaml").write_text("seed: 2\nnum_sites: null\n")
+    files = [str(tmp_path / "some.json"), str(tmp_path / "some.yaml")]
+    check_updates(["train.py", "plan", "with", "seed = 3", "model=a.b=c", *files, "--name=x", "-u"])
+    check_updates(["train.py", "-c", "a=b"])
+
+
+@pytest.mark.parametrize("word", ["model.name=a", "model='a',['b']", "task_name='a',['b']"])
+def test_no_such_word_is_a_traceback(command: Command, word: str) -> None:
+    key, _, value = word.partition("=")
+    status, output = command("print_config", **{key: value})
+    assert status == 1
+    assert len(output.splitlines()) == 1
+    assert output.startswith("error: ")
