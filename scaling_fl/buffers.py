@@ -20,8 +20,6 @@ DIGIT_BITS = 40  # an int64 holds the sum of a digit over 2**23 sites
 LAST_DIGIT = -25  # what is below 2**-1000 does not count
 COUNT = LAST_DIGIT - 1  # in place of an exponent: how many sites changed each element
 
-Indices = tuple[int, ...]  # of slots
-
 
 class BufferMean:
     """The weighted mean of buffers, over all ranks.
@@ -42,8 +40,8 @@ class BufferMean:
     def _begin(self) -> None:
         self._num_sites = 0
         self._share = Fraction(0)  # of all examples, of the sites that were added
-        self._shares: defaultdict[Indices, Fraction] = defaultdict(Fraction)  # of those that changed these buffers
-        self._sums: dict[tuple[Indices, int], Tensor] = {}  # and for each exponent the sum of that digit of their terms
+        self._shares: defaultdict[int, Fraction] = defaultdict(Fraction)  # buffer -> of those that changed it
+        self._sums: dict[tuple[int, int], Tensor] = {}  # buffer and exponent -> the sum of this digit of their terms
 
     def check(self, weights: Tensor, local: Tensor) -> None:
         """Find out whether a site can be added.
@@ -68,43 +66,19 @@ class BufferMean:
         Raises:
             ValueError: as for `check`.
         """
-        indices, elements, has_moved = self._changes(weights, local)
+        changes = self._changes(weights, local)
         with self._lock:
             self._num_sites += 1
             self._share += Fraction(share)
-            if indices:
-                self._shares[indices] += Fraction(share)
-                self._add(indices, COUNT, has_moved.long())
-                for exponent, digit in _digits(_finite(elements) * float(share)):
-                    self._add(indices, exponent, digit)
-        for slot in (self._slots[index] for index in indices):
-            slot.view(local).copy_(slot.view(weights))
+            for number, before, after, has_moved in changes:
+                self._shares[number] += Fraction(share)
+                self._add(number, COUNT, has_moved.long())
+                for exponent, digit in _digits(_finite(after) * float(share)):
+                    self._add(number, exponent, digit)
+                after.copy_(before)
 
-    def _changes(self, weights: Tensor, local: Tensor) -> tuple[Indices, Tensor, Tensor]:
-        """Return which buffers a site has changed, and of these end to end the elements, and which of them have moved.
-
-        Raises:
-            ValueError: as for `check`.
-        """
-        before, after = (vector.view(torch.int32) for vector in (weights, local))  # NaN is not equal to itself
-        ends = [(slot.start, slot.end) for slot in self._slots]
-        indices = [i for i, (start, end) in enumerate(ends) if not torch.equal(before[start:end], after[start:end])]
-        elements = [torch.empty(0, dtype=torch.float64, device=local.device)]
-        has_moved = [torch.empty(0, dtype=torch.bool, device=local.device)]
-        for index in indices:
-            pair = [_elements(self._slots[index], vector) for vector in (weights, local)]
-            elements.append(pair[1].double())
-            has_moved.append(_differ(*pair))
-            wrong = has_moved[-1] & ~elements[-1].isfinite()
-            if wrong.any():
-                raise ValueError(
-                    f"buffer {self._slots[index].name}: expected finite numbers, got {pair[1][wrong][0].item()}. It is "
-                    "computed from what passes through the model: look for extreme values there, or a division by zero"
-                )
-        return tuple(indices), torch.cat(elements), torch.cat(has_moved)
-
-    def _add(self, indices: Indices, exponent: int, digit: Tensor) -> None:
-        key = indices, exponent
+    def _add(self, number: int, exponent: int, digit: Tensor) -> None:
+        key = number, exponent
         self._sums[key] = self._sums[key] + digit if key in self._sums else digit
 
     def take(self, weights: Tensor) -> None:
@@ -115,53 +89,58 @@ class BufferMean:
         """
         if not self._slots:
             return
-        shares = {indices: share.as_integer_ratio() for indices, share in self._shares.items()}
-        own = self._num_sites, self._share.as_integer_ratio(), shares, sorted({exponent for _, exponent in self._sums})
-        by_rank = gather(own)
+        shares = {number: share.as_integer_ratio() for number, share in self._shares.items()}
+        by_rank = gather((self._num_sites, self._share.as_integer_ratio(), shares, list(self._sums)))
         num_sites = sum(of_rank[0] for of_rank in by_rank)
         share = sum(Fraction(*of_rank[1]) for of_rank in by_rank)
-        changed = [(indices, Fraction(*of)) for of_rank in by_rank for indices, of in of_rank[2].items()]
-        exponents = sorted({exponent for of_rank in by_rank for exponent in of_rank[3]})
-        if share and changed:
-            left = {  # slot -> the share of the sites that did not change it
-                index: float(share - sum(of for others, of in changed if index in others))
-                for index in sorted({index for indices, _ in changed for index in indices})
-            }
-            sums = self._sum_over_ranks(weights, list(left), exponents)
-            self._move(weights, left, sums.pop(COUNT), sums, num_sites, float(share))
-        self._begin()
-
-    def _sum_over_ranks(self, weights: Tensor, indices: list[int], exponents: list[int]) -> dict[int, Tensor]:
-        """Return for each exponent the sum of all ranks' digits, of these buffers end to end."""
-        sizes = {index: len(_elements(self._slots[index], weights)) for index in indices}
-        table = torch.zeros(len(exponents), sum(sizes.values()), dtype=torch.int64, device=weights.device)
-        for (some, exponent), digit in self._sums.items():
-            row = dict(zip(indices, table[exponents.index(exponent)].split(list(sizes.values())), strict=True))
-            for index, part in zip(some, digit.split([sizes[index] for index in some]), strict=True):
-                row[index] += part
-        return dict(zip(exponents, sum_(table), strict=True))
-
-    def _move(
-        self,
-        weights: Tensor,
-        left: dict[int, float],
-        counts: Tensor,
-        sums: dict[int, Tensor],
-        num_sites: int,
-        share: float,
-    ) -> None:
-        """Make the means of what sites have changed, where the others count with the global buffers."""
-        buffers = [_elements(self._slots[index], weights) for index in left]
-        total = torch.cat([_finite(before) * of for before, of in zip(buffers, left.values(), strict=True)])
-        for exponent, digit in sorted(sums.items(), reverse=True):
-            total += digit.double() * 2.0 ** (DIGIT_BITS * exponent)
-        means = total / share
-        sizes = [len(before) for before in buffers]
-        for before, mean, count in zip(buffers, means.split(sizes), counts.split(sizes), strict=True):
+        sums = self._sum_over_ranks(weights, sorted({key for of_rank in by_rank for key in of_rank[3]}))
+        for number, of_buffer in sums.items() if share else ():
+            before, count = _elements(self._slots[number], weights), of_buffer.pop(COUNT)
+            unchanged = share - sum(Fraction(*of_rank[2].get(number, (0, 1))) for of_rank in by_rank)
+            total = _finite(before) * float(unchanged)
+            for exponent, digit in sorted(of_buffer.items(), reverse=True):
+                total += digit.double() * 2.0 ** (DIGIT_BITS * exponent)
+            mean = total / float(share)
             rounded = mean if before.is_floating_point() else (mean + 0.5).floor()
-            # What is infinite for a site that left it so has no other mean.
+            # What a site leaves infinite has no other mean.
             stays = (count == 0) | ((count < num_sites) & ~before.double().isfinite())
             before.copy_(torch.where(stays, before, rounded.to(before.dtype)))
+        self._begin()
+
+    def _sum_over_ranks(self, weights: Tensor, keys: Sequence[tuple[int, int]]) -> dict[int, dict[int, Tensor]]:
+        """Return the sums of all ranks, buffer -> exponent -> digit, for which they send each other one vector."""
+        sizes = [len(_elements(self._slots[number], weights)) for number, _ in keys]
+        total = torch.zeros(sum(sizes), dtype=torch.int64, device=weights.device)
+        sums: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
+        for (number, exponent), part in zip(keys, total.split(sizes), strict=True):
+            sums[number][exponent] = part
+        for (number, exponent), digit in self._sums.items():
+            sums[number][exponent].copy_(digit)
+        if keys:
+            sum_(total)
+        return sums
+
+    def _changes(self, weights: Tensor, local: Tensor) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """Return each buffer that a site has changed: number, elements before and after, and which of them have moved.
+
+        Raises:
+            ValueError: as for `check`.
+        """
+        changes = []
+        words = [vector.view(torch.int32) for vector in (weights, local)]  # as NaN is not equal to itself
+        for number, slot in enumerate(self._slots):
+            if torch.equal(*(vector[slot.start : slot.end] for vector in words)):
+                continue
+            before, after = _elements(slot, weights), _elements(slot, local)
+            has_moved = _differ(before, after)
+            wrong = after[has_moved & ~after.double().isfinite()]
+            if len(wrong):
+                raise ValueError(
+                    f"buffer {slot.name}: expected finite numbers, got {wrong[0].item()}. It is computed from what "
+                    "passes through the model: look for extreme values there, or a division by zero"
+                )
+            changes.append((number, before, after, has_moved))
+        return changes
 
 
 def _elements(slot: Slot, vector: Tensor) -> Tensor:
