@@ -12,7 +12,10 @@ import time
 from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Protocol
+
+from scaling_fl.signals import WAKE, Bereft, Interrupted, again, heeded, insist
 
 BEAT = 1.0  # seconds from one sign of life to the next, and so at most from a failure to its news
 SILENCE = 3.0  # seconds without one after which a rank whose connection broke is taken for dead
@@ -20,7 +23,6 @@ STORE_LOSS = 5.0  # seconds after which a store that cannot be reached is lost
 FAREWELL = 3.0  # most seconds that a rank waits, when it fails, until the others have heard of it
 STUBBORN = 30.0  # seconds after which a rank that does not react to the news is ended
 ALIVE = "alive"
-WAKE = signal.SIGURG  # interrupts the main thread; programs that do not know this signal ignore it
 
 
 class Store(Protocol):
@@ -33,20 +35,8 @@ class Store(Protocol):
         """Read values, and wait for those that are not there yet."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked this rank, or another, to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 class PeerError(RuntimeError):
     """Another rank failed, vanished or hangs; what it had to say, it has said."""
-
-
-class Bereft(BaseException):
-    """Another rank has ended. It is no failure of this rank or of its sites, so it is no `Exception`."""
 
 
 class Vigil:
@@ -89,14 +79,11 @@ class Vigil:
         for work in (self._talk, self._judge):
             threading.Thread(target=work, name="vigil", daemon=True).start()
         try:
-            yield
+            with heeded():
+                yield
         except BaseException as error:
             self._state = _report(error)
             self._hurry.set()
-            # A launcher ends all ranks as soon as one has ended, and many a signal comes twice: neither may interrupt
-            # this rank's last words.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
             self._await_farewells()
             if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause()):
                 raise cause from None
@@ -158,9 +145,11 @@ class Vigil:
             print(f"error: {self._cause()}\n", end="", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _on_wake(self, *_: object) -> None:
-        if self._state == ALIVE:
-            raise Bereft
+    def _on_wake(self, _: int, frame: FrameType | None) -> None:
+        if self._woken is not None and self._state == ALIVE:
+            insist(Bereft(), frame)
+        else:
+            again(frame)
 
     def _await_farewells(self) -> None:
         """Wait until each other rank has ended too, or is silent, or for a few seconds."""

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil", "report.runs"},
-    {"debugger", "mongo", "stores", "report.canvas", "report.findings"},
+    {"settings", "metrics", "partition", "signals", "strategies", "report.runs"},
+    {"debugger", "mongo", "stores", "vigil", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
     {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
     {"server", "tasks.task", "report"},
