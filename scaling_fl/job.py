@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scaling_fl import checkpoint
-from scaling_fl.distributed import agree, first_of_node_first, num_threads, world_size
+from scaling_fl import checkpoint, saving
+from scaling_fl.distributed import agree, first_of_node_first, num_threads, rank, world_size
 from scaling_fl.federation import Federation, Site
 from scaling_fl.footprint import estimate, state_bytes
 from scaling_fl.holdings import Encode, Holdings, Part, deal_corpus, files_of, read_own_files
@@ -162,6 +162,24 @@ def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> 
     if device == held.topology.devices[0]:
         num_bytes += job.server.nbytes + state_bytes(server_optimiser(config), job.server.weights.numel())
     return num_bytes
+
+
+def check_saving(config: SimpleNamespace, job: Job, folder: str | None) -> None:
+    """Find out on rank 0, before training, whether what the run leaves can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if rank() != 0:
+        return
+    weights = job.server.weights
+    # A tensor has a name and a place in the file, a round some metrics of the whole and of each site.
+    beside = 256 * len(job.server.state_dict()["weights"])
+    beside += config.num_rounds * (1_000 + 50 * job.held.topology.num_sites)
+    size = weights.nbytes + state_bytes(server_optimiser(config), weights.numel()) + beside
+    num_rounds = config.num_rounds - max(len(job.history) - 1, 0)
+    needs = saving.need_of_checkpoints(config.checkpoints_dir, size, num_rounds, config.keep_checkpoints)
+    saving.check(needs, folder, config.model, job.model, job.tokenizer)
 
 
 def size_of(batch: Batch) -> int:

@@ -15,6 +15,7 @@ LAYERS = [
     {"averaging", "launch", "training", "placement", "tasks.reading", "report.page"},
     {"server", "tasks.task", "report"},
     {"models", "footprint", "tasks.corpus", "federation", "checkpoint"},
+    {"saving"},
     {
         "ledger",
         "tasks.bbcnews",
