@@ -85,7 +85,7 @@ class Vigil:
             self._state = _report(error)
             self._hurry.set()
             self._await_farewells()
-            if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause()):
+            if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause(isinstance(error, Bereft))):
                 raise cause from None
             if isinstance(error, Bereft):
                 raise PeerError(f"the connection to another rank broke: {error}") from None
@@ -142,7 +142,7 @@ class Vigil:
             self._woken = now
             signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
         elif now - self._woken > STUBBORN:
-            print(f"error: {self._cause()}\n", end="", file=sys.stderr, flush=True)
+            print(f"error: {self._cause(is_bereft=True)}\n", end="", file=sys.stderr, flush=True)
             os._exit(1)
 
     def _on_wake(self, _: int, frame: FrameType | None) -> None:
@@ -161,14 +161,18 @@ class Vigil:
         if self._rank == 0:
             time.sleep(BEAT / 4)  # the store may be this process's, and the others have to see it too
 
-    def _cause(self) -> Exception | Interrupted | None:
-        """Return what is known of why another rank has ended, as an error to raise here."""
+    def _cause(self, is_bereft: bool) -> Exception | Interrupted | None:
+        """Return what is known of why another rank has ended, as an error to raise here.
+
+        A rank that a signal reached before it gave a first sign of life could not say so: if this rank has a signal,
+        too, that is the reason.
+        """
         for rank, (kind, message) in sorted(self._reports.items()):
             if kind == "refused":
                 return ValueError(message if self._is_one_node else f"rank {rank}: {message}")
             if kind == "failed":
                 return PeerError(f"rank {rank} failed with {message}")
-        if silent := self._silent(SILENCE):
+        if silent := [rank for rank in self._silent(SILENCE) if is_bereft or self._seen[rank]]:
             seconds = time.monotonic() - max(self._heard[rank] for rank in silent)
             return PeerError(
                 f"rank {', '.join(map(str, silent))} has given no sign of life for {seconds:.0f} s: "
