@@ -54,6 +54,7 @@ INCIDENTAL = re.compile(r"(time|comm|speed)\.|sites\.(seconds|memory_mb)\.")
 TRAINING, COLLECTIVE, STEP, EVALUATION = "local training", "collective", "server step", "evaluation"
 WRITING, RENAMING, ANY = "checkpoint half written", "checkpoint renamed", "any moment"
 PHASES = ("elsewhere", TRAINING, COLLECTIVE, STEP, EVALUATION, WRITING, RENAMING)  # as the board knows them
+AT_THE_END = "after the last round"
 # What a strike can aim at, and the most calls of a rank in about two rounds.
 AIMS = {TRAINING: 4, COLLECTIVE: 40, STEP: 2, EVALUATION: 2, WRITING: 2, RENAMING: 2, ANY: 0}
 
@@ -109,6 +110,15 @@ class Kill:
     is_torn: bool  # it left a part of a checkpoint, aside
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What SIGTERM did."""
+
+    when: str
+    num_ranks: int
+    seconds: float  # until the command had ended
+
+
 @dataclass
 class Result:
     """How a run ended, or the runs of a campaign together."""
@@ -117,6 +127,7 @@ class Result:
     num_rounds: int
     metrics: dict[str, tuple[list[int], list[float]]]  # name -> rounds and values
     kills: list[Kill] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
 
 
 def make_files(folder: Path) -> dict[str, object]:
@@ -288,11 +299,13 @@ def stop(processes: list[int]) -> None:
         time.sleep(0.5)
 
 
-def wait(pid: int, folder: Path, victim: Callable[[], int | None]) -> tuple[int, float | None]:
-    """Wait for a command. Look at its checkpoints meanwhile, and kill `victim()` as soon as that is a process.
+def wait(
+    pid: int, folder: Path, victim: Callable[[], int | None], number: int = signal.SIGKILL
+) -> tuple[int, float | None]:
+    """Wait for a command. Look at its checkpoints meanwhile, and signal `victim()` as soon as that is a process.
 
     Returns:
-        Its exit status, and when somebody was killed here.
+        Its exit status, and when somebody was signalled here.
     """
     known: set[Path] = set()
     began, struck = time.monotonic(), None
@@ -302,7 +315,7 @@ def wait(pid: int, folder: Path, victim: Callable[[], int | None]) -> tuple[int,
             return os.waitstatus_to_exitcode(status), struck
         if struck is None and (process := victim()) is not None:
             with suppress(ProcessLookupError):  # it has ended meanwhile
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
                 struck = time.monotonic()
         if time.monotonic() - began > PATIENCE:
             stop([*family(pid), pid])
@@ -360,6 +373,39 @@ def strike_once(
         last_round=max(after, default=0),
         is_torn=bool(parts),
     )
+
+
+def interrupt_once(settings: dict[str, object], folder: Path, num_ranks: int, moment: float) -> Stop | None:
+    """Start the command and send it SIGTERM after so many seconds. None: it was through before.
+
+    Raises:
+        AssertionError: it did not end as it should.
+    """
+    records = set((folder / "runs").glob("[0-9]*"))
+    (folder / "output.txt").write_text("")
+    began = time.monotonic()
+    pid = start(settings, folder, num_ranks, None, Board())
+    status, struck = wait(pid, folder, lambda: pid if time.monotonic() - began > moment else None, signal.SIGTERM)
+    if status == 0:
+        return None
+    seconds = time.monotonic() - (struck or began)
+    output = (folder / "output.txt").read_text()
+    assert seconds < SOON, f"{seconds:.1f} s: {output}"
+    assert "Traceback" not in output, output
+    assert not [path for path in folder.rglob("*") if ".part" in path.name], "half a file"
+    is_through = re.search(r"^final  ", output, re.MULTILINE) is not None
+    new = set((folder / "runs").glob("[0-9]*")) - records
+    reports = [json.loads((path / "run.json").read_text()) for path in new]
+    if status == -signal.SIGTERM:  # Python had just been started, or was about to end
+        assert is_through or not reports, output
+    else:
+        assert status == 128 + signal.SIGTERM, output
+        assert output.count("interrupted by SIGTERM\n") == 1, output
+        statuses = [report["status"] for report in reports]
+        assert statuses in ([], ["INTERRUPTED"]) or (is_through and statuses == ["COMPLETED"]), (statuses, output)
+    table = re.findall(r"^ +(\d+) \|", output, re.MULTILINE)
+    when = AT_THE_END if is_through else "in a round" if table else "before round 0"
+    return Stop(when, num_ranks, seconds)
 
 
 def finish(settings: dict[str, object], folder: Path, num_ranks: int) -> Result:
@@ -420,6 +466,44 @@ def campaign(settings: dict[str, object], folder: Path, num_kills: int, random: 
     return Result(results[0].weights, results[0].num_rounds, results[0].metrics, kills)
 
 
+def interruptions(settings: dict[str, object], folder: Path, num_signals: int, random: Random) -> Result:
+    """Train federations while their command gets SIGTERM, each until it is through.
+
+    Raises:
+        AssertionError: a command did not end as it should, or two runs that were interrupted differ.
+    """
+    length, results = {}, []
+    for num_ranks in NUM_RANKS:
+        own = folder / f"alone-{num_ranks}"
+        own.mkdir(parents=True)
+        began = time.monotonic()
+        results.append(finish(settings, own, num_ranks))
+        length[num_ranks] = time.monotonic() - began
+    stops: list[Stop] = []
+    own = folder / "0"
+    own.mkdir()
+    while len(stops) < num_signals:
+        num_ranks = random.choice(NUM_RANKS)
+        stop = interrupt_once(settings, own, num_ranks, random.uniform(0, length[num_ranks]))
+        stops += [stop] if stop else []
+        if stop is None or stop.when == AT_THE_END or len(stops) == num_signals:
+            results.append(read_result(0, own) if stop is None else finish(settings, own, random.choice(NUM_RANKS)))
+            own = folder / str(len(results))
+            own.mkdir()
+    assert all(result == results[0] for result in results), "runs that were interrupted differ"
+    return Result(results[0].weights, results[0].num_rounds, results[0].metrics, stops=stops)
+
+
+def print_stops(stops: list[Stop]) -> None:
+    """Print when SIGTERM came."""
+    print(f"\n{'SIGTERM came':26} times  on 1, 2, 3 ranks  longest until all had ended, s")
+    for when in ("before round 0", "in a round", AT_THE_END):
+        if own := [stop for stop in stops if stop.when == when]:
+            by_ranks = Counter(stop.num_ranks for stop in own)
+            numbers = ", ".join(str(by_ranks[number]) for number in NUM_RANKS)
+            print(f"{when:26} {len(own):>5}  {numbers:>16}  {max(stop.seconds for stop in own):>31.1f}")
+
+
 def print_table(kills: list[Kill], seconds: float) -> None:
     """Print what was killed where."""
     print(f"\n{'a rank was killed in':26} kills  on 1, 2, 3 ranks  longest until all had ended, s")
@@ -440,12 +524,13 @@ def main() -> None:
     """Kill as often as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--signals", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     transformers.utils.logging.disable_progress_bar()
     runpy.run_path(str(SCRIPT))  # imports what the forks need
-    random, kills, began = Random(options.seed), [], time.monotonic()
+    random, kills, stops, began = Random(options.seed), [], [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         base = make_files(Path(name, "files"))
         for number, strategy in enumerate(STRATEGIES):
@@ -458,7 +543,15 @@ def main() -> None:
             if (result.weights, result.metrics) != (alone.weights, alone.metrics):
                 raise SystemExit(f"error: {strategy} did not end as the run that was left alone")
             print(f"{strategy}: {share} kills, weights SHA-256 {result.weights}", flush=True)
+            if share := (options.signals + number) // len(STRATEGIES):
+                result = interruptions(settings, Path(name, strategy, "signals"), share, random)
+                stops += result.stops
+                if (result.weights, result.metrics) != (alone.weights, alone.metrics):
+                    raise SystemExit(f"error: {strategy} did not end as the run that was left alone")
+                print(f"{strategy}: {share} times SIGTERM, weights SHA-256 {result.weights}", flush=True)
     print_table(kills, time.monotonic() - began)
+    if stops:
+        print_stops(stops)
 
 
 if __name__ == "__main__":

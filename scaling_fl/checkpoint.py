@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from scaling_fl.distributed import gather, rank, share_bytes
 from scaling_fl.metrics import Metrics
 from scaling_fl.server import Server
 from scaling_fl.settings import one_line
-from scaling_fl.stores import ask, knock, patiently, put
+from scaling_fl.stores import ask, is_remote, knock, patiently, put
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def save(directory: str | None, server: Server, history: History, settings: dict
     Removes all checkpoints but the last `keep`. Does nothing without a directory.
 
     Raises:
-        ValueError: a store refuses, or is away for longer than `stores.PATIENCE`.
+        WriteError: the disk or the store refuses, or the store is away for longer than `stores.PATIENCE`.
     """
     if directory is None or rank() != 0:
         return
@@ -62,16 +63,23 @@ def save(directory: str | None, server: Server, history: History, settings: dict
     def write() -> None:
         # One name for all rounds: what a killed run has left is written over. A store's rename is a copy, which
         # is there whole or not at all, and a removal.
-        put(filesystem, f"{path}/.round.pt.part", data.getvalue())
-        filesystem.mv(f"{path}/.round.pt.part", f"{path}/round-{round_}.pt")
+        part = f"{path}/.round.pt.part"
+        try:
+            put(filesystem, part, data.getvalue())
+            filesystem.mv(part, f"{path}/round-{round_}.pt")
+        except BaseException:
+            if not is_remote(filesystem):
+                with suppress(OSError):
+                    filesystem.rm(part)
+            raise
 
     def remove_old() -> None:
         for number in _rounds(filesystem, path)[keep:]:
             filesystem.rm(f"{path}/round-{number}.pt")
 
-    patiently(filesystem, f"{directory}/round-{round_}.pt cannot be written", write)
+    patiently(filesystem, f"{directory}/round-{round_}.pt", "cannot be written", write)
     if keep is not None:
-        patiently(filesystem, f"old checkpoints in {directory} cannot be removed", remove_old)
+        patiently(filesystem, f"old checkpoints in {directory}", "cannot be removed", remove_old)
 
 
 def restore(directory: str | None, server: Server, settings: dict[str, Any]) -> History:
@@ -102,7 +110,16 @@ def exists(directory: str | None) -> bool:
     Raises:
         ValueError: a store does not say.
     """
-    return directory is not None and bool(_list(directory))
+    return directory is not None and count(directory) > 0
+
+
+def count(directory: str) -> int:
+    """Return how many checkpoints a directory has.
+
+    Raises:
+        ValueError: a store does not say.
+    """
+    return len(_list(directory))
 
 
 def _list(directory: str) -> list[int]:

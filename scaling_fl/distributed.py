@@ -7,6 +7,7 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from scaling_fl.debugger import await_debugger, debugging
 from scaling_fl.settings import whole_number_from_environment
-from scaling_fl.vigil import Bereft, Vigil
+from scaling_fl.signals import Bereft, interruptibly, look
+from scaling_fl.vigil import Vigil
 
 T = TypeVar("T")
 
@@ -68,9 +70,7 @@ def world() -> Iterator[None]:
             dist.destroy_process_group()
         return
     patience = timedelta(seconds=lost_after())
-    store, number, num_ranks = next(dist.rendezvous("env://", timeout=JOINING))
-    timeout = EVER if is_debugged else TIMEOUT
-    dist.init_process_group(timeout=timeout, store=store, rank=number, world_size=num_ranks)
+    store, number, num_ranks = interruptibly(partial(_join, EVER if is_debugged else TIMEOUT))
     own = store.clone()
     own.set_timeout(patience)
     with Vigil(own, number, num_ranks, patience.total_seconds(), is_one_node=is_one_node()).kept():
@@ -79,6 +79,13 @@ def world() -> Iterator[None]:
         yield
         gather(None)  # nobody leaves before all are done
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
+
+
+def _join(timeout: timedelta) -> tuple[Any, int, int]:
+    """Wait until all ranks are there; return where they met, this rank's number and how many they are."""
+    store, number, num_ranks = next(dist.rendezvous("env://", timeout=JOINING))
+    dist.init_process_group(timeout=timeout, store=store, rank=number, world_size=num_ranks)
+    return store, number, num_ranks
 
 
 def launched() -> bool:
@@ -127,10 +134,12 @@ def bytes_sent() -> int:
 
 def _finish(num_bytes: int, work: Any) -> None:
     """Wait for a collective in a way that signals can interrupt, and count what was handed to it."""
+    look()
     if world_size() > 1:
         count_bytes(num_bytes)
     try:
         while not work.is_completed():
+            look()
             time.sleep(POLL)
         work.wait()
     except RuntimeError as error:

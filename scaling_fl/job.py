@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from scaling_fl import checkpoint
+from scaling_fl import checkpoint, saving
 from scaling_fl.classifier import Classifier, make_classifier, order_labels
-from scaling_fl.distributed import agree, first_of_node_first, num_threads, world_size
+from scaling_fl.distributed import agree, first_of_node_first, num_threads, rank, world_size
 from scaling_fl.federation import Federation, Site
 from scaling_fl.footprint import estimate, state_bytes
 from scaling_fl.holdings import Encode, Holdings, OrderLabels, Part, deal_corpus, files_of, read_own_files
@@ -197,6 +197,25 @@ def _training_batches(config: SimpleNamespace, held: Holdings, device: torch.dev
 def _largest(batches: Iterable[Batch]) -> Batch | None:
     """Return the batch with the most tokens, padding included; None if there is none."""
     return max(batches, key=lambda batch: batch["attention_mask"].numel(), default=None)
+
+
+def check_saving(config: SimpleNamespace, job: Job, folder: str | None) -> None:
+    """Find out on rank 0, before training, whether what the run leaves can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if rank() != 0:
+        return
+    weights = job.server.weights
+    # A tensor has a name and a place in the file, a round some metrics of the whole and of each site.
+    beside = 256 * len(job.server.state_dict()["weights"])
+    beside += config.num_rounds * (1_000 + 50 * job.held.topology.num_sites)
+    size = weights.nbytes + state_bytes(server_optimiser(config), weights.numel()) + beside
+    num_rounds = config.num_rounds - max(len(job.history) - 1, 0)
+    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
+    needs = saving.need_of_checkpoints(checkpoints_dir, size, num_rounds, config.keep_checkpoints)
+    saving.check(needs, folder, config.model, job.classifier.model, job.tokenizer)
 
 
 def count(config: SimpleNamespace, held: Holdings, server: Server, metrics: Metrics) -> Metrics:

@@ -10,15 +10,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.synchronize import Barrier
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from scaling_fl import signals
 from scaling_fl.distributed import accelerator
 from scaling_fl.settings import whole_number_from_environment
 from scaling_fl.vigil import PeerError
@@ -58,8 +59,8 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
     send each other tensors over the loopback interface alone; torch's rendezvous store listens on all.
 
     Raises:
-        SystemExit: a rank failed, with that rank's exit status, or a signal ended the ranks, with
-            128 plus its number. The rank has said what was wrong.
+        SystemExit: a rank failed, with that rank's exit status. It has said what was wrong.
+        Interrupted: a signal ended the ranks.
     """
     # The rank has said what was wrong; the agent's stack trace of itself would bury it.
     elastic = "torch.distributed.elastic"
@@ -84,21 +85,28 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         max_restarts=0,
         shutdown_timeout=10,  # seconds from a polite signal to a kill
         start_method=start_method,
+        signals_to_handle="",  # what the agent's own handlers raise can be lost, at a fork for example
     )
+    handlers = {number: signal.getsignal(number) for number in (*signals.ENDING, signals.WAKE)}
+    signals.heed()
     # The collector writes into every object that it looks at, and so would copy what forks share.
     gc.freeze()
     try:
-        results = elastic_launch(config, _rank_main)(all_started, function, *args)
+        with signals.heeded():
+            results = elastic_launch(config, _rank_main)(all_started, function, *args)
     except ChildFailedError as error:
         for number, failure in error.failures.items():
             if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
                 name = signal.Signals(-failure.exitcode).name
                 print(f"error: rank {number} was ended by {name} (SIGKILL is often: out of memory)", file=sys.stderr)
                 raise SystemExit(128 - failure.exitcode) from None
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
-    except SignalException as error:
-        raise SystemExit(128 + error.sigval.value) from None
+        status = error.get_first_failure()[1].exitcode
+        if status - 128 in signals.ENDING:
+            raise signals.Interrupted(status - 128) from None
+        raise SystemExit(status) from None
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logs.cleanup()
         gc.unfreeze()
     return [results[number] for number in range(num_ranks)]
@@ -111,10 +119,11 @@ def _rank_main(all_started: Barrier, function: Callable[..., object], *args: obj
     meet, and a lock that it holds at the moment of a fork (of the name resolver, say) is never released in the child.
     """
     try:
-        all_started.wait()
-        return function(*args)
-    except SignalException:
-        raise SystemExit(1) from None
+        with signals.heeded():
+            all_started.wait()
+            return function(*args)
+    except signals.Interrupted as error:
+        raise SystemExit(128 + error.number) from None
     except BaseException as error:
         status = _say(error)
         time.sleep(HEAD_START)
@@ -148,6 +157,7 @@ def run_program(program: Callable[[], object]) -> NoReturn:
     except BaseException as error:
         status = _say(error)
     if status:
-        sys.stdout.flush()
+        with suppress(OSError):  # of a disk that is full, or a reader who is gone
+            sys.stdout.flush()
         os._exit(status)
     sys.exit()

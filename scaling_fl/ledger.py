@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from scaling_fl.distributed import bytes_sent, gather, rank
 from scaling_fl.metrics import Metrics
+from scaling_fl.stores import writing
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = "rounds.jsonl"
@@ -41,10 +43,22 @@ class Ledger:
 
 
 def write_round(folder: str | None, round_: int, metrics: Metrics) -> None:
-    """Append a round's line to `rounds.jsonl` in the folder of a run's files, if there is one."""
+    """Append a round's line to `rounds.jsonl` in the folder of a run's files, if there is one, or no part of it.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     if folder is not None:
-        with open(os.path.join(folder, ROUNDS), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"round": round_, **metrics}, allow_nan=False) + "\n")
+        path = os.path.join(folder, ROUNDS)
+        before = os.path.getsize(path) if os.path.exists(path) else 0
+        with writing(path):
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"round": round_, **metrics}, allow_nan=False) + "\n")
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(path, before)
+                raise
 
 
 def machine(devices: Sequence[torch.device]) -> dict[str, str]:

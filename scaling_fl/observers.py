@@ -3,8 +3,11 @@
 import logging
 import mimetypes
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
+from threading import Lock
 from typing import Any
 
 import pymongo
@@ -13,7 +16,9 @@ from sacred.run import Run
 
 from scaling_fl import report
 from scaling_fl.mongo import PATIENCE_MS, Config, Mongo, check_dead, find_run, mongo_url, reason
+from scaling_fl.saving import RECORD
 from scaling_fl.settings import one_line
+from scaling_fl.stores import WriteError, writing
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +26,54 @@ REPORT = "report.html"
 
 
 class Files(FileStorageObserver):
-    """A folder a run, numbered on its own whatever number MongoDB gives the run."""
+    """A folder a run, numbered on its own whatever number MongoDB gives the run.
+
+    A disk that cannot be written to any more stops no event: `check_record` says so.
+    """
+
+    trouble: WriteError | None = None
+    dir: Any
+    run_entry: Any
+    _lock = Lock()  # Sacred's heartbeats come from a thread
 
     def started_event(self, **event: Any) -> Any:
-        """Make the folder."""
-        return super().started_event(**{**event, "_id": None})
+        """Make the folder, whole or not at all."""
+        try:
+            started = super().started_event(**{**event, "_id": None})
+            if self.trouble is not None:
+                raise SystemExit(f"error: {self.trouble}")
+            return started
+        except BaseException:
+            if self.dir is not None:
+                shutil.rmtree(self.dir, ignore_errors=True)
+            self.dir, self.run_entry = None, {}  # the run may still end, which is not to be written
+            raise
+
+    def save_json(self, obj: object, filename: str) -> None:
+        """Write a file whole, or leave it as it is."""
+        if self.dir is None:
+            return
+        part = f".{filename}.part"
+        with self._noting_trouble():
+            try:
+                super().save_json(obj, part)
+                os.replace(os.path.join(self.dir, part), os.path.join(self.dir, filename))
+            finally:
+                with suppress(OSError):
+                    os.remove(os.path.join(self.dir, part))
+
+    def save_cout(self) -> None:
+        """Write what was printed since the last time."""
+        with self._noting_trouble():
+            super().save_cout()
+
+    @contextmanager
+    def _noting_trouble(self) -> Iterator[None]:
+        try:
+            with self._lock, writing(self.dir or self.basedir):
+                yield
+        except WriteError as error:
+            self.trouble = self.trouble or error
 
     def artifact_event(self, name: str, filename: str, *_: Any, **__: Any) -> None:
         """Note a file that lies in the folder."""
@@ -75,14 +123,21 @@ def check_files() -> None:
     Raises:
         ValueError: their folder cannot be written to.
     """
+    folder = runs_dir()
     try:
-        os.makedirs(_runs_dir(), exist_ok=True)
-        TemporaryFile(dir=_runs_dir()).close()
+        os.makedirs(folder, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"SACRED_RUNS_DIR={_runs_dir()!r} cannot be written to: {one_line(error)}") from None
+        raise ValueError(f"SACRED_RUNS_DIR={folder!r} cannot be written to: {one_line(error)}") from None
+    free = shutil.disk_usage(folder).free
+    if free < RECORD:
+        raise ValueError(
+            f"SACRED_RUNS_DIR={folder!r}: expected {RECORD * 1e-6:.1f} MB free for a record, got {free * 1e-6:.2f} MB"
+        )
 
 
-def _runs_dir() -> str:
+def runs_dir() -> str:
+    """Return where runs have their folders."""
     return os.environ.get("SACRED_RUNS_DIR") or "runs"
 
 
@@ -92,7 +147,7 @@ def make_observers(goes_on: Callable[[Config], bool]) -> list[Files | Mongo]:
     Files always, under `SACRED_RUNS_DIR` (default: runs); MongoDB where `SACRED_HOST` is set, with
     `SACRED_USER`, `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
     """
-    observers: list[Files | Mongo] = [Files(_runs_dir(), priority=40)]  # before MongoDB, which may be away
+    observers: list[Files | Mongo] = [Files(runs_dir(), priority=40)]  # before MongoDB, which may be away
     if os.environ.get("SACRED_HOST"):
         observers.append(Mongo(*_mongo_from_environment(), goes_on))
     return observers
@@ -115,6 +170,17 @@ def flush(run: Run) -> None:
     """Record what was printed and logged since the last heartbeat, which Sacred forgets of a run that fails."""
     if run.observers:
         run._emit_heartbeat()
+
+
+def check_record(run: Run) -> None:
+    """Find out whether all that was to be recorded in files was.
+
+    Raises:
+        WriteError: some of it was not.
+    """
+    for observer in run.observers:
+        if isinstance(observer, Files) and observer.trouble is not None:
+            raise observer.trouble
 
 
 def draw_report(run: Run) -> None:

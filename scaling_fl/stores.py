@@ -1,9 +1,9 @@
-"""Stores over the network: how long to wait for one that is away, and when not to."""
+"""Disks, and stores over the network: how long to wait for one that is away, and when not to."""
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import fsspec
@@ -17,6 +17,23 @@ PATIENCE = 300.0  # seconds for which what failed is tried again, beside what s3
 LONGEST_PAUSE = 30.0  # seconds from one try to the next, which start at one and double
 
 log = logging.getLogger(__name__)
+
+
+class WriteError(ValueError):
+    """What a run leaves cannot be written: it ends, and its weights go elsewhere."""
+
+
+@contextmanager
+def writing(place: str) -> Iterator[None]:
+    """Let an error of a disk in the body name the place.
+
+    Raises:
+        WriteError: the body raised such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{place}: expected a disk that can be written to, got {one_line(error)}") from error
 
 
 def is_remote(filesystem: fsspec.AbstractFileSystem) -> bool:
@@ -61,26 +78,29 @@ def knock(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
             ask(filesystem, filesystem.info, path)
 
 
-def patiently(filesystem: fsspec.AbstractFileSystem, aim: str, work: Callable[[], T]) -> T:
+def patiently(filesystem: fsspec.AbstractFileSystem, place: str, trouble: str, work: Callable[[], T]) -> T:
     """Return what `work` returns, which is called again while a store is away, for `PATIENCE` seconds.
 
     Args:
         filesystem: where it works. A disk is no better the second time.
-        aim: what cannot be done meanwhile, in words.
+        place: what it writes or removes.
+        trouble: what is wrong with the place meanwhile, in words.
         work: may be called again after it got halfway.
 
     Raises:
-        ValueError: the store refuses, or stays away.
+        WriteError: the disk or the store refuses, or the store stays away.
     """
     if not is_remote(filesystem):
-        return work()
+        with writing(place):
+            return work()
+    aim = f"{place} {trouble}"
     deadline, pause = time.monotonic() + PATIENCE, 1.0
     while True:
         try:
             return work()
         except Exception as error:  # botocore's and gcsfs's have no class in common
             if _is_refusal(error) or time.monotonic() + pause > deadline:
-                raise ValueError(
+                raise WriteError(
                     f"{aim}: {one_line(error)}. What is there is kept: the same command goes on"
                 ) from error
             log.warning("%s, the next try is in %.0f s: %s", aim, pause, one_line(error))

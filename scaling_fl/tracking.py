@@ -13,14 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaling_fl.checkpoint import History
 from scaling_fl.distributed import rank
 from scaling_fl.metrics import Metrics
+from scaling_fl.saving import save_model
+from scaling_fl.signals import look
+from scaling_fl.stores import writing
 from scaling_fl.tasks.labels import shown
 from scaling_fl.training import Batch
 
 
 def say(*lines: str) -> None:
-    """Print from rank 0."""
+    """Print from rank 0.
+
+    Raises:
+        WriteError: what is printed goes to a disk that cannot be written to, or to nobody.
+    """
     if rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        with writing("the standard output"):
+            print(*lines, sep="\n", flush=True)
 
 
 # Title -> metric, its scale, and how it is shown.
@@ -106,14 +114,14 @@ def finish(
         sha256: of the final weights.
         history: the metrics of all rounds.
         report: where the run is about to be drawn, beside its files; None if it is not.
+
+    Raises:
+        WriteError: the model cannot be saved.
     """
     if rank() != 0:
         return
     if folder is not None:
-        path = os.path.join(folder, "model")
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        say(f"model     {path}")
+        say(f"model     {save_model(folder, model, tokenizer)}")
         if report is not None:
             say(f"report    {os.path.join(folder, report)}")
     say(f"weights   SHA-256 {sha256}")
@@ -150,8 +158,9 @@ class Progress:
             yield
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches and move the bar."""
+        """Yield the batches and move the bar, until a signal asks this process to end."""
         for batch in batches:
+            look()
             yield batch
             if self._bar is not None:
                 with self._lock:

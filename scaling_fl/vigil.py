@@ -12,7 +12,10 @@ import time
 from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Protocol
+
+from scaling_fl.signals import WAKE, Bereft, Interrupted, again, heeded, insist
 
 BEAT = 1.0  # seconds from one sign of life to the next, and so at most from a failure to its news
 SILENCE = 3.0  # seconds without one after which a rank whose connection broke is taken for dead
@@ -20,7 +23,6 @@ STORE_LOSS = 5.0  # seconds after which a store that cannot be reached is lost
 FAREWELL = 3.0  # most seconds that a rank waits, when it fails, until the others have heard of it
 STUBBORN = 30.0  # seconds after which a rank that does not react to the news is ended
 ALIVE = "alive"
-WAKE = signal.SIGURG  # interrupts the main thread; programs that do not know this signal ignore it
 
 
 class Store(Protocol):
@@ -33,14 +35,6 @@ class Store(Protocol):
         """Read values, and wait for those that are not there yet."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked this rank, or another, to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 class PeerError(RuntimeError):
     """Another rank failed, vanished or hangs; what it had to say, it has said."""
 
@@ -48,10 +42,6 @@ class PeerError(RuntimeError):
 def keep_here(error: Exception, told: str) -> None:
     """Let other ranks be told so much of an error, and nothing of what it says itself."""
     error.told = told  # type: ignore[attr-defined]
-
-
-class Bereft(BaseException):
-    """Another rank has ended. It is no failure of this rank or of its sites, so it is no `Exception`."""
 
 
 class Vigil:
@@ -94,16 +84,13 @@ class Vigil:
         for work in (self._talk, self._judge):
             threading.Thread(target=work, name="vigil", daemon=True).start()
         try:
-            yield
+            with heeded():
+                yield
         except BaseException as error:
             self._state = _report(error)
             self._hurry.set()
-            # A launcher ends all ranks as soon as one has ended, and many a signal comes twice: neither may interrupt
-            # this rank's last words.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
             self._await_farewells()
-            if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause()):
+            if isinstance(error, Bereft | KeyboardInterrupt) and (cause := self._cause(isinstance(error, Bereft))):
                 raise cause from None
             if isinstance(error, Bereft):
                 raise PeerError(f"the connection to another rank broke: {error}") from None
@@ -160,12 +147,14 @@ class Vigil:
             self._woken = now
             signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
         elif now - self._woken > STUBBORN:
-            print(f"error: {self._cause()}\n", end="", file=sys.stderr, flush=True)
+            print(f"error: {self._cause(is_bereft=True)}\n", end="", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _on_wake(self, *_: object) -> None:
-        if self._state == ALIVE:
-            raise Bereft
+    def _on_wake(self, _: int, frame: FrameType | None) -> None:
+        if self._woken is not None and self._state == ALIVE:
+            insist(Bereft(), frame)
+        else:
+            again(frame)
 
     def _await_farewells(self) -> None:
         """Wait until each other rank has ended too, or is silent, or for a few seconds."""
@@ -177,14 +166,18 @@ class Vigil:
         if self._rank == 0:
             time.sleep(BEAT / 4)  # the store may be this process's, and the others have to see it too
 
-    def _cause(self) -> Exception | Interrupted | None:
-        """Return what is known of why another rank has ended, as an error to raise here."""
+    def _cause(self, is_bereft: bool) -> Exception | Interrupted | None:
+        """Return what is known of why another rank has ended, as an error to raise here.
+
+        A rank that a signal reached before it gave a first sign of life could not say so: if this rank has a signal,
+        too, that is the reason.
+        """
         for rank, (kind, message) in sorted(self._reports.items()):
             if kind == "refused":
                 return ValueError(message if self._is_one_node else f"rank {rank}: {message}")
             if kind == "failed":
                 return PeerError(f"rank {rank} failed with {message}")
-        if silent := self._silent(SILENCE):
+        if silent := [rank for rank in self._silent(SILENCE) if is_bereft or self._seen[rank]]:
             seconds = time.monotonic() - max(self._heard[rank] for rank in silent)
             return PeerError(
                 f"rank {', '.join(map(str, silent))} has given no sign of life for {seconds:.0f} s: "

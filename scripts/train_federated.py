@@ -16,15 +16,16 @@ from sacred import SETTINGS, Experiment
 from sacred.config.config_files import load_config_file
 from sacred.run import Run
 
-from scaling_fl import checkpoint, observers, tracking
+from scaling_fl import checkpoint, observers, signals, tracking
 from scaling_fl.averaging import COMM_DTYPES
 from scaling_fl.distributed import gather, launched, local_rank, lost_after, num_threads, world
-from scaling_fl.job import count, describe, estimate_memory, make_federation, set_up
+from scaling_fl.job import Job, check_saving, count, describe, estimate_memory, make_federation, set_up
 from scaling_fl.launch import launch, num_ranks, run_program, was_launched_here
 from scaling_fl.ledger import ROUNDS, Ledger, machine, write_round
 from scaling_fl.metrics import Metrics
 from scaling_fl.models import model_defaults
 from scaling_fl.partition import PARTITIONERS
+from scaling_fl.saving import rescue
 from scaling_fl.settings import (
     DEVICE_IDS,
     FLAG,
@@ -42,10 +43,11 @@ from scaling_fl.settings import (
     unknown,
     whole_number,
 )
+from scaling_fl.stores import WriteError
 from scaling_fl.strategies import STRATEGIES, make_strategy
 from scaling_fl.tasks import TASKS, name_labels, task_defaults
 from scaling_fl.training import OPTIMISERS
-from scaling_fl.vigil import Interrupted, PeerError
+from scaling_fl.vigil import PeerError
 
 T = TypeVar("T")
 
@@ -206,7 +208,8 @@ def check_site_paths(config: dict[str, Any]) -> None:
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
-        return on_ranks(_config, lambda config: run_rounds(config, _run))
+        with signals.heeded():
+            return on_ranks(_config, lambda config: run_rounds(config, _run))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
@@ -252,50 +255,65 @@ def run_rounds(config: SimpleNamespace, run: Run) -> float:
     federation = make_federation(config, job, training, testing)
     folder = observers.run_folder(run)
     checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
+    check_saving(config, job, folder)
+    announce(config, job, run)
+    table = tracking.Table(with_failures=config.on_site_failure == "skip")
+    saved = checkpoints_dir if history else None  # where the server's weights are on disk
+
+    def record(round_: int, metrics: Metrics) -> None:
+        table.record(run.log_scalar, round_, metrics)
+        write_round(folder, round_, metrics)
+        observers.check_record(run)
+
+    try:
+        for round_, metrics in enumerate(history):
+            record(round_, metrics)
+        metrics = ledger.lap("setup")
+        for round_ in range(len(history), config.num_rounds + 1):
+            if round_ > 0:
+                with training.shown(f"round {round_}, training"):
+                    metrics |= federation.train(round_, config.num_local_epochs)
+                metrics |= ledger.lap("train")
+                server.step()
+                saved = None
+                metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
+            with testing.shown(f"round {round_}, evaluating"):
+                metrics |= federation.evaluate()
+            metrics |= ledger.lap("evaluate")
+            metrics |= ledger.total(metrics)
+            history.append(metrics)
+            if round_ > 0:
+                checkpoint.save(checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
+                saved = checkpoints_dir
+                metrics |= ledger.lap("checkpoint")
+            record(round_, metrics)
+            metrics = {}
+        page = observers.REPORT if config.report else None
+        tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
+    except WriteError as error:
+        raise ValueError(f"{error}. {rescue(saved, server, history, job.settings, folder)}") from error
+    return history[-1]["validation.accuracy"]
+
+
+def announce(config: SimpleNamespace, job: Job, run: Run) -> None:
+    """Print and record what is about to run."""
+    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
     tracking.say(
         *describe(config, job),
         f"results   {', '.join(observers.results(run, checkpoints_dir)) or 'not on record'}",
     )
     run.info |= {
-        "labels": list(held.label_names),
-        "sites": held.describe_sites(),
-        "machine": machine(held.topology.devices),
+        "labels": list(job.held.label_names),
+        "sites": job.held.describe_sites(),
+        "machine": machine(job.held.topology.devices),
     }
-    table = tracking.Table(with_failures=config.on_site_failure == "skip")
-
-    def record(round_: int, metrics: Metrics) -> None:
-        table.record(run.log_scalar, round_, metrics)
-        write_round(folder, round_, metrics)
-
-    for round_, metrics in enumerate(history):
-        record(round_, metrics)
-    metrics = ledger.lap("setup")
-    for round_ in range(len(history), config.num_rounds + 1):
-        if round_ > 0:
-            with training.shown(f"round {round_}, training"):
-                metrics |= federation.train(round_, config.num_local_epochs)
-            metrics |= ledger.lap("train")
-            server.step()
-            metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
-        with testing.shown(f"round {round_}, evaluating"):
-            metrics |= federation.evaluate()
-        metrics |= ledger.lap("evaluate")
-        metrics |= ledger.total(metrics)
-        history.append(metrics)
-        if round_ > 0:
-            checkpoint.save(checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
-            metrics |= ledger.lap("checkpoint")
-        record(round_, metrics)
-        metrics = {}
-    page = observers.REPORT if config.report else None
-    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
-    return history[-1]["validation.accuracy"]
 
 
 def show_plan(config: SimpleNamespace) -> None:
     """Set a run up as if to train, and print what it comes to."""
     job = set_up(config)
     held, server = job.held, job.server
+    check_saving(config, job, observers.runs_dir() if is_observed() else None)
     memory = gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
     make_federation(config, job, tracking.Progress(0), tracking.Progress(0))  # which tries it out
     sites = held.describe_sites()
@@ -308,12 +326,21 @@ def show_plan(config: SimpleNamespace) -> None:
     )
 
 
-def interrupt(signum: int, _: object) -> None:
-    """End a run by SIGTERM as by Ctrl-C: its record says INTERRUPTED."""
-    raise Interrupted(signum)
-
-
 def main() -> None:
+    """Run Sacred's command line, until a signal ends it."""
+    signals.heed()
+    try:
+        with signals.heeded():
+            run_command()
+    except signals.Interrupted as error:
+        # Of ranks that were started here, the starter says it: a signal may come before the first of them can.
+        if os.environ.get("RANK", "0") == "0" and not was_launched_here():
+            print(f"interrupted by {signal.Signals(error.number).name}", file=sys.stderr)
+        raise SystemExit(128 + error.number) from None
+    signals.leave()
+
+
+def run_command() -> None:
     """Run Sacred's command line. Of several ranks the first alone is observed."""
     argv = [literal(argument, TEXT_KEYS) for argument in sys.argv]
     if is_observed() and is_rank():
@@ -332,18 +359,16 @@ def main() -> None:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what keeps us from data, our own sentence says
     huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stack traces of what it raises, or tries again
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, interrupt)
+    check_updates(argv)
+    run = experiment.run_commandline(argv)
+    if run is None:
+        return
     try:
-        check_updates(argv)
-        run = experiment.run_commandline(argv)
-        if run is not None and run.config["report"]:
-            observers.draw_report(run)
-    except Interrupted as error:
-        if is_observed():
-            print(f"interrupted by {signal.Signals(error.number).name}", file=sys.stderr)
-        raise SystemExit(128 + error.number) from None
+        observers.check_record(run)
+    except WriteError as error:
+        raise SystemExit(f"error: {error}") from None
+    if run.config["report"]:
+        observers.draw_report(run)
 
 
 def check_updates(argv: list[str]) -> None:

@@ -9,14 +9,14 @@ from conftest import ROOT
 
 # Each module may import those before it, and those beside it that it names here.
 LAYERS = [
-    {"settings", "metrics", "partition", "strategies", "vigil", "flat", "report.runs"},
-    {"debugger", "mongo", "stores", "tasks.labels", "report.canvas", "report.findings"},
+    {"settings", "metrics", "partition", "signals", "strategies", "flat", "report.runs"},
+    {"debugger", "mongo", "stores", "vigil", "tasks.labels", "report.canvas", "report.findings"},
     {"distributed", "report.charts", "report.tables"},
     {"averaging", "buffers", "launch", "training", "placement", "cache", "tasks.columns", "report.page"},
     {"server", "tasks.task", "hub", "tasks.csv_rows", "tasks.json_rows", "tasks.parquet_rows", "report"},
     {"replica", "tasks.reading"},
     {"models", "footprint", "federation", "checkpoint"},
-    {"pretrained", "tasks.corpus"},
+    {"pretrained", "tasks.corpus", "saving"},
     {
         "classifier",
         "ledger",

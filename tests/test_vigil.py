@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from scaling_fl import vigil
+from scaling_fl import signals, vigil
 from scaling_fl.distributed import gather, rank, world
 from scaling_fl.launch import run_program
 
@@ -30,7 +30,7 @@ def start() -> Callable[..., dict[int, int]]:
             if processes[number] == 0:
                 os.environ.update(environment, RANK=str(number), WORLD_SIZE=str(num_ranks), GLOO_SOCKET_IFNAME="lo")
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                signal.signal(signal.SIGTERM, interrupt)
+                signals.heed()
                 try:
                     run_program(lambda: within_world(work))
                 finally:
@@ -40,15 +40,11 @@ def start() -> Callable[..., dict[int, int]]:
     return start
 
 
-def interrupt(number: int, _: object) -> None:
-    raise vigil.Interrupted(number)
-
-
 def within_world(work: Callable[[], object]) -> None:
     try:
         with world():
             work()
-    except vigil.Interrupted as error:
+    except signals.Interrupted as error:
         raise SystemExit(128 + error.number) from None
     except ValueError as error:
         raise SystemExit(f"refused: {error}") from None
@@ -101,7 +97,6 @@ def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_rank_that_is_asked_to_end_takes_the_others_along(start: Callable, number: int, others: Callable) -> None:
     def work() -> None:
-        signal.signal(signal.SIGINT, interrupt)
         gather(None)
         if rank() == 1:  # twice, as a launcher and a terminal do
             threading.Timer(0.3, os.kill, (os.getpid(), number)).start()

@@ -1,0 +1,139 @@
+"""How a process is asked to end: by an error in its main thread, raised until it arrives.
+
+What a signal's handler raises appears wherever the main thread happens to be. In a library that catches everything
+(`except:`) or in a destructor it is lost, and where a lock is being taken it would leave the lock taken for ever. So
+the request is remembered; a thread lets the handler try again until the error has reached the end of `heeded`, and
+whoever calls `look` raises it, too.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WAKE = signal.SIGURG  # interrupts the main thread; programs that do not know this signal ignore it
+AGAIN = 0.25  # seconds from one try to the next
+LATEST = 45.0  # seconds after which a process that a signal asked to end is ended: MongoDB is waited for that long
+LOCKING = {"__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save"}
+
+_asked: BaseException | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this rank, or another, to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Bereft(BaseException):
+    """Another rank has ended. It is no failure of this rank or of its sites, so it is no `Exception`."""
+
+
+def welcome() -> list[signal.Signals]:
+    """Return the signals that end this process: `nohup` and a shell's background start it to ignore some."""
+    return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def heed() -> None:
+    """Let SIGTERM, SIGINT and SIGHUP raise Interrupted in the main thread."""
+    signal.signal(WAKE, lambda _, frame: again(frame))
+    for number in welcome():
+        signal.signal(number, lambda number, frame: insist(Interrupted(number), frame))
+
+
+def leave() -> None:
+    """Let a signal end this process in the system's way: Python is about to end it, and may not be interrupted."""
+    for number in welcome():
+        signal.signal(number, signal.SIG_DFL)
+
+
+def insist(error: Interrupted | Bereft, frame: FrameType | None) -> None:
+    """Raise an error from a signal's handler, and from that of `WAKE` until it arrives. The first error counts."""
+    global _asked
+    if _asked is None:
+        _asked = error
+        sys.unraisablehook = _report_unraisable
+        threading.Thread(target=_persist, args=(error,), name="signals", daemon=True).start()
+    again(frame)
+
+
+def _persist(error: BaseException) -> None:
+    """Let a handler in the main thread try again, and end this process if it stays."""
+    deadline = time.monotonic() + LATEST
+    while time.monotonic() < deadline:
+        time.sleep(AGAIN)
+        if _asked is error:
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+    if isinstance(error, Interrupted):  # the vigil ends a rank that others have left
+        name = signal.Signals(error.number).name
+        print(f"interrupted by {name}; what was under way did not end in {LATEST:.0f} s", file=sys.stderr, flush=True)
+        os._exit(128 + error.number)
+
+
+def again(frame: FrameType | None) -> None:
+    """Raise what was asked for, but not while it is on its way, so that code may clean up, nor where a lock is."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, Interrupted | Bereft):
+            return
+        error = error.__context__
+    if frame is None or frame.f_code.co_name not in LOCKING:
+        look()
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Say nothing of an error that was raised where Python cannot let it pass: it is raised again."""
+    if not isinstance(unraisable.exc_value, Interrupted | Bereft):
+        sys.__unraisablehook__(unraisable)
+
+
+def look() -> None:
+    """Raise what this process was asked to end with, if it was. Any thread may call this."""
+    if _asked is not None:
+        raise _asked
+
+
+def interruptibly(work: Callable[[], T]) -> T:
+    """Return what `work` returns, which waits where no signal reaches: it does so in a thread, which may be left."""
+    result: Future[T] = Future()
+
+    def fulfil() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=fulfil, name="work", daemon=True).start()
+    return result.result()
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Let a request to end that comes during the body end it, whatever becomes of its error.
+
+    After an error, signals are ignored.
+    """
+    global _asked
+    try:
+        yield
+        look()
+    except BaseException as error:
+        # Many a signal comes twice, and a launcher ends all ranks as soon as one has ended: neither may interrupt the
+        # last words of this process.
+        for number in welcome():
+            signal.signal(number, lambda *_: None)
+        asked, _asked = _asked, None
+        if asked is not None and not isinstance(error, Interrupted | Bereft):
+            raise asked from None
+        raise
