@@ -163,7 +163,7 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
         sentence = refusal(load)
         assert f"the hub, http://127.0.0.1:{port}, does not answer: " in sentence
         assert ("nothing within 2 seconds" if is_silent else "refused") in sentence
-    assert time.monotonic() - began < 20, "the client alone takes a minute"
+    assert time.monotonic() - began < 30, "the client alone takes a minute"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
