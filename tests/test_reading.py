@@ -272,6 +272,8 @@ def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Pat
         ("t.csv", "text,label,,\na,x\nb\n", "row 2 has 1 fields, not 4"),
         ("t.csv", "text,label,,\na,x,,,1\n", "row 1 has 5 fields, not 4"),
         ("t.csv", "text;labels\na;x\n", "label_column='label' is not in 't.csv': 'text', 'labels' would do"),
+        ("t.csv", '"text","labels"\n"a","x"\n', "label_column='label' is not in 't.csv': 'text', 'labels' would do"),
+        ("t.csv", '"te"xt,label\na,x\n', "line 1: ',' expected after"),
         ("t.csv", "text,label,label\na,x,y\n", "it has several columns called label: rename them"),
         ("t.csv", b"id,text,label\n\xe9,a,x\n1,caf\xe9,y\n", "line 3: it is not UTF-8"),
         ("t.csv", "id,text,label\n\0,a,x\n1,b\0,y\n", "line 3 has a NUL byte"),
