@@ -21,10 +21,7 @@ T = TypeVar("T")
 
 CONNECT, ANSWER = 3.0, 6.0  # seconds for a connection, and for a first answer: the client would try for a minute
 AWAY = (502, 503, 504)  # what a gateway answers for a server that is not there
-UNWRITABLE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENOTDIR, errno.EEXIST),
-)
+WRITING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that no reading meets
 
 
 def from_hub(name: str, load: Callable[[str | None], T]) -> T:
@@ -78,25 +75,28 @@ def _load(load: Callable[[str | None], T]) -> T:
 
 
 def _is_of_cache(error: Exception) -> bool:
-    """Tell whether a file could not be written."""
+    """Tell whether a file of the cache could not be written."""
     cause = os_error(error)
-    return cause is not None and cause.errno in UNWRITABLE
+    caches = constants.HF_HOME, constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)
+    return cause is not None and (cause.errno in WRITING or str(cause.filename).startswith(caches))
 
 
 @cache
 def _problem() -> str | None:
     """Return why the hub cannot be reached, None if it can."""
     found: list[str | None] = []
+    # The client's own patience counts where somebody has set it.
+    seconds = max(ANSWER, constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else 0)
+    timeouts = CONNECT, seconds + 1, seconds + 1, seconds + 1
 
     def knock() -> None:
         try:
-            status = get_session().head(constants.ENDPOINT, timeout=(CONNECT, ANSWER, ANSWER, ANSWER)).status_code
+            status = get_session().head(constants.ENDPOINT, timeout=timeouts).status_code
             found.append(f"status {status}" if status in AWAY else None)
         except Exception as error:
             found.append(one_line(error))
 
     # In a thread, as a resolver of names takes as long as it likes.
-    seconds = max(ANSWER, float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 0))
     thread = Thread(target=knock, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -85,14 +85,18 @@ def replace_by_a_file(folder: Path) -> None:
     folder.write_text("")
 
 
-def damage(folder: Path) -> None:
+def cut(folder: Path, share: int = 2) -> None:
     for file in folder.rglob("*.arrow"):
         content = file.read_bytes()
         file.unlink()  # those who have mapped it still have it
-        file.write_bytes(content[: len(content) // 2])
+        file.write_bytes(content[: len(content) // share])
 
 
-@pytest.mark.parametrize("harm", [lose, replace_by_a_file, damage])
+def empty(folder: Path) -> None:
+    cut(folder, share=10**9)
+
+
+@pytest.mark.parametrize("harm", [lose, replace_by_a_file, cut, empty])
 def test_a_cache_that_is_lost_halfway_changes_no_token(
     harm: Callable[[Path], None], corpus_of: Callable, tiny_model: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,7 +163,7 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
         sentence = refusal(load)
         assert f"the hub, http://127.0.0.1:{port}, does not answer: " in sentence
         assert ("nothing within 2 seconds" if is_silent else "refused") in sentence
-    assert time.monotonic() - began < 20, "the client alone takes a minute"
+    assert time.monotonic() - began < 30, "the client alone takes a minute"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -199,7 +203,7 @@ def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
         used.append(folder)
         if folder is None:
             try:
-                raise OSError(number, "no")
+                raise OSError(number, "no", f"{huggingface_hub.constants.HF_HUB_CACHE}/some")
             except OSError as error:
                 raise ValueError("the client's own") from error
         return AutoConfig.from_pretrained(tiny_model, cache_dir=folder)
@@ -211,13 +215,14 @@ def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
     assert "HF_HOME: expected a folder where the cache can be written" in record.getMessage()
 
 
-def test_an_error_that_is_not_of_the_cache_is_not_tried_again() -> None:
+@pytest.mark.parametrize("error", [OSError("no such model"), PermissionError(errno.EACCES, "no", "/some/model")])
+def test_an_error_that_is_not_of_the_cache_is_not_tried_again(error: OSError) -> None:
     used = []
 
     def load(folder: str | None) -> None:
         used.append(folder)
-        raise OSError("no such model")
+        raise error
 
-    with pytest.raises(OSError, match="no such model"):
+    with pytest.raises(OSError, match="no"):
         hub.from_hub("some/id", load)
     assert used == [None]

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from scaling_fl.distributed import world
 from scaling_fl.holdings import OwnFile
 from scaling_fl.tasks import read_rows
+from scaling_fl.vigil import _report
 
 READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
 SIZES = (17, 9, 23)
@@ -47,12 +48,13 @@ def own(files: list, **others: object) -> dict[str, object]:
     }
 
 
-def start_node(command: Command, number: int, port: int, **settings: object) -> int:
+def start_node(command: Command, number: int, port: int, local_rank: int = 0, **settings: object) -> int:
     """Run one of two nodes in the background: one process, no launcher; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
     node = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    node["LOCAL_RANK"] = str(local_rank)
     status, output = 1, ""
     try:
         folder = Path(f"node-{number}")
@@ -216,13 +218,26 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
-def test_a_file_that_is_refused_is_explained_on_its_own_node_alone(
-    two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
+def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
+    with world(), pytest.raises(KeyError) as caught:
+        OwnFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
+    assert _report(caught.value) == repr(
+        ("failed", "the test file (.csv) of site_paths[0] on rank 1 is refused: its node says why")
+    )
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_file_that_is_refused_is_explained_by_its_own_rank_alone(
+    local_rank: int, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
     name, content, says, where = REFUSED["a row"]
     (tmp_path / name).write_text(content)
-    other, own_node = two_nodes(own(files[:1]), own([[str(tmp_path / name)]]), status=1)
-    assert other == f"error: rank 1: {where} of site_paths[0] on rank 1 is refused: its node says why\n"
+    good, bad = files[0], [str(tmp_path / name)]
+    nodes = (
+        [own([good]), own([bad])] if local_rank == 0 else [own([good, bad])] * 2
+    )  # or two ranks of one of many nodes
+    other, own_node = two_nodes(nodes[0], {**nodes[1], "local_rank": local_rank}, status=1)
+    assert other == f"error: rank 1: {where} of site_paths[{local_rank}] on rank 1 is refused: its node says why\n"
     assert own_node == f"error: '{tmp_path / name}' cannot be read as csv: {says}\n"
 
 

@@ -169,8 +169,8 @@ def test_columns_of_your_own_are_named_in_the_settings(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
     corpus = read_task("text", path, path, "body", "kind")
     assert named_rows(corpus.train, corpus.label_names) == [("a", "u"), ("b", "v")]
-    others = read_task("text", path, path, "kind", "body")  # not what is in the cache of this file
-    assert named_rows(others.train, others.label_names) == [("u", "a"), ("v", "b")]
+    others = read_task("text", path, path, "text", "kind")  # not what is in the cache of this file
+    assert named_rows(others.train, others.label_names) == [("x", "u"), ("x", "v")]
 
 
 def test_named_labels_are_settings_of_a_run_that_goes_on(command: Command, tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
     wanted = set(columns or names)
     promised = "\t" if TABS.search(path) else ","
     others = [separator for separator in SEPARATORS if separator != promised]
-    heads, problems = [], []
+    heads: list[tuple[int, list[str]]] = []
+    problem: ValueError | None = None  # of the promised separator: that others do not fit is none
     for separator in (promised, *others) if wanted else (promised,):
         try:
             line, row = next(_rows(path, separator), (0, []))
         except ValueError as error:
-            problems.append(error)
+            problem = error if separator == promised else problem
             continue
         if not row:
             raise ValueError("it is empty")
@@ -66,12 +67,12 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
         if separator == promised and len(row) >= len(names) > 0 and _is_blank(row[len(names) :]):
             return Head(separator, names, False)
         heads.append((line, row))
-    for line, row in heads[:1]:
-        _check(row, line, row)
-    if problems:
-        raise problems[0]
+    if problem:
+        raise problem
+    line, row = heads[0]
+    _check(row, line, row)
     if names:
-        raise ValueError(f"it has {len(heads[0][1])} columns, not the {len(names)} expected: {', '.join(names)}")
+        raise ValueError(f"it has {len(row)} columns, not the {len(names)} expected: {', '.join(names)}")
     return Head(promised, max((row for _, row in heads), key=len), True)
 
 
