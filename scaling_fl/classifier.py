@@ -1,7 +1,6 @@
 """A classifier made of a pretrained model: all of its weights, and its own head if that is for the task's labels."""
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from scaling_fl.models import load
 from scaling_fl.pretrained import Pretrained
+from scaling_fl.tasks.labels import label_name
 
 # Prefixes that tools leave before the names of weights.
 WRAPPERS = {
@@ -55,8 +55,7 @@ def order_labels(names: Sequence[str], config: PreTrainedConfig) -> tuple[str, .
 def _labels_of(config: PreTrainedConfig) -> list[str]:
     """Return the labels of a model's own head."""
     own = config.id2label or {}
-    names = [unicodedata.normalize("NFC", str(own[index]).strip()) for index in sorted(own)]
-    return [re.sub(r"^LABEL_(?=[0-9]+$)", "", name) for name in names]
+    return [label_name(re.sub(r"^LABEL_(?=[0-9]+$)", "", str(own[index]))) for index in sorted(own)]
 
 
 def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: int) -> Classifier:
