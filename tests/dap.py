@@ -10,7 +10,7 @@ from typing import Any
 from conftest import SCRIPT
 
 PATIENCE = 60.0  # seconds on a busy machine that a test waits for anything
-LOOP = SCRIPT.read_text().splitlines().index("            metrics |= federation.evaluate()") + 1
+LOOP = [line.strip() for line in SCRIPT.read_text().splitlines()].index("metrics |= federation.evaluate()") + 1
 
 
 class Debugger:

@@ -94,8 +94,8 @@ TWINS = pa.Table.from_arrays([pa.array(["a", "b"])] * 3, names=["text", "label",
 
 BAD: dict[str, Bad] = {
     # Settings that tests/test_train_federated.py has not.
-    "a setting of a setting": setting("seed.b", 1, "seed={'b': 1} was given: a whole number from 0"),
-    "a setting without a name": setting("", 1, "there is no setting ''"),
+    "a setting of a setting": setting("seed.b", 1, "there is no setting 'seed.b': did you mean seed?"),
+    "a setting without a name": setting("", 1, "'=1' is neither a setting nor a file of settings"),
     "a seed below zero": setting("seed", -1, "seed=-1 was given: a whole number from 0 below 4294967296"),
     "a seed that numpy does not take": setting("seed", 2**32, "seed=4294967296 was given"),
     "a rate that is nan": setting("learning_rate", "nan", "learning_rate='nan' was given: a number above 0"),
