@@ -110,14 +110,10 @@ class BufferMean:
     def _sum_over_ranks(self, weights: Tensor, keys: Sequence[tuple[int, int]]) -> dict[int, dict[int, Tensor]]:
         """Return the sums of all ranks, buffer -> exponent -> digit, for which they send each other one vector."""
         sizes = [len(_elements(self._slots[number], weights)) for number, _ in keys]
-        total = torch.zeros(sum(sizes), dtype=torch.int64, device=weights.device)
+        own = [self._sums.get(key, weights.new_zeros(size).long()) for key, size in zip(keys, sizes, strict=True)]
         sums: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
-        for (number, exponent), part in zip(keys, total.split(sizes), strict=True):
-            sums[number][exponent] = part
-        for (number, exponent), digit in self._sums.items():
-            sums[number][exponent].copy_(digit)
-        if keys:
-            sum_(total)
+        for (number, exponent), digit in zip(keys, sum_(torch.cat(own)).split(sizes) if own else (), strict=True):
+            sums[number][exponent] = digit
         return sums
 
     def _changes(self, weights: Tensor, local: Tensor) -> list[tuple[int, Tensor, Tensor, Tensor]]:

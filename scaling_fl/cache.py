@@ -3,8 +3,10 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 import datasets
@@ -17,14 +19,11 @@ from scaling_fl.settings import one_line
 
 T = TypeVar("T")
 Row = tuple[str | None, ...]
-NUM_ROWS, NUM_CHARACTERS = 1000, 2**24  # most rows that are written at once, and about how many characters
+NUM_ROWS = 100  # that are written at once
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
 
 log = logging.getLogger(__name__)
 _has_warned = False
-
-
-class CacheError(Exception):
-    """The cache cannot be written, or what was written cannot be read."""
 
 
 def store(key: str, read: Callable[[], Iterator[Row]]) -> Dataset:
@@ -35,15 +34,16 @@ def store(key: str, read: Callable[[], Iterator[Row]]) -> Dataset:
         read: yields the names of the columns, then the rows. What it raises passes; it may be called twice.
     """
     path = Path(datasets.config.HF_DATASETS_CACHE, "scaling_fl", key, "rows.arrow")
-    with suppress(CacheError):
+    with suppress(OSError, pa.ArrowException):
         return _open(path, key)
     try:
         _write(path, *_batches(read()))
         return _open(path, key)
-    except CacheError as error:
+    except (OSError, pa.ArrowException) as error:
+        schema, batches = _batches(read())  # raises again what is not the cache's
+        rows = Dataset(InMemoryTable.from_batches(list(batches), schema), fingerprint=key)
         warn(error)
-    schema, batches = _batches(read())
-    return Dataset(InMemoryTable.from_batches(list(batches), schema), fingerprint=key)
+        return rows
 
 
 def cached(rows: Dataset, work: Callable[[Dataset], T]) -> T:
@@ -51,12 +51,12 @@ def cached(rows: Dataset, work: Callable[[Dataset], T]) -> T:
 
     Args:
         rows: any.
-        work: calls a method such as `map`. It is called again after any error, as that may be of the cache.
+        work: calls a method such as `map`. It is called again after an error of the system, which may be of the cache.
     """
     try:
         return work(rows)
     except Exception as error:
-        if not rows.cache_files:
+        if not rows.cache_files or _find(error, (OSError, pa.ArrowException)) is None:
             raise
         table = rows.flatten_indices(keep_in_memory=True).data.table
         # Datasets writes beside the file that rows have: the same rows without one stay in memory.
@@ -71,57 +71,35 @@ def mapped(rows: Dataset, function: Callable[..., Any], **options: Any) -> Datas
 
 
 def _open(path: Path, key: str) -> Dataset:
-    with _cache_errors():
-        return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
+    with path.open("rb") as file:
+        file.seek(-len(END), os.SEEK_END)
+        if file.read() != END:  # Arrow would take what is left of a file that was cut for all of it
+            raise OSError("it is cut")
+    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     """Write a file that is there as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with _cache_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = pa.OSFile(str(partial), "wb")
-            writer = pa.ipc.new_stream(file, schema)
-        for batch in batches:
-            with _cache_errors():
-                writer.write_batch(batch)
-        with _cache_errors():
-            writer.close()
-            file.close()
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-@contextmanager
-def _cache_errors() -> Iterator[None]:
-    """Tell errors of the cache from those of what is read."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise CacheError(one_line(error)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+        try:
+            with pa.ipc.new_stream(partial, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            partial.close()
+            os.replace(partial.name, path)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
 
 
 def _batches(rows: Iterator[Row]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     schema = pa.schema([(name, pa.string()) for name in next(rows) if name is not None])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        held: list[Row] = []
-        size = 0
-        for row in rows:
-            held.append(row)
-            size += sum(len(field or "") for field in row)
-            if len(held) == NUM_ROWS or size > NUM_CHARACTERS:
-                yield batch(held)
-                held, size = [], 0
-        if held:
-            yield batch(held)
-
-    def batch(held: list[Row]) -> pa.RecordBatch:
-        columns = [pa.array(column, pa.string()) for column in zip(*held, strict=True)]
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+        while held := list(islice(rows, NUM_ROWS)):
+            columns = [pa.array(column, pa.string()) for column in zip(*held, strict=True)]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
     return schema, batches()
 
@@ -147,6 +125,13 @@ def warn(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE
 
 def os_error(error: BaseException | None) -> OSError | None:
     """Return the error of the system behind another one, which libraries make of it or meet while they clean up."""
-    while error is not None and not (isinstance(error, OSError) and error.errno):
+    while (found := _find(error, OSError)) is not None and not found.errno:
+        error = found.__cause__ or found.__context__
+    return found
+
+
+def _find(error: BaseException | None, kind: Any) -> Any:
+    """Return the first error of a kind among one and those behind it."""
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error

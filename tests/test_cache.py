@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pytest
 from conftest import Command, refusal, succeed, weights_hash
 from transformers import AutoConfig
@@ -105,6 +106,21 @@ def test_a_cache_that_is_lost_halfway_changes_no_token(
     harm(folder)
     assert digests(corpus, tiny_model) == digests(corpus_of(), tiny_model) == expected
     assert len(caplog.records) <= 1
+
+
+def test_a_file_of_the_cache_that_lacks_its_end_is_made_again(folder: Path) -> None:
+    rows = [("text",), *((str(i),) for i in range(250))]
+    assert cache.store("key", lambda: iter(rows))["text"][:] == [str(i) for i in range(250)]
+    (file,) = folder.rglob("*.arrow")
+    whole = file.read_bytes()
+    sink = pa.BufferOutputStream()
+    reader = pa.ipc.open_stream(whole)
+    writer = pa.ipc.new_stream(sink, reader.schema)
+    writer.write_batch(reader.read_next_batch())
+    file.write_bytes(sink.getvalue())  # to the end of a batch, so that what is left is a stream
+    assert file.read_bytes() == whole[: file.stat().st_size]
+    assert len(cache.store("key", lambda: iter(rows))) == 250
+    assert file.read_bytes() == whole
 
 
 def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
