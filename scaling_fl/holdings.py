@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from scaling_fl.distributed import gather, is_one_node, rank
 from scaling_fl.partition import Partitioner, deal
 from scaling_fl.placement import Topology
 from scaling_fl.tasks import read_rows
-from scaling_fl.tasks.corpus import agree_on_labels, index_labels, label_names_of
+from scaling_fl.tasks.corpus import agree_on_labels, check_labels, index_labels
 from scaling_fl.tasks.task import Corpus, Examples
 from scaling_fl.training import Batch
 from scaling_fl.vigil import keep_here
@@ -89,8 +88,7 @@ class OwnFile:
             if not is_one_node():
                 row = ROW.match(str(error).removeprefix(repr(self.path)))
                 where = f"{row[1]} of the" if row else "the"
-                kind = PurePosixPath(self.path).suffix
-                keep_here(error, f"{where} {self.split} file ({kind}) of {self.site} is refused: its node says why")
+                keep_here(error, f"{where} {self.split} file of {self.site} is refused: its node says why")
             raise
 
 
@@ -197,7 +195,7 @@ def read_own_files(
         for site, entry in topology.entries.items()
     }
     rows = _each(lambda file: (file, file.use(read_rows, task_name, file.path, file.split, *columns)), files)
-    labels = _each(lambda of: sorted(set(label_names_of(of[1]).values())), rows)
+    labels = _each(lambda of: of[0].use(check_labels, of[1], known), rows)
     all_labels = _merge(gather({names[site]: of_site for site, of_site in labels.items()}))
     label_names = order_labels(agree_on_labels(all_labels, known))
     examples = _each(lambda of: of[0].use(encode, index_labels(of[1], label_names, known)), rows)

@@ -587,7 +587,7 @@ ONE_EACH = {"s": {"train": ["a"], "test": ["a", "b"]}, "t": {"train": ["b"]}}
 
 
 def test_a_label_of_one_site_is_a_slip_unless_it_is_named() -> None:
-    assert "taken for slips: a (of s), b (of t)" in refusal(
+    assert "at two sites or more, got a (of s), b (of t)" in refusal(
         lambda: agree_on_labels({"s": {"train": ["a"], "test": ["a"]}, "t": {"train": ["b"]}}, None)
     )
     assert agree_on_labels(ONE_EACH, {"b": "b", "a": "a"}) == ("b", "a")

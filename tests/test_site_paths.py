@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from scaling_fl.distributed import world
 from scaling_fl.holdings import OwnFile
 from scaling_fl.tasks import read_rows
+from scaling_fl.tasks.corpus import check_labels
 from scaling_fl.vigil import _report
 
 READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
@@ -184,23 +186,23 @@ REFUSED = {  # a file's name and content, what its own node says, and where othe
         "a.csv",
         f'text,label\na,x\n{SECRET},y,"{SECRET}"\n',
         "row 2 has 3 fields, not 2",
-        "row 2 of the train file (.csv)",
+        "row 2 of the train file",
     ),
-    "a quote": ("a.csv", f'text,label\n"{SECRET}" a,x\n', "line 2: ',' expected", "line 2 of the train file (.csv)"),
-    "no label": ("a.csv", f"text,label\na,x\n{SECRET},\n", "has no label", "row 2 of the train file (.csv)"),
+    "a quote": ("a.csv", f'text,label\n"{SECRET}" a,x\n', "line 2: ',' expected", "line 2 of the train file"),
+    "no label": ("a.csv", f"text,label\na,x\n{SECRET},\n", "has no label", "row 2 of the train file"),
     "no header": (
         "a.csv",
         f"{SECRET},x\na,y\n",
         f"is not in '{SECRET}/a.csv': '{SECRET}', 'x'",
-        "the train file (.csv)",
+        "the train file",
     ),
     "JSON": (
         "a.jsonl",
         f'{{"text": 1, "{SECRET}": 2}}',
         "row 1: text_column='text' holds",
-        "row 1 of the train file (.jsonl)",
+        "row 1 of the train file",
     ),
-    "no file": ("a.csv", "", "it is empty", "the train file (.csv)"),
+    "no file": ("a.csv", "", "it is empty", "the train file"),
 }
 
 
@@ -218,11 +220,25 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
+def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": ["pos", SECRET]})
+    file = OwnFile("site_paths[0] on rank 1", "train", "a.csv")
+    assert file.use(check_labels, rows, None) == ["pos", SECRET]
+    monkeypatch.setattr("scaling_fl.tasks.corpus.MOST_LABELS", 1)
+    for known, says, where in (
+        ({"0": "neg", "1": "pos"}, "row 2: expected a label out of 0, 1", "row 2 of the train file"),
+        (None, "label_column: expected at most 1 different labels, got 2", "the train file"),
+    ):
+        with world(), pytest.raises(ValueError, match=says) as caught:
+            file.use(check_labels, rows, known)
+        assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+
+
 def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
         OwnFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
     assert _report(caught.value) == repr(
-        ("failed", "the test file (.csv) of site_paths[0] on rank 1 is refused: its node says why")
+        ("failed", "the test file of site_paths[0] on rank 1 is refused: its node says why")
     )
 
 
@@ -246,14 +262,17 @@ def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
 ) -> None:
     (tmp_path / "one.csv").write_text("text,label\ngoal,typo\n")
     settings = own([files[0], [str(tmp_path / "one.csv")]], num_rounds=1)
-    assert "taken for slips" in command("--unobserved", **settings)[1]
+    assert "expected each at two sites or more" in command("--unobserved", **settings)[1]
     output = succeed(command("plan", labels=json.dumps(["typo", *LABELS]).replace(" ", ""), **settings))
     assert re.search(r"\| typo 0, sport 6, tech 6, food 5$", output, re.MULTILINE)
     assert re.search(r"\| typo 1, sport 0, tech 0, food 0$", output, re.MULTILINE)
 
 
 BAD = {
-    "another label": ("one file", "are taken for slips: typo (of site_paths[2] on rank 0); labels"),
+    "another label": (
+        "one file",
+        "labels: expected each at two sites or more, got typo (of site_paths[2] on rank 0).",
+    ),
     "no test file": ("no test", "no site has a test file: [training file, test file] in site_paths of one or more"),
     "a missing file": ("missing", "'/no/such.csv' cannot be read as csv: there is no such file"),
 }

@@ -14,6 +14,8 @@ from scaling_fl.tasks.parquet_rows import as_texts, is_text
 from scaling_fl.tasks.reading import read_table
 from scaling_fl.tasks.task import Corpus
 
+MOST_LABELS = 1_000  # of a file whose labels are told to others: the column of labels may be that of texts
+
 
 def read_labelled(path: str, text_column: str, label_column: str, names: Sequence[str] = ()) -> Dataset:
     """Read each row's `text` and `label` from a table.
@@ -142,6 +144,27 @@ def index_labels(rows: Dataset, names: Sequence[str], known: Mapping[str, str] |
     return _label(rows, np.array([index[value] for value in values]), Value("int64"), tuple(names), dict(known))
 
 
+def check_labels(rows: Dataset, known: Mapping[str, str] | None) -> list[str]:
+    """Return the labels of a file before others are told of them.
+
+    Args:
+        rows: of `text` and `label`.
+        known: the name of each label that there may be, if that is known.
+
+    Raises:
+        ValueError: a label is unknown, or there are so many that they may be texts.
+    """
+    found = label_names_of(rows)
+    names = sorted(set(found.values()))
+    if known is None and len(names) > MOST_LABELS:
+        raise ValueError(f"label_column: expected at most {MOST_LABELS:,} different labels, got {len(names):,}")
+    unknown = set(names).difference(known, known.values()) if known is not None else ()
+    for number, value in enumerate(rows["label"], start=1) if unknown else ():
+        if found[value] in unknown:
+            raise ValueError(f"row {number}: expected a label out of {some(known or ())}, got {some([found[value]])}")
+    return names
+
+
 def agree_on_labels(
     sites: Mapping[str, Mapping[str, Collection[str]]], known: Mapping[str, str] | None
 ) -> tuple[str, ...]:
@@ -152,7 +175,7 @@ def agree_on_labels(
         known: the name of each label that there may be; None takes those that two sites or more train on.
 
     Raises:
-        ValueError: a label is unknown, or known to one site only, or there is one only, or no test file.
+        ValueError: a label is of one site only, or there is one only, or no test file.
     """
     if not any("test" in labels for labels in sites.values()):
         raise ValueError("no site has a test file: [training file, test file] in site_paths of one or more would do")
@@ -167,14 +190,12 @@ def agree_on_labels(
     of_one = []
     for name, of in sorted(holders.items()):
         have_it = of["train"] | of["test"]
-        if name not in names:
-            raise ValueError(f"{min(have_it)} has the unknown label {some([name])}: {some(names)} would do")
         if known is None and len(have_it) == 1 and len(sites) > 1:
             of_one.append(f"{some([name])} (of {min(have_it)})")
     if of_one:
         raise ValueError(
-            f"labels that one site alone has are taken for slips: {', '.join(of_one[:8])}; "
-            "labels that two sites or more have, or that the setting labels names, would do"
+            f"labels: expected each at two sites or more, got {', '.join(of_one[:8])}. The setting labels can name "
+            "those that there may be"
         )
     if len(names) < 2:
         raise ValueError(f"there is one label only, {some(names)}: a classifier needs two or more to train on")
