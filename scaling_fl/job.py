@@ -208,9 +208,7 @@ def check_saving(config: SimpleNamespace, job: Job, folder: str | None) -> None:
     if rank() != 0:
         return
     weights = job.server.weights
-    # A tensor has a name and a place in the file, a round some metrics of the whole and of each site.
-    beside = 256 * len(job.server.state_dict()["weights"])
-    beside += config.num_rounds * (1_000 + 50 * job.held.topology.num_sites)
+    beside = 256 * len(job.server.state_dict()["weights"])  # their names and places in the file
     size = weights.nbytes + state_bytes(server_optimiser(config), weights.numel()) + beside
     num_rounds = config.num_rounds - max(len(job.history) - 1, 0)
     checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)

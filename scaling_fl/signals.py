@@ -6,6 +6,7 @@ the request is remembered; a thread lets the handler try again until the error h
 whoever calls `look` raises it, too.
 """
 
+import _thread
 import os
 import signal
 import sys
@@ -21,9 +22,12 @@ T = TypeVar("T")
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WAKE = signal.SIGURG  # interrupts the main thread; programs that do not know this signal ignore it
-AGAIN = 0.25  # seconds from one try to the next
+AGAIN = 0.1  # seconds from one try to the next
 LATEST = 45.0  # seconds after which a process that a signal asked to end is ended: MongoDB is waited for that long
-LOCKING = {"__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save"}
+# Where nothing is raised: as a lock is taken or released, and in the handlers, which may have come at such a place.
+CLOSED = {"__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save"}
+CLOSED |= {"insist", "again", "_on_signal", "_on_wake"}
+MODULES = {"threading", "logging", __name__, "scaling_fl.vigil"}  # of those functions
 
 _asked: BaseException | None = None
 
@@ -47,9 +51,17 @@ def welcome() -> list[signal.Signals]:
 
 def heed() -> None:
     """Let SIGTERM, SIGINT and SIGHUP raise Interrupted in the main thread."""
-    signal.signal(WAKE, lambda _, frame: again(frame))
+    signal.signal(WAKE, _on_wake)
     for number in welcome():
-        signal.signal(number, lambda number, frame: insist(Interrupted(number), frame))
+        signal.signal(number, _on_signal)
+
+
+def _on_wake(_: int, frame: FrameType | None) -> None:
+    again(frame)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    insist(Interrupted(number), frame)
 
 
 def leave() -> None:
@@ -64,17 +76,17 @@ def insist(error: Interrupted | Bereft, frame: FrameType | None) -> None:
     if _asked is None:
         _asked = error
         sys.unraisablehook = _report_unraisable
-        threading.Thread(target=_persist, args=(error,), name="signals", daemon=True).start()
+        _thread.start_new_thread(_persist, (error,))  # threading's would wait for it here
     again(frame)
 
 
 def _persist(error: BaseException) -> None:
     """Let a handler in the main thread try again, and end this process if it stays."""
     deadline = time.monotonic() + LATEST
-    while time.monotonic() < deadline:
+    while _asked is error and time.monotonic() < deadline:
         time.sleep(AGAIN)
-        if _asked is error:
-            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+        signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+    time.sleep(max(deadline - time.monotonic(), 0))
     if isinstance(error, Interrupted):  # the vigil ends a rank that others have left
         name = signal.Signals(error.number).name
         print(f"interrupted by {name}; what was under way did not end in {LATEST:.0f} s", file=sys.stderr, flush=True)
@@ -88,7 +100,7 @@ def again(frame: FrameType | None) -> None:
         if isinstance(error, Interrupted | Bereft):
             return
         error = error.__context__
-    if frame is None or frame.f_code.co_name not in LOCKING:
+    if frame is None or frame.f_code.co_name not in CLOSED or frame.f_globals.get("__name__") not in MODULES:
         look()
 
 

@@ -14,14 +14,20 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import LABELS, ROOT, SCRIPT, Command, accuracies, succeed, weights_hash
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from fsspec.implementations.local import LocalFileSystem
+from sacred.metrics_logger import MetricsLogger
+from sacred.observers import FileStorageObserver
+from torch.optim import AdamW
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_utils
 
-from scaling_fl import checkpoint
+from scaling_fl import checkpoint, signals
 from scaling_fl.distributed import agree, rank, world
 from scaling_fl.job import FREE
 from scaling_fl.launch import launch
@@ -441,6 +447,61 @@ def test_a_signal_ends_a_run_at_once_and_its_record_says_so(
     assert time.monotonic() - asked < 30
     assert "Traceback" not in output
     assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "INTERRUPTED"
+
+
+SWALLOW, PASS = (BaseException,), ()
+# Of a run, from its start to its end: before which function of others the signal comes, whether its error is swallowed
+# there, how many rounds there are, and ranks.
+MOMENTS = {
+    "the record is opened": (FileStorageObserver, "save_sources", PASS, 1, 1),
+    "the tokenizer is loaded": (AutoTokenizer, "from_pretrained", SWALLOW, 1, 1),
+    "the model is loaded": (AutoModelForSequenceClassification, "from_pretrained", SWALLOW, 1, 1),
+    "the model is tried": (torch.Tensor, "backward", SWALLOW, 1, 2),
+    "a batch is trained": (AdamW, "step", SWALLOW, 100_000, 2),
+    "a checkpoint is half written": (LocalFileSystem, "mv", PASS, 100_000, 2),
+    "metrics are recorded": (MetricsLogger, "log_scalar_metric", SWALLOW, 100_000, 1),
+    "the model is half saved": (modeling_utils, "safe_save_file", PASS, 1, 1),
+    "the record is closed": (FileStorageObserver, "completed_event", PASS, 1, 1),
+}
+
+
+def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) -> Callable:
+    """Send SIGTERM before a first call."""
+    asked: list[bool] = []
+
+    def called(*args: Any, **options: Any) -> Any:
+        if not asked:
+            asked.append(True)
+            with contextlib.suppress(*swallowed):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return call(*args, **options)
+
+    return called
+
+
+def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_half_written(
+    start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "AGAIN", 1e9)  # who has work to do looks, too
+    runs = {}
+    for moment, (owner, name, swallowed, num_rounds, ranks) in MOMENTS.items():
+        folder = tmp_path / moment
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, ask_for_the_end(getattr(owner, name), swallowed))
+            runs[moment] = start(ranks=ranks, folder=folder, num_rounds=num_rounds, checkpoints_dir="checkpoints")
+    for moment, (pid, output) in runs.items():
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        text = output.read_text()
+        assert (status, text.splitlines().count("interrupted by SIGTERM")) == (143, 1), (moment, text)
+        assert "Traceback" not in text, (moment, text)
+        files = {path.name for path in output.parent.rglob("*")}
+        assert not [name for name in files if ".part" in name], moment
+        assert ("model" in files) == (moment == "the record is closed"), moment
+        assert ("round |" in text) == (list(MOMENTS).index(moment) > 3), f"{moment}: only set-up is before it"
+        statuses = [json.loads(path.read_text())["status"] for path in output.parent.glob("runs/1/run.json")]
+        assert statuses == (["INTERRUPTED"] if moment != "the record is opened" else []), moment
+        assert ("1" in files) == (moment != "the record is opened")
 
 
 def test_print_config_explains_every_setting(command: Command) -> None:

@@ -1,5 +1,6 @@
 """Ranks that fail, vanish, hang or are told to end: the others hear of it, soon and in its words."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from scaling_fl import signals, vigil
+from scaling_fl import distributed, signals, vigil
 from scaling_fl.distributed import gather, rank, world
 from scaling_fl.launch import run_program
 
@@ -20,12 +21,14 @@ SOON = 20.0  # seconds on a very busy machine; without the vigil a collective wa
 def start() -> Callable[..., dict[int, int]]:
     """Starts ranks without a launcher, as on nodes of their own; returns each one's process id."""
 
-    def start(work: Callable[[], object], num_ranks: int = 2, **environment: str) -> dict[int, int]:
+    def start(
+        work: Callable[[], object], num_ranks: int = 2, without: tuple[int, ...] = (), **environment: str
+    ) -> dict[int, int]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         processes = {}
-        for number in range(num_ranks):
+        for number in set(range(num_ranks)) - set(without):
             processes[number] = os.fork()
             if processes[number] == 0:
                 os.environ.update(environment, RANK=str(number), WORLD_SIZE=str(num_ranks), GLOO_SOCKET_IFNAME="lo")
@@ -51,7 +54,12 @@ def within_world(work: Callable[[], object]) -> None:
 
 
 def wait(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    killer = threading.Timer(3 * SOON, os.kill, (process, signal.SIGKILL))
+    killer.start()
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    finally:
+        killer.cancel()
 
 
 def train_for_hours(*_: object) -> None:
@@ -91,6 +99,64 @@ def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
     printed = capfd.readouterr().err
     assert printed.count(heard.format(number=number)) == 2, printed
     assert printed.count("Traceback") == (0 if isinstance(error, ValueError) else 1)
+
+
+def miss_the_news(*_: object) -> None:
+    """What a library does that catches everything."""
+    with contextlib.suppress(BaseException):
+        train_for_hours()
+
+
+@pytest.mark.parametrize("then", [train_for_hours, meet, lambda: None], ids=["trains", "meets", "ends"])
+def test_news_that_a_library_swallows_ends_a_rank_nevertheless(
+    start: Callable, capfd: pytest.CaptureFixture[str], then: Callable
+) -> None:
+    def work() -> None:
+        gather(None)
+        if rank() == 1:
+            raise KeyError("weight")
+        miss_the_news()
+        then()
+
+    began = time.monotonic()
+    assert [wait(process) for process in start(work).values()] == [1, 1]
+    assert time.monotonic() - began < SOON
+    assert "error: rank 1 failed with KeyError: 'weight'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_rank_that_waits_for_others_to_come_can_be_asked_to_end(
+    start: Callable, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    join = distributed._join
+
+    def join_and_ask(*args: object) -> object:
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        return join(*args)
+
+    monkeypatch.setattr(distributed, "_join", join_and_ask)
+    began = time.monotonic()
+    (process,) = start(train_for_hours, without=(1,)).values()
+    assert wait(process) == 128 + number
+    assert time.monotonic() - began < SOON
+
+
+def test_a_rank_that_a_signal_reached_before_its_first_sign_of_life_is_not_lost(
+    start: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = vigil.Vigil.kept
+
+    def leave_at_once(self: vigil.Vigil) -> contextlib.AbstractContextManager[None]:
+        if self._rank == 1:
+            raise signals.Interrupted(signal.SIGTERM)
+        return keep(self)
+
+    monkeypatch.setattr(vigil.Vigil, "kept", leave_at_once)
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert [wait(process) for process in start(work).values()] == [143, 143]
 
 
 @pytest.mark.parametrize("others", [train_for_hours, meet])

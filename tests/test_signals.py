@@ -1,0 +1,192 @@
+"""Signals end a process wherever they find it: in code that catches everything, at a lock, twice, in its last words."""
+
+import os
+import queue
+import random
+import signal
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+from datasets.fingerprint import update_fingerprint
+
+from scaling_fl import signals
+
+INTERRUPTED = 128 + signal.SIGTERM
+PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.LATEST
+
+
+def in_fork(work: Callable[[], object]) -> int:
+    """Do `work` as a program does that heeds signals; return its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            signals.heed()
+            with signals.heeded():
+                work()
+            status = 0
+        except signals.Interrupted as error:
+            status = 128 + error.number
+        finally:
+            os._exit(status)
+    began = time.monotonic()
+    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        time.sleep(0.005)
+        if time.monotonic() - began > PATIENCE:
+            os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def ask(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def work_for_hours() -> None:
+    for _ in range(360_000):
+        time.sleep(0.01)
+
+
+class Hashed:
+    """Asks for the end while it is pickled."""
+
+    def __reduce__(self) -> tuple:
+        ask()
+        return (Hashed, ())
+
+
+class Deleted:
+    def __del__(self) -> None:
+        ask()
+
+
+def in_a_hash() -> None:
+    update_fingerprint("0", print, {"tokenizer": Hashed()})
+
+
+def in_a_destructor() -> None:
+    Deleted()
+
+
+def in_a_callback_of_the_collector() -> None:
+    held = Hashed()
+    reference = weakref.ref(held, lambda _: ask())
+    del held
+    assert reference() is None
+
+
+def in_a_return() -> None:
+    try:
+        ask()
+    finally:
+        return  # noqa: B012 - it swallows what is raised, which is why it is here
+
+
+def as_another_error() -> None:
+    try:
+        ask()
+    except BaseException as error:
+        raise ValueError("the file could not be read") from error
+
+
+@pytest.mark.parametrize(
+    "place", [in_a_hash, in_a_destructor, in_a_callback_of_the_collector, in_a_return, as_another_error]
+)
+@pytest.mark.parametrize("then", [work_for_hours, signals.look, lambda: None], ids=["works", "looks", "ends"])
+def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
+    place: Callable[[], None], then: Callable[[], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        place()
+        then()
+
+    assert in_fork(work) == INTERRUPTED
+    assert capfd.readouterr().err == "", "not even of a destructor"
+
+
+def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "AGAIN", 0.005)
+
+    def use_until_asked(box: queue.Queue[int], seconds: float) -> None:
+        with signals.heeded():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            while True:
+                box.put(0)
+                box.get()
+
+    def work() -> None:
+        moments = random.Random(0)
+        for _ in range(100):
+            box: queue.Queue[int] = queue.Queue()
+            signals.heed()
+            signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))
+            with pytest.raises(signals.Interrupted):
+                use_until_asked(box, moments.uniform(1e-4, 2e-3))
+            assert box.mutex.acquire(timeout=0)
+
+    assert in_fork(work) == 0
+
+
+def test_what_is_said_at_the_end_is_not_interrupted_again(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        try:
+            with signals.heeded():
+                try:
+                    ask()
+                finally:
+                    ask()
+                    time.sleep(3 * signals.AGAIN)
+                    print("cleaned up", flush=True)
+        finally:
+            ask(signal.SIGINT)
+            print("said goodbye", flush=True)
+
+    assert in_fork(work) == INTERRUPTED
+    assert capfd.readouterr().out == "cleaned up\nsaid goodbye\n"
+
+
+def test_of_several_signals_the_first_one_counts() -> None:
+    def work() -> None:
+        in_a_return()
+        ask(signal.SIGINT)
+
+    assert in_fork(work) == INTERRUPTED
+
+
+def test_a_process_that_does_not_end_is_ended(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signals, "LATEST", 0.5)
+
+    def work() -> None:
+        try:
+            ask()
+        finally:
+            work_for_hours()
+
+    assert in_fork(work) == INTERRUPTED
+    assert capfd.readouterr().err == "interrupted by SIGTERM; what was under way did not end in 0 s\n"
+
+
+def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
+    def work() -> None:
+        ask(signal.SIGHUP)
+        time.sleep(2 * signals.AGAIN)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert in_fork(work) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
+    def work() -> None:
+        with pytest.raises(ValueError, match="no such file"), signals.heeded():
+            raise ValueError("no such file")
+        ask()
+        signals.look()
+
+    assert in_fork(work) == 0
+    assert in_fork(lambda: signals.interruptibly(lambda: 3) == 3 or ask()) == 0
