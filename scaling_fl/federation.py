@@ -200,9 +200,8 @@ class Federation:
 
         means = train(replica.model, batches(), optimiser, self._score)
         share = Fraction(site.num_examples, self._num_examples)
-        replica.hand_over(
-            self._server, share, check_first=self._min_sites is not None
-        )  # the round may go on without it
+        may_be_skipped = self._min_sites is not None
+        replica.hand_over(self._server, share, check_first=may_be_skipped)
         return means
 
     def evaluate(self) -> Metrics:

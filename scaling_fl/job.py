@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,7 +161,8 @@ def what_matters(config: SimpleNamespace) -> dict[str, Any]:
         "labels": config.labels and list(config.labels),  # of no class of Sacred's, which a checkpoint cannot hold
         "data": "dealt" if config.site_paths is None else "of the sites' own (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"scaling_fl {version('scaling_fl')}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
     }
 
 

@@ -87,8 +87,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         start_method=start_method,
         signals_to_handle="",  # what the agent's own handlers raise can be lost, at a fork for example
     )
-    handlers = {number: signal.getsignal(number) for number in (*signals.ENDING, signals.WAKE)}
-    signals.heed()
+    handlers = signals.heed()
     # The collector writes into every object that it looks at, and so would copy what forks share.
     gc.freeze()
     try:
@@ -105,8 +104,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
             raise signals.Interrupted(status - 128) from None
         raise SystemExit(status) from None
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signals.handle(handlers)
         logs.cleanup()
         gc.unfreeze()
     return [results[number] for number in range(num_ranks)]
@@ -136,11 +134,16 @@ def _say(error: BaseException) -> int:
         sentence = error.code if isinstance(error.code, str) else ""
     elif isinstance(error, PeerError):
         sentence = f"error: {error}"
+    elif isinstance(error, signals.Interrupted):
+        sentence = str(error) if os.environ.get("RANK", "0") == "0" else ""
     else:
         where = f"error on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
         sentence = where + "".join(traceback.format_exception(error)).rstrip()
     if sentence:
-        print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
+        with suppress(OSError):  # of a terminal that was closed
+            print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
+    if isinstance(error, signals.Interrupted):
+        return 128 + error.number
     if not isinstance(error, SystemExit):
         return 1
     return error.code if isinstance(error.code, int) else int(error.code is not None)

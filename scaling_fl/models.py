@@ -69,7 +69,8 @@ def load_config(model: str) -> PreTrainedConfig:
     if "model_type" in found or not found:
         return load(model, AutoConfig.from_pretrained)
     classes = (getattr(transformers, name, None) for name in found.get("architectures") or ())
-    kinds = [kind.config_class.model_type for kind in classes if kind is not None]
+    configs = (getattr(kind, "config_class", None) for kind in classes)
+    kinds = [config.model_type for config in configs if config is not None]
     names = load(model, _weight_names)
     kinds += [kind for kind in OLD_FAMILIES if any(name.startswith(f"{kind}.") for name in names)]
     if not kinds:

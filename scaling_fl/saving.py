@@ -163,6 +163,8 @@ def rescue(
                 f"The weights of round {round_} are in {place}/round-{round_}.pt: the same command with "
                 f"checkpoints_dir={place} goes on"
             )
+        with suppress(OSError):
+            os.rmdir(place)
     return f"The weights of round {round_} could not be written anywhere else either"
 
 

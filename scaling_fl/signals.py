@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -39,6 +39,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
 
+    def __str__(self) -> str:
+        return f"interrupted by {signal.Signals(self.number).name}"
+
 
 class Bereft(BaseException):
     """Another rank has ended. It is no failure of this rank or of its sites, so it is no `Exception`."""
@@ -49,11 +52,20 @@ def welcome() -> list[signal.Signals]:
     return [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def heed() -> None:
-    """Let SIGTERM, SIGINT and SIGHUP raise Interrupted in the main thread."""
-    signal.signal(WAKE, _on_wake)
-    for number in welcome():
-        signal.signal(number, _on_signal)
+def heed() -> dict[signal.Signals, Any]:
+    """Let SIGTERM, SIGINT and SIGHUP raise Interrupted in the main thread; return the handlers from before."""
+    return handle(dict.fromkeys(welcome(), _on_signal) | {WAKE: _on_wake})
+
+
+def handle(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
+    """Set handlers of signals, and return those from before; nothing in another thread, where Python sets none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
+def _ignore(*_: object) -> None:
+    """Do nothing, where SIG_IGN would be passed on to other programs."""
 
 
 def _on_wake(_: int, frame: FrameType | None) -> None:
@@ -66,8 +78,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def leave() -> None:
     """Let a signal end this process in the system's way: Python is about to end it, and may not be interrupted."""
-    for number in welcome():
-        signal.signal(number, signal.SIG_DFL)
+    handle(dict.fromkeys(welcome(), signal.SIG_DFL))
 
 
 def insist(error: Interrupted | Bereft, frame: FrameType | None) -> None:
@@ -87,9 +98,10 @@ def _persist(error: BaseException) -> None:
         time.sleep(AGAIN)
         signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
     time.sleep(max(deadline - time.monotonic(), 0))
-    if isinstance(error, Interrupted):  # the vigil ends a rank that others have left
-        name = signal.Signals(error.number).name
-        print(f"interrupted by {name}; what was under way did not end in {LATEST:.0f} s", file=sys.stderr, flush=True)
+    # Unless whoever called this has its own handlers back, and goes on; the vigil ends a rank that others have left.
+    if isinstance(error, Interrupted) and signal.getsignal(error.number) in (_ignore, _on_signal):
+        with suppress(OSError):
+            print(f"{error}; what was under way did not end in {LATEST:.0f} s", file=sys.stderr, flush=True)
         os._exit(128 + error.number)
 
 
@@ -143,8 +155,7 @@ def heeded() -> Iterator[None]:
     except BaseException as error:
         # Many a signal comes twice, and a launcher ends all ranks as soon as one has ended: neither may interrupt the
         # last words of this process.
-        for number in welcome():
-            signal.signal(number, lambda *_: None)
+        handle(dict.fromkeys(welcome(), _ignore))
         asked, _asked = _asked, None
         if asked is not None and not isinstance(error, Interrupted | Bereft):
             raise asked from None

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -329,14 +328,8 @@ def show_plan(config: SimpleNamespace) -> None:
 def main() -> None:
     """Run Sacred's command line, until a signal ends it."""
     signals.heed()
-    try:
-        with signals.heeded():
-            run_command()
-    except signals.Interrupted as error:
-        # Of ranks that were started here, the starter says it: a signal may come before the first of them can.
-        if os.environ.get("RANK", "0") == "0" and not was_launched_here():
-            print(f"interrupted by {signal.Signals(error.number).name}", file=sys.stderr)
-        raise SystemExit(128 + error.number) from None
+    with signals.heeded():
+        run_command()
     signals.leave()
 
 

@@ -4,14 +4,17 @@ import os
 import queue
 import random
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from datasets.fingerprint import update_fingerprint
 
 from scaling_fl import signals
+from scaling_fl.launch import launch, run_program
 
 INTERRUPTED = 128 + signal.SIGTERM
 PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.LATEST
@@ -190,3 +193,44 @@ def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
 
     assert in_fork(work) == 0
     assert in_fork(lambda: signals.interruptibly(lambda: 3) == 3 or ask()) == 0
+
+
+def test_a_caller_that_goes_on_after_an_interruption_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "LATEST", 0.2)
+
+    def cell() -> None:
+        with pytest.raises(signals.Interrupted), signals.heeded():
+            ask()
+        signals.leave()
+        time.sleep(1.0)
+
+    assert in_fork(cell) == 0
+
+
+def program(work: Callable[[], object], errors: str) -> int:
+    """Run a program in a fork, with its errors in a file; return its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        with open(errors, "w") as sys.stderr:
+            run_program(work)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_program_that_is_interrupted_says_so_in_a_line(tmp_path: Path) -> None:
+    def ranks() -> None:
+        launch(ask_parent, num_ranks=2)
+
+    assert program(ranks, str(tmp_path / "errors")) == INTERRUPTED
+    assert (tmp_path / "errors").read_text() == "interrupted by SIGTERM\n"
+
+
+def ask_parent() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_program_whose_terminal_is_gone_ends_with_its_status() -> None:
+    def work() -> None:
+        raise signals.Interrupted(signal.SIGHUP)
+
+    assert program(work, "/dev/full") == 128 + signal.SIGHUP

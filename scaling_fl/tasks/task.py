@@ -15,6 +15,7 @@ from scaling_fl.cache import mapped
 from scaling_fl.metrics import Means
 from scaling_fl.training import Batch
 
+VERSION = 1  # of how texts are tokenised: another one tokenises again what is in the cache
 LONG = 32  # characters for each token that is kept, above which a text is long
 
 
@@ -116,7 +117,7 @@ class TextEncoder:
 
     def __post_init__(self) -> None:
         # Once for all files: to pickle a tokenizer takes datasets a third of a second.
-        object.__setattr__(self, "fingerprint", Hasher.hash((self.tokenizer, self.max_seq_len)))
+        object.__setattr__(self, "fingerprint", Hasher.hash((VERSION, self.tokenizer, self.max_seq_len)))
 
     def encode(self, texts: Dataset) -> Examples:
         """Tokenise `texts` once (datasets caches the result on disk).
@@ -185,11 +186,16 @@ class TextEncoder:
             counts = np.add.reduceat(ids == self.end_id, np.cumsum(lengths) - lengths, dtype=np.int64)
             usual = int(np.median(counts))
             token = self.tokenizer.convert_ids_to_tokens(self.end_id)
-            if usual == 0 or (counts != usual).any():
+            if usual == 0:
+                raise ValueError(
+                    f"model: expected a tokenizer that ends each text with {token!r}, from which the model reads its "
+                    "answer, got one that does not"
+                )
+            if (counts != usual).any():
                 index = int((counts != usual).argmax())
                 raise ValueError(
-                    f"{_row(texts, index)}: expected {max(usual, 1)} end token {token!r}, from which this model reads "
-                    f"its answer, got {counts[index]}: remove it from the text, or leave the row out"
+                    f"{_row(texts, index)}: expected {usual} end token {token!r}, from which this model reads its "
+                    f"answer, got {counts[index]}: remove it from the text, or leave the row out"
                 )
 
     def _padding(self, name: str) -> int:
