@@ -1,7 +1,7 @@
 """A classifier made of a pretrained model: all of its weights, and its own head if that is for the task's labels."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP",
     "base_model.model.": "peft",
 }
-NAME_FORMS: tuple[Callable[[str], str], ...] = (str, str.casefold)  # in which names of labels are compared
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,25 @@ class Classifier:
 
 
 def order_labels(names: Sequence[str], config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the labels in the order of the model's own head, if that has the same labels; else as they are.
+    """Return the labels in the order of the model's own head, if that has the same labels; else as they are."""
+    return _in_own_order(names, config) or tuple(names)
 
-    Names are compared as they stand, then without regard to case. LABEL_3, which is how transformers calls a label
-    that has no name, is 3.
+
+def _in_own_order(names: Sequence[str], config: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Return the labels in the order of the model's own head, None if that has other labels.
+
+    Names are compared as they stand, then without regard to case.
     """
     own = _labels_of(config)
-    for form in NAME_FORMS:
+    for form in (str, str.casefold):
         position = {form(name): index for index, name in enumerate(own)}
         if len(position) == len(own) == len(names) and position.keys() == {form(name) for name in names}:
             return tuple(sorted(names, key=lambda name: position[form(name)]))
-    return tuple(names)
+    return None
 
 
 def _labels_of(config: PreTrainedConfig) -> list[str]:
-    """Return the labels of a model's own head."""
+    """Return the labels of a model's own head. LABEL_3, which is how transformers calls one without a name, is 3."""
     own = config.id2label or {}
     return [label_name(re.sub(r"^LABEL_(?=[0-9]+$)", "", str(own[index]))) for index in sorted(own)]
 
@@ -67,7 +70,6 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     Raises:
         ValueError: the model cannot be found, or weights besides the head's are not in its files as they should be.
     """
-    own = _labels_of(pretrained.config)
     config = deepcopy(pretrained.config)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
@@ -86,22 +88,15 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     _check_core(pretrained, model, info, new)
     unused = _unused_layers(model, info)
     output_layer = _output_layer(config)
-    if _is_same(own, label_names) or new & output_layer:
+    if _in_own_order(label_names, pretrained.config) == tuple(label_names) or new & output_layer:
         return Classifier(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
     model, info = type(model).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
+    own = _labels_of(pretrained.config)
     why = f"its own head is for other labels: {', '.join(own[:8])}{', ...' * (len(own) > 8)}"
     return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (why, unused))))
-
-
-def _is_same(own: Sequence[str], names: Sequence[str]) -> bool:
-    """Tell whether two heads have the same labels in the same order."""
-    return any(
-        len({form(name) for name in own}) == len(own) and list(map(form, own)) == list(map(form, names))
-        for form in NAME_FORMS
-    )
 
 
 def _output_layer(config: PreTrainedConfig) -> set[str]:
