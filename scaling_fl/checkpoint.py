@@ -50,7 +50,8 @@ def save(directory: str | None, server: Server, history: History, settings: dict
     Removes all checkpoints but the last `keep`. Does nothing without a directory.
 
     Raises:
-        WriteError: the disk or the store refuses, or the store is away for longer than `stores.PATIENCE`.
+        WriteError: the disk refuses.
+        ValueError: the store refuses, or is away for longer than `stores.PATIENCE`.
     """
     if directory is None or rank() != 0:
         return
