@@ -19,13 +19,17 @@ from scaling_fl.distributed import gather, rank, share_bytes
 from scaling_fl.metrics import Metrics
 from scaling_fl.server import Server
 from scaling_fl.settings import one_line
-from scaling_fl.stores import ask, is_remote, knock, patiently, put
+from scaling_fl.stores import WriteError, ask, is_remote, knock, patiently, put
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"round-(\d+)\.pt")
 
 History = list[Metrics]  # of each round, from round 0
+
+
+class CheckpointError(WriteError):
+    """The weights of a round cannot be written, so that they are nowhere yet."""
 
 
 def check(directory: str | None) -> None:
@@ -50,7 +54,9 @@ def save(directory: str | None, server: Server, history: History, settings: dict
     Removes all checkpoints but the last `keep`. Does nothing without a directory.
 
     Raises:
-        WriteError: the disk or the store refuses, or the store is away for longer than `stores.PATIENCE`.
+        CheckpointError: the disk refuses.
+        WriteError: the disk refuses to remove an old one.
+        ValueError: the store refuses, or is away for longer than `stores.PATIENCE`.
     """
     if directory is None or rank() != 0:
         return
@@ -77,7 +83,10 @@ def save(directory: str | None, server: Server, history: History, settings: dict
         for number in _rounds(filesystem, path)[keep:]:
             filesystem.rm(f"{path}/round-{number}.pt")
 
-    patiently(filesystem, f"{directory}/round-{round_}.pt", "cannot be written", write)
+    try:
+        patiently(filesystem, f"{directory}/round-{round_}.pt", "cannot be written", write)
+    except WriteError as error:
+        raise CheckpointError(error) from error
     if keep is not None:
         patiently(filesystem, f"old checkpoints in {directory}", "cannot be removed", remove_old)
 

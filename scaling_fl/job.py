@@ -46,6 +46,7 @@ class Job:
     server: Server
     history: checkpoint.History  # of the rounds that are done
     settings: dict[str, Any]  # what the weights depend on
+    checkpoints_dir: str | None  # as this machine knows it
 
 
 def set_up(config: SimpleNamespace) -> Job:
@@ -70,7 +71,7 @@ def set_up(config: SimpleNamespace) -> Job:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
         )
-    return Job(held, pretrained.tokenizer, classifier, server, history, settings)
+    return Job(held, pretrained.tokenizer, classifier, server, history, settings, checkpoints_dir)
 
 
 def hold(config: SimpleNamespace, topology: Topology, encode: Encode, order_labels: OrderLabels) -> Holdings:
@@ -213,8 +214,7 @@ def check_saving(config: SimpleNamespace, job: Job, folder: str | None) -> None:
     beside = 256 * len(job.server.state_dict()["weights"])  # their names and places in the file
     size = weights.nbytes + state_bytes(server_optimiser(config), weights.numel()) + beside
     num_rounds = config.num_rounds - max(len(job.history) - 1, 0)
-    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
-    needs = saving.need_of_checkpoints(checkpoints_dir, size, num_rounds, config.keep_checkpoints)
+    needs = saving.need_of_checkpoints(job.checkpoints_dir, size, num_rounds, config.keep_checkpoints)
     saving.check(needs, folder, config.model, job.classifier.model, job.tokenizer)
 
 

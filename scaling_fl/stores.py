@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class WriteError(ValueError):
-    """What a run leaves cannot be written: it ends, and its weights go elsewhere."""
+    """What a run leaves cannot be written on a disk of this machine: it ends, and its weights go elsewhere."""
 
 
 @contextmanager
@@ -88,7 +88,8 @@ def patiently(filesystem: fsspec.AbstractFileSystem, place: str, trouble: str, w
         work: may be called again after it got halfway.
 
     Raises:
-        WriteError: the disk or the store refuses, or the store stays away.
+        WriteError: the disk refuses.
+        ValueError: the store refuses, or stays away.
     """
     if not is_remote(filesystem):
         with writing(place):
@@ -100,7 +101,7 @@ def patiently(filesystem: fsspec.AbstractFileSystem, place: str, trouble: str, w
             return work()
         except Exception as error:  # botocore's and gcsfs's have no class in common
             if _is_refusal(error) or time.monotonic() + pause > deadline:
-                raise WriteError(
+                raise ValueError(
                     f"{aim}: {one_line(error)}. What is there is kept: the same command goes on"
                 ) from error
             log.warning("%s, the next try is in %.0f s: %s", aim, pause, one_line(error))

@@ -208,7 +208,7 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
         with signals.heeded():
-            return on_ranks(_config, lambda config: run_rounds(config, _run))
+            return on_ranks(_config, lambda config: train(config, _run))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
@@ -244,62 +244,64 @@ def places(config: dict[str, Any], sentence: str) -> str:
     return "".join(f" ({place} stands for {path}: see DATA_MOUNT_DIR)" for path, place in found.items())
 
 
-def run_rounds(config: SimpleNamespace, run: Run) -> float:
-    """Train, average, evaluate, record and save, round by round; return the last accuracy."""
+def train(config: SimpleNamespace, run: Run) -> float:
+    """Set a run up and train; if a disk fails, look after the weights. Return the last accuracy."""
     ledger = Ledger()
     job = set_up(config)
+    folder = observers.run_folder(run)
+    check_saving(config, job, folder)
+    announce(config, job, run)
+    try:
+        run_rounds(config, job, run, ledger)
+    except WriteError as error:
+        saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
+        raise ValueError(f"{error}. {rescue(saved, job.server, job.history, job.settings, folder)}") from error
+    return job.history[-1]["validation.accuracy"]
+
+
+def run_rounds(config: SimpleNamespace, job: Job, run: Run, ledger: Ledger) -> None:
+    """Train, average, evaluate, record and save, round by round."""
     held, server, history = job.held, job.server, job.history
     training = tracking.Progress(config.num_local_epochs * sum(map(len, held.train.values())))
     testing = tracking.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
     federation = make_federation(config, job, training, testing)
     folder = observers.run_folder(run)
-    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
-    check_saving(config, job, folder)
-    announce(config, job, run)
     table = tracking.Table(with_failures=config.on_site_failure == "skip")
-    saved = checkpoints_dir if history else None  # where the server's weights are on disk
 
     def record(round_: int, metrics: Metrics) -> None:
         table.record(run.log_scalar, round_, metrics)
         write_round(folder, round_, metrics)
         observers.check_record(run)
 
-    try:
-        for round_, metrics in enumerate(history):
-            record(round_, metrics)
-        metrics = ledger.lap("setup")
-        for round_ in range(len(history), config.num_rounds + 1):
-            if round_ > 0:
-                with training.shown(f"round {round_}, training"):
-                    metrics |= federation.train(round_, config.num_local_epochs)
-                metrics |= ledger.lap("train")
-                server.step()
-                saved = None
-                metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
-            with testing.shown(f"round {round_}, evaluating"):
-                metrics |= federation.evaluate()
-            metrics |= ledger.lap("evaluate")
-            metrics |= ledger.total(metrics)
-            history.append(metrics)
-            if round_ > 0:
-                checkpoint.save(checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
-                saved = checkpoints_dir
-                metrics |= ledger.lap("checkpoint")
-            record(round_, metrics)
-            metrics = {}
-        page = observers.REPORT if config.report else None
-        tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
-    except WriteError as error:
-        raise ValueError(f"{error}. {rescue(saved, server, history, job.settings, folder)}") from error
-    return history[-1]["validation.accuracy"]
+    for round_, metrics in enumerate(history):
+        record(round_, metrics)
+    metrics = ledger.lap("setup")
+    for round_ in range(len(history), config.num_rounds + 1):
+        if round_ > 0:
+            with training.shown(f"round {round_}, training"):
+                metrics |= federation.train(round_, config.num_local_epochs)
+            metrics |= ledger.lap("train")
+            server.step()
+            metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
+        with testing.shown(f"round {round_}, evaluating"):
+            metrics |= federation.evaluate()
+        metrics |= ledger.lap("evaluate")
+        metrics |= ledger.total(metrics)
+        history.append(metrics)
+        if round_ > 0:
+            checkpoint.save(job.checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
+            metrics |= ledger.lap("checkpoint")
+        record(round_, metrics)
+        metrics = {}
+    page = observers.REPORT if config.report else None
+    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
 
 
 def announce(config: SimpleNamespace, job: Job, run: Run) -> None:
     """Print and record what is about to run."""
-    checkpoints_dir = config.checkpoints_dir and mounted(config.checkpoints_dir)
     tracking.say(
         *describe(config, job),
-        f"results   {', '.join(observers.results(run, checkpoints_dir)) or 'not on record'}",
+        f"results   {', '.join(observers.results(run, job.checkpoints_dir)) or 'not on record'}",
     )
     run.info |= {
         "labels": list(job.held.label_names),
