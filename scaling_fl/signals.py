@@ -64,6 +64,11 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     insist(Interrupted(number), frame)
 
 
+def _on_late_signal(number: int, _: object) -> None:
+    """Interrupt nothing, but let the process end in `LATEST` seconds whatever it does."""
+    _thread.start_new_thread(_persist, (Interrupted(number),))
+
+
 def leave() -> None:
     """Let a signal end this process in the system's way: Python is about to end it, and may not be interrupted."""
     for number in welcome():
@@ -134,7 +139,7 @@ def interruptibly(work: Callable[[], T]) -> T:
 def heeded() -> Iterator[None]:
     """Let a request to end that comes during the body end it, whatever becomes of its error.
 
-    After an error, signals are ignored.
+    After an error, signals interrupt nothing any more.
     """
     global _asked
     try:
@@ -144,7 +149,7 @@ def heeded() -> Iterator[None]:
         # Many a signal comes twice, and a launcher ends all ranks as soon as one has ended: neither may interrupt the
         # last words of this process.
         for number in welcome():
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, _on_late_signal)
         asked, _asked = _asked, None
         if asked is not None and not isinstance(error, Interrupted | Bereft):
             raise asked from None
