@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -466,14 +466,16 @@ def campaign(settings: dict[str, object], folder: Path, num_kills: int, random: 
     return Result(results[0].weights, results[0].num_rounds, results[0].metrics, kills)
 
 
-def interruptions(settings: dict[str, object], folder: Path, num_signals: int, random: Random) -> Result:
+def interruptions(
+    settings: dict[str, object], folder: Path, num_signals: int, random: Random, ranks: Sequence[int] = NUM_RANKS
+) -> Result:
     """Train federations while their command gets SIGTERM, each until it is through.
 
     Raises:
         AssertionError: a command did not end as it should, or two runs that were interrupted differ.
     """
     length, results = {}, []
-    for num_ranks in NUM_RANKS:
+    for num_ranks in ranks:
         own = folder / f"alone-{num_ranks}"
         own.mkdir(parents=True)
         began = time.monotonic()
@@ -483,11 +485,11 @@ def interruptions(settings: dict[str, object], folder: Path, num_signals: int, r
     own = folder / "0"
     own.mkdir()
     while len(stops) < num_signals:
-        num_ranks = random.choice(NUM_RANKS)
+        num_ranks = random.choice(ranks)
         stop = interrupt_once(settings, own, num_ranks, random.uniform(0, length[num_ranks]))
         stops += [stop] if stop else []
         if stop is None or stop.when == AT_THE_END or len(stops) == num_signals:
-            results.append(read_result(0, own) if stop is None else finish(settings, own, random.choice(NUM_RANKS)))
+            results.append(read_result(0, own) if stop is None else finish(settings, own, random.choice(ranks)))
             own = folder / str(len(results))
             own.mkdir()
     assert all(result == results[0] for result in results), "runs that were interrupted differ"

@@ -16,7 +16,7 @@ from sacred.run import Run
 
 from scaling_fl import report
 from scaling_fl.mongo import PATIENCE_MS, Config, Mongo, check_dead, find_run, mongo_url, reason
-from scaling_fl.saving import RECORD
+from scaling_fl.saving import RECORD, free_bytes
 from scaling_fl.settings import one_line
 from scaling_fl.stores import WriteError, writing
 
@@ -129,7 +129,7 @@ def check_files() -> None:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"SACRED_RUNS_DIR={folder!r} cannot be written to: {one_line(error)}") from None
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < RECORD:
         raise ValueError(
             f"SACRED_RUNS_DIR={folder!r}: expected {RECORD * 1e-6:.1f} MB free for a record, got {free * 1e-6:.2f} MB"

@@ -113,12 +113,18 @@ def check_disks(needs: Sequence[Need]) -> None:
         by_disk.setdefault(os.stat(need.folder).st_dev, []).append(need)
     for here in by_disk.values():
         wanted = max(sum(before.last for before in here[:index]) + need.most for index, need in enumerate(here))
-        free = shutil.disk_usage(here[0].folder).free
+        free = free_bytes(here[0].folder)
         if wanted > free:
             raise ValueError(
                 f"{here[0].name}: expected {math.ceil(wanted * 1e-5) / 10:,} MB free for "
                 f"{' and '.join(need.words for need in here)}, got {math.floor(free * 1e-5) / 10:,} MB"
             )
+
+
+def free_bytes(folder: str) -> float:
+    """Return the free space of the disk that a folder is on; no end of it where a file system does not tell."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
 
 
 def save_model(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -64,16 +64,17 @@ def handle(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
-def _ignore(*_: object) -> None:
-    """Do nothing, where SIG_IGN would be passed on to other programs."""
-
-
 def _on_wake(_: int, frame: FrameType | None) -> None:
     again(frame)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     insist(Interrupted(number), frame)
+
+
+def _on_late_signal(number: int, _: object) -> None:
+    """Interrupt nothing, but let the process end in `LATEST` seconds whatever it does."""
+    _thread.start_new_thread(_persist, (Interrupted(number),))
 
 
 def leave() -> None:
@@ -99,7 +100,7 @@ def _persist(error: BaseException) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
     time.sleep(max(deadline - time.monotonic(), 0))
     # Unless whoever called this has its own handlers back, and goes on; the vigil ends a rank that others have left.
-    if isinstance(error, Interrupted) and signal.getsignal(error.number) in (_ignore, _on_signal):
+    if isinstance(error, Interrupted) and signal.getsignal(error.number) in (_on_late_signal, _on_signal):
         with suppress(OSError):
             print(f"{error}; what was under way did not end in {LATEST:.0f} s", file=sys.stderr, flush=True)
         os._exit(128 + error.number)
@@ -146,7 +147,7 @@ def interruptibly(work: Callable[[], T]) -> T:
 def heeded() -> Iterator[None]:
     """Let a request to end that comes during the body end it, whatever becomes of its error.
 
-    After an error, signals are ignored.
+    After an error, signals interrupt nothing any more.
     """
     global _asked
     try:
@@ -155,7 +156,7 @@ def heeded() -> Iterator[None]:
     except BaseException as error:
         # Many a signal comes twice, and a launcher ends all ranks as soon as one has ended: neither may interrupt the
         # last words of this process.
-        handle(dict.fromkeys(welcome(), _ignore))
+        handle(dict.fromkeys(welcome(), _on_late_signal))
         asked, _asked = _asked, None
         if asked is not None and not isinstance(error, Interrupted | Bereft):
             raise asked from None

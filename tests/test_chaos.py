@@ -15,7 +15,21 @@ from random import Random
 
 import pytest
 import torch
-from chaos import NUM_ROUNDS, PHASES, SCRIPT, SOON, STRATEGIES, Board, Result, campaign, family, finish, start, wait
+from chaos import (
+    NUM_ROUNDS,
+    PHASES,
+    SCRIPT,
+    SOON,
+    STRATEGIES,
+    Board,
+    Result,
+    campaign,
+    family,
+    finish,
+    interruptions,
+    start,
+    wait,
+)
 from conftest import Command, succeed, weights_hash
 
 SEED = 5
@@ -76,6 +90,15 @@ def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result
     assert any(kill.is_torn for kill in kills), "no checkpoint was half written"
     assert len({kill.last_round for kill in kills}) >= 3
     assert len({alone.weights for alone, _ in results.values()}) == len(STRATEGIES), "a strategy does not act"
+
+
+def test_a_run_that_is_interrupted_at_random_moments_ends_as_one_that_was_left_alone(
+    results: dict[str, tuple[Result, Result]], settings: dict[str, object], tmp_path: Path
+) -> None:
+    alone, _ = results["fedadam"]
+    stopped = interruptions(settings | {"strategy": "fedadam"}, tmp_path, 2, Random(SEED), ranks=(1,))
+    assert (stopped.weights, stopped.metrics) == (alone.weights, alone.metrics)
+    assert len(stopped.stops) == 2
 
 
 def test_the_federation_of_the_benchmark_is_that_of_the_command(

@@ -162,13 +162,23 @@ def test_a_process_that_does_not_end_is_ended(
 ) -> None:
     monkeypatch.setattr(signals, "LATEST", 0.5)
 
-    def work() -> None:
+    def linger_when_asked() -> None:
         try:
             ask()
         finally:
             work_for_hours()
 
-    assert in_fork(work) == INTERRUPTED
+    def fail_and_linger() -> None:
+        try:
+            with signals.heeded():
+                raise ValueError("no such file")
+        finally:
+            ask()
+            work_for_hours()
+
+    assert in_fork(linger_when_asked) == INTERRUPTED
+    capfd.readouterr()
+    assert in_fork(fail_and_linger) == INTERRUPTED
     assert capfd.readouterr().err == "interrupted by SIGTERM; what was under way did not end in 0 s\n"
 
 
