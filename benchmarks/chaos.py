@@ -38,8 +38,9 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl import checkpoint, federation
-from scaling_fl.server import Server
+from scaling_fl.federation import round
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.records import checkpoint
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 STRATEGIES = ("fedavg", "fedadam", "diloco")
@@ -258,9 +259,9 @@ def watch_phases(board: Board, strike: Strike | None) -> None:
 
     for row in board.rows:
         row.process = row.phase = row.killed = 0
-    watch(federation, "train", TRAINING, within)
-    watch(federation, "evaluate", EVALUATION, within)
-    watch(Server, "step", STEP, within)
+    watch(round, "train", TRAINING, within)
+    watch(round, "evaluate", EVALUATION, within)
+    watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
     watch(checkpoint, "put", WRITING, halfway, num_calls=-1)  # the first one tries whether the folder can be written to
     watch(LocalFileSystem, "mv", RENAMING, around)

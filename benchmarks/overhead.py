@@ -141,22 +141,25 @@ def floor_rank(rank: int, case: Case, result: Path) -> None:
 
 def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     """Train the same with the library, which is imported here so that the floor has none of it."""
-    from scaling_fl.distributed import rank, world
-    from scaling_fl.federation import Federation, Site
-    from scaling_fl.launch import launch
-    from scaling_fl.placement import place
-    from scaling_fl.server import Server
-    from scaling_fl.strategies import make_strategy
-    from scaling_fl.tasks.task import Examples, score_classes
-    from scaling_fl.training import OPTIMISERS, Batch
+    from scaling_fl.data.examples import Examples
+    from scaling_fl.distributed.collectives import rank
+    from scaling_fl.distributed.launch import launch
+    from scaling_fl.distributed.placement import place_sites
+    from scaling_fl.distributed.world import world
+    from scaling_fl.federation.global_model import GlobalModel
+    from scaling_fl.federation.round import Federation, Site
+    from scaling_fl.federation.strategies import make_strategy
+    from scaling_fl.training.loop import Batch
+    from scaling_fl.training.optimisers import OPTIMISERS
+    from scaling_fl.training.scores import score_classes
 
     def library_rank() -> None:
-        topology = place([0] * case.num_sites)
+        topology = place_sites([0] * case.num_sites)
         tokens, labels = case.examples()
         lengths = np.full(len(tokens), case.length)
         examples = Examples({"input_ids": tokens.reshape(-1)}, lengths, labels, {"input_ids": 0})
         model = case.model()
-        server = Server(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
+        server = GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
 
         def batches(site: int, seed: int) -> Iterator[Batch]:
             return map(examples.batch, case.batches(site))

@@ -1,27 +1,30 @@
 """What comes from the Hugging Face hub, without a wait where it does not answer or its cache cannot be written."""
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
-from scaling_fl.cache import os_error, warn
-from scaling_fl.settings import one_line
+from scaling_fl.errors import one_line
 
 T = TypeVar("T")
 
 CONNECT, ANSWER = 3.0, 6.0  # seconds for a connection, and for a first answer: the client would try for a minute
 AWAY = (502, 503, 504)  # what a gateway answers for a server that is not there
 WRITING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that no reading meets
+
+log = logging.getLogger(__name__)
+_has_warned = False
 
 
 def from_hub(name: str, load: Callable[[str | None], T]) -> T:
@@ -70,13 +73,13 @@ def _load(load: Callable[[str | None], T]) -> T:
                 raise OSError(
                     f"HF_HOME: expected a folder that can be written, got {constants.HF_HOME!r}: {one_line(again)}"
                 ) from None
-        warn(error, constants.HF_HUB_CACHE, "HF_HUB_CACHE")
+        warn_of_cache(error, constants.HF_HUB_CACHE, "HF_HUB_CACHE")
         return loaded
 
 
 def _is_of_cache(error: Exception) -> bool:
     """Tell whether a file of the cache could not be written."""
-    cause = os_error(error)
+    cause = find_os_error(error)
     caches = constants.HF_HOME, constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)
     return cause is not None and (cause.errno in WRITING or str(cause.filename).startswith(caches))
 
@@ -111,3 +114,36 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def warn_of_cache(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE") -> None:
+    """Say once, on the first rank of a node, that a cache cannot be written.
+
+    Args:
+        error: says why.
+        folder: of the cache; None is that of data sets.
+        name: the variable that names it. HF_HOME names them all.
+    """
+    global _has_warned
+    if not _has_warned and os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning(
+            "%s: expected a folder where the cache can be written, got %r (%s). The run goes on without the cache",
+            name if name in os.environ else "HF_HOME",
+            str(folder or datasets.config.HF_DATASETS_CACHE),
+            one_line(find_os_error(error) or error),
+        )
+    _has_warned = True
+
+
+def find_os_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the system behind another one, which libraries make of it or meet while they clean up."""
+    while (found := find_error(error, OSError)) is not None and not found.errno:
+        error = found.__cause__ or found.__context__
+    return found
+
+
+def find_error(error: BaseException | None, kind: Any) -> Any:
+    """Return the first error of a kind among one and those behind it."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error

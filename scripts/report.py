@@ -5,12 +5,12 @@ import os
 import sys
 
 from scaling_fl import report
-from scaling_fl.settings import escape_what_cannot_be_printed
+from scaling_fl.records.console import escape_unprintable
 
 
 def main() -> None:
     """Read the runs and write their report."""
-    escape_what_cannot_be_printed()
+    escape_unprintable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/1")
     parser.add_argument("--output", help="the page to write (default: report.html, of one run in its folder)")

@@ -15,38 +15,49 @@ from sacred import SETTINGS, Experiment
 from sacred.config.config_files import load_config_file
 from sacred.run import Run
 
-from scaling_fl import checkpoint, observers, signals, tracking
-from scaling_fl.averaging import COMM_DTYPES
-from scaling_fl.distributed import gather, launched, local_rank, lost_after, num_threads, world
-from scaling_fl.job import Job, check_saving, count, describe, estimate_memory, make_federation, set_up
-from scaling_fl.launch import launch, num_ranks, run_program, was_launched_here
-from scaling_fl.ledger import ROUNDS, Ledger, machine, write_round
-from scaling_fl.metrics import Metrics
-from scaling_fl.models import model_defaults
-from scaling_fl.partition import PARTITIONERS
-from scaling_fl.saving import rescue
-from scaling_fl.settings import (
+from scaling_fl import report
+from scaling_fl.data.partition import PARTITIONERS
+from scaling_fl.data.tasks import TASKS, name_labels, task_defaults
+from scaling_fl.distributed import signals
+from scaling_fl.distributed.collectives import all_gather, local_rank
+from scaling_fl.distributed.heartbeat import PeerError
+from scaling_fl.distributed.launch import launch, num_ranks, run_program, was_launched_here
+from scaling_fl.distributed.world import launched, lost_after, num_threads, world
+from scaling_fl.errors import one_line
+from scaling_fl.experiment.build import (
+    Job,
+    build,
+    check_saving,
+    count_round,
+    describe,
+    estimate_memory,
+    make_federation,
+)
+from scaling_fl.experiment.settings import (
     DEVICE_IDS,
     FLAG,
     LABELS,
     SITE_PATHS,
     TEXT,
     check,
-    escape_what_cannot_be_printed,
     literal,
-    mounted,
     number,
-    one_line,
     one_of,
     optional,
     unknown,
     whole_number,
 )
-from scaling_fl.stores import WriteError
-from scaling_fl.strategies import STRATEGIES, make_strategy
-from scaling_fl.tasks import TASKS, name_labels, task_defaults
-from scaling_fl.training import OPTIMISERS
-from scaling_fl.vigil import PeerError
+from scaling_fl.federation.aggregation import COMM_DTYPES
+from scaling_fl.federation.strategies import STRATEGIES, make_strategy
+from scaling_fl.models.loading import model_defaults
+from scaling_fl.records import checkpoint, console, observers
+from scaling_fl.records.console import escape_unprintable
+from scaling_fl.records.export import save_elsewhere
+from scaling_fl.records.machine import describe_machine
+from scaling_fl.records.rounds import ROUNDS, Clock, write_round
+from scaling_fl.storage import WriteError, host_path
+from scaling_fl.training.metrics import Metrics
+from scaling_fl.training.optimisers import OPTIMISERS
 
 T = TypeVar("T")
 
@@ -207,7 +218,7 @@ def check_site_paths(config: dict[str, Any]) -> None:
 def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
-        with signals.heeded():
+        with signals.interruptible():
             return on_ranks(_config, lambda config: train(config, _run))
     finally:
         observers.attach(_run, ROUNDS)
@@ -239,15 +250,17 @@ def places(config: dict[str, Any], sentence: str) -> str:
     site_paths = [
         path for entry in config["site_paths"] or () for path in ([entry] if isinstance(entry, str) else entry)
     ]
-    given = [path for key in ("train_path", "test_path", "checkpoints_dir") if (path := config[key])] + site_paths
-    found = {path: mounted(path) for path in given if mounted(path) != path and mounted(path) in sentence}
+    given = [
+        path for key in ("model", "train_path", "test_path", "checkpoints_dir") if (path := config[key])
+    ] + site_paths
+    found = {path: host_path(path) for path in given if host_path(path) != path and host_path(path) in sentence}
     return "".join(f" ({place} stands for {path}: see DATA_MOUNT_DIR)" for path, place in found.items())
 
 
 def train(config: SimpleNamespace, run: Run) -> float:
     """Set a run up and train; if a disk fails, look after the weights. Return the last accuracy."""
-    ledger = Ledger()
-    job = set_up(config)
+    ledger = Clock()
+    job = build(config)
     folder = observers.run_folder(run)
     check_saving(config, job, folder)
     announce(config, job, run)
@@ -255,18 +268,20 @@ def train(config: SimpleNamespace, run: Run) -> float:
         run_rounds(config, job, run, ledger)
     except WriteError as error:
         saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
-        raise ValueError(f"{error}. {rescue(saved, job.server, job.history, job.settings, folder)}") from error
+        raise ValueError(
+            f"{error}. {save_elsewhere(saved, job.server.state_dict(), job.history, job.settings, folder)}"
+        ) from error
     return job.history[-1]["validation.accuracy"]
 
 
-def run_rounds(config: SimpleNamespace, job: Job, run: Run, ledger: Ledger) -> None:
+def run_rounds(config: SimpleNamespace, job: Job, run: Run, ledger: Clock) -> None:
     """Train, average, evaluate, record and save, round by round."""
     held, server, history = job.held, job.server, job.history
-    training = tracking.Progress(config.num_local_epochs * sum(map(len, held.train.values())))
-    testing = tracking.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
+    training = console.Progress(config.num_local_epochs * sum(map(len, held.train.values())))
+    testing = console.Progress(sum(len(batch) for of_device in held.test.values() for batch in of_device))
     federation = make_federation(config, job, training, testing)
     folder = observers.run_folder(run)
-    table = tracking.Table(with_failures=config.on_site_failure == "skip")
+    table = console.Table(with_failures=config.on_site_failure == "skip")
 
     def record(round_: int, metrics: Metrics) -> None:
         table.record(run.log_scalar, round_, metrics)
@@ -278,61 +293,61 @@ def run_rounds(config: SimpleNamespace, job: Job, run: Run, ledger: Ledger) -> N
     metrics = ledger.lap("setup")
     for round_ in range(len(history), config.num_rounds + 1):
         if round_ > 0:
-            with training.shown(f"round {round_}, training"):
+            with training.display(f"round {round_}, training"):
                 metrics |= federation.train(round_, config.num_local_epochs)
             metrics |= ledger.lap("train")
             server.step()
-            metrics |= ledger.lap("aggregate") | count(config, held, server, metrics)
-        with testing.shown(f"round {round_}, evaluating"):
+            metrics |= ledger.lap("aggregate") | count_round(config, held, server, metrics)
+        with testing.display(f"round {round_}, evaluating"):
             metrics |= federation.evaluate()
         metrics |= ledger.lap("evaluate")
         metrics |= ledger.total(metrics)
         history.append(metrics)
         if round_ > 0:
-            checkpoint.save(job.checkpoints_dir, server, history, job.settings, config.keep_checkpoints)
+            checkpoint.save(job.checkpoints_dir, server.state_dict(), history, job.settings, config.keep_checkpoints)
             metrics |= ledger.lap("checkpoint")
         record(round_, metrics)
         metrics = {}
     page = observers.REPORT if config.report else None
-    tracking.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
+    console.finish(folder, federation.model, job.tokenizer, server.sha256(), history, page)
 
 
 def announce(config: SimpleNamespace, job: Job, run: Run) -> None:
     """Print and record what is about to run."""
-    tracking.say(
+    console.print_once(
         *describe(config, job),
         f"results   {', '.join(observers.results(run, job.checkpoints_dir)) or 'not on record'}",
     )
     run.info |= {
         "labels": list(job.held.label_names),
         "sites": job.held.describe_sites(),
-        "machine": machine(job.held.topology.devices),
+        "machine": describe_machine(job.held.topology.devices),
     }
 
 
 def show_plan(config: SimpleNamespace) -> None:
     """Set a run up as if to train, and print what it comes to."""
-    job = set_up(config)
+    job = build(config)
     held, server = job.held, job.server
     check_saving(config, job, observers.runs_dir() if is_observed() else None)
-    memory = gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
-    make_federation(config, job, tracking.Progress(0), tracking.Progress(0))  # which tries it out
+    memory = all_gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
+    make_federation(config, job, console.Progress(0), console.Progress(0))  # which tries it out
     sites = held.describe_sites()
-    tracking.say(
+    console.print_once(
         *describe(config, job),
         f"round     {server.weights.numel():,} weights shared, {server.bytes_a_round * 1e-6:.1f} MB sent by all ranks",
-        *tracking.site_table(sites, held.label_names, config.batch_size, config.num_local_epochs),
-        *tracking.device_table(memory),
+        *console.site_table(sites, held.label_names, config.batch_size, config.num_local_epochs),
+        *console.device_table(memory),
         "the plan holds: nothing of it would be refused",
     )
 
 
 def main() -> None:
     """Run Sacred's command line, until a signal ends it."""
-    signals.heed()
-    with signals.heeded():
+    signals.install_handlers()
+    with signals.interruptible():
         run_command()
-    signals.leave()
+    signals.restore_defaults()
 
 
 def run_command() -> None:
@@ -346,7 +361,7 @@ def run_command() -> None:
     elif not UNOBSERVED.intersection(argv):
         argv.append("--unobserved")
     experiment.logger = observers.make_logger()
-    escape_what_cannot_be_printed()
+    escape_unprintable()
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -363,7 +378,19 @@ def run_command() -> None:
     except WriteError as error:
         raise SystemExit(f"error: {error}") from None
     if run.config["report"]:
-        observers.draw_report(run)
+        draw_report(run)
+
+
+def draw_report(run: Run) -> None:
+    """Draw the page of a run that has ended, among its files, and attach it."""
+    folder = observers.run_folder(run)
+    if folder is None:
+        return
+    try:
+        report.write([folder], os.path.join(folder, observers.REPORT))
+        observers.attach(run, observers.REPORT)
+    except Exception as error:  # a run of days does not fail for its pictures
+        experiment.logger.warning("the report of %s was not drawn: %s", folder, one_line(error))
 
 
 def check_updates(argv: list[str]) -> None:
@@ -421,7 +448,7 @@ def is_observed() -> bool:
 
 def goes_on(config: dict[str, Any]) -> bool:
     """Tell whether a run with this configuration continues from a checkpoint."""
-    return checkpoint.exists(config["checkpoints_dir"] and mounted(config["checkpoints_dir"]))
+    return checkpoint.exists(config["checkpoints_dir"] and host_path(config["checkpoints_dir"]))
 
 
 if __name__ == "__main__":

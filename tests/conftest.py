@@ -22,16 +22,18 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl import checkpoint, observers  # noqa: F401 - the script imports the observers, which takes long
-from scaling_fl.distributed import world
-from scaling_fl.federation import Federation, Site
-from scaling_fl.launch import launch
-from scaling_fl.partition import deal, iid
-from scaling_fl.placement import Topology, place
-from scaling_fl.server import Server
-from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks.task import Examples, score_classes
-from scaling_fl.training import OPTIMISERS, Batch
+from scaling_fl.data.examples import Examples
+from scaling_fl.data.partition import iid, partition_indices
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.placement import Topology, place_sites
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.round import Federation, Site
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.records import checkpoint
+from scaling_fl.training.loop import Batch
+from scaling_fl.training.optimisers import OPTIMISERS
+from scaling_fl.training.scores import score_classes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_federated.py"
@@ -50,6 +52,15 @@ def _environment() -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.delenv("DEBUG", raising=False)
         yield
+
+
+def restore_into(directory: str | None, server: GlobalModel, settings: dict[str, Any]) -> checkpoint.History:
+    """Take over the last checkpoint, and return the metrics of the rounds that are done."""
+    state = checkpoint.restore(directory, settings)
+    if state is None:
+        return []
+    server.load_state_dict(state["server"])
+    return state["history"]
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +216,7 @@ def mongo(server: Mongod) -> dict[str, str]:
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes every rank take the CPU for two devices."""
-    place_on_one = place
+    place_on_one = place_sites
 
     def on_two(site_ids: Sequence[int]) -> Topology:
         topology = place_on_one(site_ids)
@@ -294,7 +305,7 @@ class Play:
     broken: tuple[int, ...] = ()  # sites whose disk fails after their first batch, in every round
     make_model: Callable[[], nn.Module] = make_bert
     checkpoints_dir: str | None = None
-    watch: Callable[[Server, Federation], Any] = field(default=lambda server, federation: server.sha256())
+    watch: Callable[[GlobalModel, Federation], Any] = field(default=lambda server, federation: server.sha256())
 
     def but(self, **changes: Any) -> "Play":
         """The same federation but for some changes."""
@@ -309,13 +320,13 @@ class Play:
     def play(self) -> tuple[list[dict[str, float]], list[Any]]:
         """Play on this rank."""
         with world():
-            topology = place(self.site_ids)
+            topology = place_sites(self.site_ids)
             train, test = make_examples(self.num_examples), make_examples(23, seed=1)
-            parts = deal(train.labels, topology.num_sites, iid, seed=0)
+            parts = partition_indices(train.labels, topology.num_sites, iid, seed=0)
             model = self.make_model()
-            server = Server(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0])
+            server = GlobalModel(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0])
             settings = {"strategy": self.strategy}
-            history = checkpoint.restore(self.checkpoints_dir, server, settings)
+            history = restore_into(self.checkpoints_dir, server, settings)
             test_batches = test.fixed_batches(self.val_batch_size)
             federation = Federation(
                 topology,
@@ -345,7 +356,7 @@ class Play:
                     server.step()
                 history.append(metrics | federation.evaluate())
                 watched.append(self.watch(server, federation))
-                checkpoint.save(self.checkpoints_dir, server, history, settings, keep=None)
+                checkpoint.save(self.checkpoints_dir, server.state_dict(), history, settings, keep=None)
             return history, watched
 
     def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaling_fl.averaging import PIECE, Mean
-from scaling_fl.distributed import bytes_sent, gather, rank, share_memory, world, world_size
-from scaling_fl.launch import launch
+from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, share_memory, world_size
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.aggregation import PIECE, Mean
 
 NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
@@ -50,7 +51,7 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
             taken = mean.take(weights)
             digest = hashlib.sha256(taken.numpy().tobytes()).hexdigest()
             found.append((digest, taken[:100].tolist(), bytes_sent() - sent))
-        assert gather(found[0][0]) == [found[0][0]] * world_size()
+        assert all_gather(found[0][0]) == [found[0][0]] * world_size()
         return found
 
 
@@ -115,7 +116,7 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
             pieces = share_memory(3)
             for own in pieces[rank() : rank() + 1]:
                 own.fill_(rank() + 1)
-            gather(None)
+            all_gather(None)
             assert not [name for name in os.listdir("/dev/shm") if "scaling_fl" in name]
             return [piece.tolist() for piece in pieces]
 

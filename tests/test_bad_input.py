@@ -27,11 +27,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from scaling_fl import checkpoint
-from scaling_fl.distributed import world
-from scaling_fl.server import Server
-from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks.reading import read_table
+from scaling_fl.data.files import read_table
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.records import checkpoint
 
 ROWS = b"text,label\n" + b"goal match,sport\nchip code,tech\n" * 4
 JSON_ROWS = b'{"text": "goal", "label": "sport"}\n{"text": "chip", "label": "tech"}\n'
@@ -407,10 +407,10 @@ class Trap:
 
 def save(model: nn.Module, folder: Path) -> bytes:
     with world():
-        server = Server(model, make_strategy("fedadam"))
+        server = GlobalModel(model, make_strategy("fedadam"))
         server.collect(server.weights - 0.1, 1.0)
         server.step()
-        checkpoint.save(str(folder), server, HISTORY, SETTINGS, keep=None)
+        checkpoint.save(str(folder), server.state_dict(), HISTORY, SETTINGS, keep=None)
     return (folder / "round-1.pt").read_bytes()
 
 

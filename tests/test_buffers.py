@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Play, make_bert, refusal
+from scaling_fl.server import flatten_
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
-from scaling_fl.distributed import world
-from scaling_fl.federation import Federation
-from scaling_fl.server import Server, flatten_
-from scaling_fl.strategies import make_strategy
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.round import Federation
+from scaling_fl.federation.strategies import make_strategy
 
 SHARES = [Fraction(3, 8), Fraction(1, 8), Fraction(4, 8)]
 HALVES = [Fraction(1, 2)] * 2
@@ -35,7 +36,7 @@ def averaged(first: Tensor, locals_: Sequence[Tensor], shares: Sequence[Fraction
     """What a buffer is after a round in which sites make these of it."""
     model = nn.Linear(2, 3)
     model.register_buffer("seen", first.clone())
-    server, vector = Server(model, make_strategy("fedadam"), comm_dtype), flatten_(model)
+    server, vector = GlobalModel(model, make_strategy("fedadam"), comm_dtype), flatten_(model)
     for local, share in zip(locals_, shares, strict=True):
         server.send(vector)
         model.get_buffer("seen").copy_(local)
@@ -132,7 +133,7 @@ def test_a_buffer_that_begins_infinite_has_the_mean_of_its_sites_if_all_have_fou
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_buffer_that_is_not_finite_any_more_is_refused_by_its_name(value: float) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    server, vector = Server(model, make_strategy("fedavg")), flatten_(model)
+    server, vector = GlobalModel(model, make_strategy("fedavg")), flatten_(model)
     model[1].running_var[1] = value
     for refuse in (server.check, lambda vector: server.collect(vector, 1.0)):
         sentence = refusal(lambda refuse=refuse: refuse(vector))
@@ -187,7 +188,7 @@ def anew() -> BertForSequenceClassification:
     return bert_with(CountsAnew)
 
 
-def watch_buffers(server: Server, federation: Federation) -> list[Any]:
+def watch_buffers(server: GlobalModel, federation: Federation) -> list[Any]:
     return [server.sha256(), *(buffer.tolist() for _, buffer in federation.model.named_buffers())]
 
 
@@ -222,7 +223,7 @@ def test_devices_of_a_rank_share_the_buffers(two_devices: Callable[[], None]) ->
 def test_a_cumulative_mean_is_that_of_all_batches_of_all_sites_and_rounds() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=None), nn.Linear(3, 1))
-    server, vector, batches = Server(model, make_strategy("fedavg")), flatten_(model), torch.randn(4, 2, 5, 8, 3)
+    server, vector, batches = GlobalModel(model, make_strategy("fedavg")), flatten_(model), torch.randn(4, 2, 5, 8, 3)
     for of_round in batches:
         for of_site in of_round:
             server.send(vector)
@@ -252,7 +253,7 @@ def test_a_site_alone_leaves_its_buffers_as_in_ordinary_training(local: Tensor) 
 
 
 def test_a_final_model_is_saved_with_its_buffers_by_torch_and_by_transformers(tmp_path: Path) -> None:
-    def save(server: Server, federation: Federation) -> None:
+    def save(server: GlobalModel, federation: Federation) -> None:
         torch.save(federation.model.state_dict(), file := io.BytesIO())
         federation.model.save_pretrained(tmp_path)
         saved = torch.load(io.BytesIO(file.getvalue()))
@@ -291,7 +292,7 @@ def test_a_site_whose_statistic_is_not_finite_is_named_and_can_be_skipped(caplog
 @pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_a_version_that_saved_no_counts_is_refused_in_a_sentence() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    server = Server(model, make_strategy("fedavg"))
+    server = GlobalModel(model, make_strategy("fedavg"))
     state = deepcopy(server.state_dict())
     del state["weights"]["1.num_batches_tracked"]
     sentence = refusal(lambda: server.load_state_dict(state))

@@ -19,10 +19,12 @@ import pytest
 from conftest import Command, refusal, succeed, weights_hash
 from transformers import AutoConfig
 
-from scaling_fl import cache, hub
-from scaling_fl.pretrained import load_pretrained
-from scaling_fl.tasks import read_task, sample
-from scaling_fl.tasks.task import Corpus, TextEncoder
+from scaling_fl import hub
+from scaling_fl.data import cache
+from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.source import Corpus
+from scaling_fl.data.tasks import read_task, sample
+from scaling_fl.models.pretrained import load_pretrained
 
 ROWS = "stars,text\n" + "".join(f'{i % 2 + 1},"goal match team {i}\\nchip"\n' for i in range(40))
 

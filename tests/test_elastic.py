@@ -14,7 +14,7 @@ import pytest
 from chaos import family
 from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
 
-from scaling_fl import checkpoint
+from scaling_fl.records import checkpoint
 
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
 PATIENCE = 150.0  # seconds after which torchrun hangs

@@ -10,10 +10,10 @@ import torch
 from conftest import Play, make_bert
 from torch import nn
 
-from scaling_fl.federation import Federation
-from scaling_fl.metrics import Means
-from scaling_fl.tasks.task import Examples
-from scaling_fl.training import Batch, train
+from scaling_fl.data.examples import Examples
+from scaling_fl.federation.round import Federation
+from scaling_fl.training.loop import Batch, train
+from scaling_fl.training.metrics import Means
 
 BROKEN = Play(site_ids=(0,) * 5, broken=(1, 3))
 
@@ -74,7 +74,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 @pytest.mark.parametrize("what", ["disk", "weight"])
 def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
-        monkeypatch.setattr("scaling_fl.federation.train", train_or_overflow)
+        monkeypatch.setattr("scaling_fl.federation.round.train", train_or_overflow)
         monkeypatch.setattr("scaling_fl.averaging.PIECE", 1_000)  # so that it is not in the first
     play = BROKEN.but(min_sites=3)
     alone = play.on_ranks(1)

@@ -8,7 +8,7 @@ import torch
 from conftest import make_bert, refusal
 from torch import nn
 
-from scaling_fl.flat import flatten_, lay_out
+from scaling_fl.models.flat import flatten_, lay_out
 
 
 def two_layers() -> nn.Sequential:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from scaling_fl.distributed import world
-from scaling_fl.footprint import Meter, estimate, passing, state_bytes
-from scaling_fl.server import Server
-from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks.task import score_classes
-from scaling_fl.training import OPTIMISERS, train
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.models.memory import Meter, activation_bytes, estimate_bytes, state_bytes
+from scaling_fl.training.loop import train
+from scaling_fl.training.optimisers import OPTIMISERS
+from scaling_fl.training.scores import score_classes
 
 
 def make_llama() -> nn.Module:
@@ -42,7 +43,7 @@ def test_what_a_batch_is_said_to_take_is_what_it_takes(make_model: Callable[[], 
         output = model(**batch)
         if is_training:
             output.loss.backward()
-    assert passing(model, batch, is_training) == pytest.approx(meter.peak, rel=0.02)
+    assert activation_bytes(model, batch, is_training) == pytest.approx(meter.peak, rel=0.02)
 
 
 def test_a_meter_counts_what_there_is_at_once() -> None:
@@ -73,7 +74,7 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
 def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> None:
     model, batch = make_bert(), make_examples(7).batch(np.arange(7))
     make_optimiser = partial(OPTIMISERS[name], lr=1e-3)
-    said = estimate(model, batch, None, make_optimiser)
+    said = estimate_bytes(model, batch, None, make_optimiser)
     weights = [*model.parameters(), *model.buffers()]
     with Meter([*weights, *batch.values()]) as meter:
         train(model, [batch, batch], make_optimiser(model.parameters()), score_classes)
@@ -82,7 +83,7 @@ def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> 
 
 def test_a_server_says_what_it_holds() -> None:
     with world():
-        server = Server(make_bert(), make_strategy("fedavg", None, None))
+        server = GlobalModel(make_bert(), make_strategy("fedavg", None, None))
     held = {**vars(server), **vars(server._mean)}.values()
     storages = {
         tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1

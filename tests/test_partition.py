@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.partition import MAX_DRAWS, PARTITIONERS, Partitioner, by_label, deal, dirichlet, iid
+from scaling_fl.data.partition import MAX_DRAWS, PARTITIONERS, Partitioner, by_label, dirichlet, iid, partition_indices
 
 SCHEMES: dict[str, Partitioner] = PARTITIONERS | {"dirichlet": partial(dirichlet, alpha=10.0)}
 LABELS = np.random.default_rng(0).integers(0, 4, 200)
@@ -24,7 +24,7 @@ def test_every_example_is_dealt_once_and_every_site_gets_some(
     scheme: str, labels: list[int], num_sites: int, seed: int
 ) -> None:
     try:
-        parts = deal(np.array(labels), num_sites, SCHEMES[scheme], seed)
+        parts = partition_indices(np.array(labels), num_sites, SCHEMES[scheme], seed)
     except ValueError:
         assert num_sites > len(labels) or scheme == "dirichlet"
         return
@@ -36,25 +36,25 @@ def test_every_example_is_dealt_once_and_every_site_gets_some(
 @pytest.mark.parametrize("scheme", ["iid", "by_label"])
 @pytest.mark.parametrize("num_sites", [1, 3, 7, 199, 200])
 def test_sizes_differ_by_one_at_most(scheme: str, num_sites: int) -> None:
-    sizes = [len(part) for part in deal(LABELS, num_sites, SCHEMES[scheme], 1)]
+    sizes = [len(part) for part in partition_indices(LABELS, num_sites, SCHEMES[scheme], 1)]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_by_label_deals_runs_of_the_sorted_labels() -> None:
-    dealt = LABELS[np.concatenate(deal(LABELS, 7, by_label, 1))]
+    dealt = LABELS[np.concatenate(partition_indices(LABELS, 7, by_label, 1))]
     assert (np.diff(dealt) >= 0).all()
 
 
 def test_iid_deals_each_site_the_labels_in_their_proportions() -> None:
     sorted_labels = np.arange(4000) // 1000
-    for part in deal(sorted_labels, 4, iid, 1):
+    for part in partition_indices(sorted_labels, 4, iid, 1):
         assert np.abs(np.bincount(sorted_labels[part]) / 250 - 1).max() < 0.25  # four standard deviations
 
 
 def unevenness(alpha: float) -> float:
     """How far the sites' shares of a label are from equal: 0 is equal, 1 is one site has it all."""
     labels = np.arange(4000) % 4
-    parts = deal(labels, 4, partial(dirichlet, alpha=alpha), 1)
+    parts = partition_indices(labels, 4, partial(dirichlet, alpha=alpha), 1)
     shares = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000
     return (shares.max(axis=0).mean() - 1 / 4) / (3 / 4)
 
@@ -69,7 +69,7 @@ def test_the_smaller_alpha_the_more_the_sites_differ() -> None:
 @pytest.mark.parametrize("alpha", [5e-324, 1e-9, 1e-3])
 def test_a_tiny_alpha_ends_in_a_sentence_where_no_draw_serves_all_sites(alpha: float) -> None:
     with pytest.raises(ValueError, match="a larger dirichlet_alpha or fewer sites would do") as caught:
-        deal(LABELS, 9, partial(dirichlet, alpha=alpha), 1)
+        partition_indices(LABELS, 9, partial(dirichlet, alpha=alpha), 1)
     assert f"dirichlet_alpha={alpha} leaves sites without an example (site " in str(caught.value)
     assert f"{MAX_DRAWS} draws over 9 sites" in str(caught.value)
 
@@ -77,11 +77,11 @@ def test_a_tiny_alpha_ends_in_a_sentence_where_no_draw_serves_all_sites(alpha: f
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_more_sites_than_examples_are_refused(scheme: str) -> None:
     with pytest.raises(ValueError, match=r"^4 sites cannot share 3 training examples: at most 3 .* would do$"):
-        deal(LABELS[:3], 4, SCHEMES[scheme], 1)
+        partition_indices(LABELS[:3], 4, SCHEMES[scheme], 1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_deal_is_drawn_by_its_seed(scheme: str) -> None:
     np.random.seed(0)  # the generator that all share must not matter
-    first, again, other = (as_lists(deal(LABELS, 5, SCHEMES[scheme], seed)) for seed in (1, 1, 2))
+    first, again, other = (as_lists(partition_indices(LABELS, 5, SCHEMES[scheme], seed)) for seed in (1, 1, 2))
     assert first == again != other

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling_fl import placement
-from scaling_fl.distributed import world
-from scaling_fl.launch import launch
-from scaling_fl.placement import Topology, assign, place
+from scaling_fl.distributed import placement
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.placement import Topology, assign_sites, place_sites
+from scaling_fl.distributed.world import world
 
 
 def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
@@ -31,15 +31,15 @@ def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
     ],
 )
 def test_sites_are_shared_out_by_device_and_then_by_turn(ranks: list, assignments: list[dict[int, int]]) -> None:
-    assert assign(ranks) == assignments
+    assert assign_sites(ranks) == assignments
 
 
 def test_other_numbers_of_sites_take_the_entries_in_turn() -> None:
     two_nodes = node(2, [0, 1]) + node(1, [0])
-    assert assign(two_nodes, 7) == [{0: 0, 3: 0, 6: 0}, {1: 1, 4: 1}, {2: 0, 5: 0}]
-    assert assign(two_nodes, 3) == assign(two_nodes)
-    assert assign(two_nodes, 2) == [{0: 0}, {1: 1}, {}]
-    assert assign(node(2, [0]), 5) == [{0: 0, 2: 0, 4: 0}, {1: 0, 3: 0}], "two ranks share the one CPU slot"
+    assert assign_sites(two_nodes, 7) == [{0: 0, 3: 0, 6: 0}, {1: 1, 4: 1}, {2: 0, 5: 0}]
+    assert assign_sites(two_nodes, 3) == assign_sites(two_nodes)
+    assert assign_sites(two_nodes, 2) == [{0: 0}, {1: 1}, {}]
+    assert assign_sites(node(2, [0]), 5) == [{0: 0, 2: 0, 4: 0}, {1: 0, 3: 0}], "two ranks share the one CPU slot"
 
 
 site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
@@ -50,7 +50,7 @@ def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(
     nodes: list[tuple[int, list[int]]], num_sites: int | None
 ) -> None:
     ranks = [rank for count, site_ids in nodes for rank in node(count, site_ids)]
-    assignments = assign(ranks, num_sites)
+    assignments = assign_sites(ranks, num_sites)
     merged = {site: ranks[i][1][entry] for i, sites in enumerate(assignments) for site, entry in sites.items()}
     entries = [device for _, site_ids in nodes for device in site_ids]
     assert sum(map(len, assignments)) == len(merged) == (num_sites or len(entries))
@@ -60,7 +60,7 @@ def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(
 @given(st.integers(1, 4), site_id_lists)
 def test_a_gpu_belongs_to_one_rank_where_there_are_enough(num_ranks: int, site_ids: list[int]) -> None:
     if num_ranks <= len(set(site_ids)):
-        devices = [{site_ids[entry] for entry in sites.values()} for sites in assign(node(num_ranks, site_ids))]
+        devices = [{site_ids[entry] for entry in sites.values()} for sites in assign_sites(node(num_ranks, site_ids))]
         assert sum(map(len, devices)) == len(set(site_ids))
         assert all(devices)
 
@@ -68,7 +68,7 @@ def test_a_gpu_belongs_to_one_rank_where_there_are_enough(num_ranks: int, site_i
 def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
     def topology() -> Topology:
         with world():
-            return place([5, 5, 9])
+            return place_sites([5, 5, 9])
 
     cpu = torch.device("cpu")
     assert launch(topology, num_ranks=2) == [
@@ -82,7 +82,7 @@ def test_a_gpu_that_is_not_there_and_two_ranks_on_one_gpu_are_refused(monkeypatc
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with world():
         with pytest.raises(ValueError, match=r"site_ids names GPUs \[2, 7\], but this node has 2: ids 0 to 1 would do"):
-            place([0, 7, 2])
+            place_sites([0, 7, 2])
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         with pytest.raises(ValueError, match=r"2 ranks were started for the 1 GPUs .* \(RANKS=1\)"):
-            place([0, 0])
+            place_sites([0, 0])

@@ -24,11 +24,12 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.tasks.corpus import agree_on_labels, label_names_of, make_corpus, pick, read_labelled
-from scaling_fl.tasks.csv_rows import read_csv
-from scaling_fl.tasks.json_rows import read_json
-from scaling_fl.tasks.labels import label_name, shown, sort_labels
-from scaling_fl.tasks.reading import read_folders, read_table
+from scaling_fl.data.corpus import agree_on_labels, label_names_of, make_corpus, pick, read_labelled
+from scaling_fl.data.csv_rows import read_csv
+from scaling_fl.data.files import read_folders, read_table
+from scaling_fl.data.json_rows import read_json
+from scaling_fl.data.labels import label_name, sort_labels
+from scaling_fl.errors import printable
 
 # Each is a text that some reader takes for something else.
 TEXTS = [
@@ -571,7 +572,7 @@ def test_labels_that_differ_in_what_may_not_be_seen_are_refused_with_their_code_
 
 
 def test_a_name_is_shown_in_one_line() -> None:
-    assert shown("a\nb\x1b[0m\u202ec \U0001f600 \xe9\u200d") == "a\\nb\\x1b[0m\\u202ec \U0001f600 \xe9\\u200d"
+    assert printable("a\nb\x1b[0m\u202ec \U0001f600 \xe9\u200d") == "a\\nb\\x1b[0m\\u202ec \U0001f600 \xe9\\u200d"
 
 
 def test_labels_that_the_setting_names_are_the_classes_in_its_order() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, history, make_bert, refusal, succeed, weights_hash
+from conftest import Command, history, make_bert, refusal, restore_into, succeed, weights_hash
 from fsspec.implementations.local import LocalFileSystem
 from sacred import SETTINGS
 from sacred.observers import FileStorageObserver
@@ -24,12 +24,12 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from torch import nn
 from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, modeling_utils
 
-from scaling_fl import checkpoint, observers, saving, tracking
-from scaling_fl.distributed import world
-from scaling_fl.ledger import write_round
-from scaling_fl.server import Server
-from scaling_fl.stores import WriteError
-from scaling_fl.strategies import make_strategy
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.records import checkpoint, console, export, observers
+from scaling_fl.records.rounds import write_round
+from scaling_fl.storage import WriteError
 
 Disk = Callable[[int], Path]  # bytes -> where a disk of so many is mounted
 
@@ -103,49 +103,49 @@ def test_the_space_for_checkpoints_is_what_they_come_to_take(tmp_path: Path, kee
             for _ in range(num_rounds):
                 most = max(most, files + 1)
                 files = min(files + 1, keep or 100)
-            (need,) = saving.need_of_checkpoints(str(tmp_path), 10, num_rounds, keep)
+            (need,) = export.space_for_checkpoints(str(tmp_path), 10, num_rounds, keep)
             assert (need.most, need.last) == (10 * (most - num_before - 1), 10 * (files - num_before - 1))
 
 
 def test_checkpoints_that_are_not_to_be_written_or_on_no_disk_need_none(tmp_path: Path) -> None:
-    assert saving.need_of_checkpoints(None, 10, 3, None) == []
-    assert saving.need_of_checkpoints(str(tmp_path), 10, 0, None) == []
-    assert saving.need_of_checkpoints("memory://checkpoints", 10, 3, None) == []
+    assert export.space_for_checkpoints(None, 10, 3, None) == []
+    assert export.space_for_checkpoints(str(tmp_path), 10, 0, None) == []
+    assert export.space_for_checkpoints("memory://checkpoints", 10, 3, None) == []
 
 
 def test_space_is_compared_disk_by_disk_and_what_is_removed_is_free_again(disk: Disk) -> None:
     one, two = disk(1_000_000), disk(1_000_000)
     free = shutil.disk_usage(one).free
 
-    def need(place: Path, most: int, last: int) -> saving.Need:
-        return saving.Need(str(place), "somewhere", "something", most, last)
+    def need(place: Path, most: int, last: int) -> export.SpaceNeeded:
+        return export.SpaceNeeded(str(place), "somewhere", "something", most, last)
 
-    saving.check_disks([need(one, free, free), need(two, free, free)])
-    saving.check_disks([need(one, free, 10), need(one, free - 10, free - 10)])
-    saving.check_disks([need(one, 10, -20), need(one, free + 20, free + 20)])
+    export.check_disks([need(one, free, free), need(two, free, free)])
+    export.check_disks([need(one, free, 10), need(one, free - 10, free - 10)])
+    export.check_disks([need(one, 10, -20), need(one, free + 20, free + 20)])
     for needs in (
         [need(one, free, free), need(two, free + 1, free + 1)],
         [need(one, free, 10), need(one, free - 9, free - 9)],
         [need(one, free + 1, -10), need(one, 5, 5)],
     ):
-        assert "somewhere: expected 1.1 MB free for something" in refusal(lambda needs=needs: saving.check_disks(needs))
+        assert "somewhere: expected 1.1 MB free for something" in refusal(lambda needs=needs: export.check_disks(needs))
 
 
 def test_what_cannot_be_saved_is_refused_and_nothing_is_left(tmp_path: Path, tiny_model: str) -> None:
     tokenizer = BertTokenizerFast.from_pretrained(tiny_model)
 
     def sentence(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
-        return refusal(lambda: saving.check([], str(tmp_path), "mine", model, tokenizer))
+        return refusal(lambda: export.check([], str(tmp_path), "mine", model, tokenizer))
 
-    saving.check([], str(tmp_path), "mine", make_bert(), tokenizer)
+    export.check([], str(tmp_path), "mine", make_bert(), tokenizer)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
-    saving.check([], str(tmp_path), "mine", model, tokenizer)
+    export.check([], str(tmp_path), "mine", model, tokenizer)
     model.generation_config.num_return_sequences = 3  # of greedy search, which has one
     assert "model='mine': expected a configuration and a tokenizer that can be saved" in sentence(model, tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(SimpleNamespace())
     assert "Custom PreTokenizer cannot be serialized" in sentence(make_bert(), tokenizer)
     assert "no/folder: expected a folder that can be written to" in refusal(
-        lambda: saving._try_model("no/folder", "mine", make_bert(), tokenizer)
+        lambda: export._try_model("no/folder", "mine", make_bert(), tokenizer)
     )
     assert not [*tmp_path.iterdir()]
 
@@ -251,10 +251,10 @@ def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
     monkeypatch.setattr(tempfile, "tempdir", str(full))
     fill(full)
     with world():
-        server = Server(nn.Linear(100, 100), make_strategy("fedavg"))
+        server = GlobalModel(nn.Linear(100, 100), make_strategy("fedavg"))
 
         def place(saved: str | None = None, rounds: int = 3, folder: Path = full) -> str:
-            return saving.rescue(saved, server, history(rounds), {"seed": 1}, str(folder))
+            return export.save_elsewhere(saved, server.state_dict(), history(rounds), {"seed": 1}, str(folder))
 
         assert place(rounds=0) == "No round is lost"
         assert "are in /a/b/round-3.pt: the same command goes on" in place(saved="/a/b")
@@ -266,8 +266,8 @@ def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
         assert first[0] == first[1] != second[0]
         for directory in (first[0], second[0]):
             assert directory.startswith("checkpoints/")
-            restored = Server(nn.Linear(100, 100), make_strategy("fedavg"))
-            assert checkpoint.restore(directory, restored, {"seed": 1}) == history(3)
+            restored = GlobalModel(nn.Linear(100, 100), make_strategy("fedavg"))
+            assert restore_into(directory, restored, {"seed": 1}) == history(3)
             assert torch.equal(restored.weights, server.weights)
         assert f"are in {lent}/runs/1/checkpoints/round-3.pt" in place(folder=lent / "runs/1")
 
@@ -323,4 +323,4 @@ def test_output_that_nobody_takes_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
     with world(), open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
         with pytest.raises(WriteError, match=r"^the standard output: expected a disk that can be written"):
-            tracking.say("a line")
+            console.print_once("a line")

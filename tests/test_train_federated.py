@@ -27,10 +27,12 @@ from sacred.observers import FileStorageObserver
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_utils
 
-from scaling_fl import checkpoint, signals
-from scaling_fl.distributed import agree, rank, world
-from scaling_fl.job import FREE
-from scaling_fl.launch import launch
+from scaling_fl.distributed import signals
+from scaling_fl.distributed.collectives import check_equal, rank
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.world import world
+from scaling_fl.experiment.build import FREE
+from scaling_fl.records import checkpoint
 
 
 def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:
@@ -246,7 +248,7 @@ def test_nodes_that_were_started_differently_do_not_train(key: str, values: tupl
     def node() -> str:
         with world():
             try:
-                agree({"seed": 1, key: values[rank()]})
+                check_equal({"seed": 1, key: values[rank()]})
             except ValueError as error:
                 return str(error)
             return "agreed"

@@ -10,8 +10,9 @@ import torch
 from conftest import make_bert, make_examples
 from torch import nn
 
-from scaling_fl.tasks.task import score_classes
-from scaling_fl.training import OPTIMISERS, evaluate, pull_towards, train, try_step
+from scaling_fl.training.loop import evaluate, train, try_step
+from scaling_fl.training.optimisers import OPTIMISERS, add_proximal_term
+from scaling_fl.training.scores import score_classes
 
 
 def one_batch() -> list[dict[str, torch.Tensor]]:
@@ -53,7 +54,7 @@ def test_the_proximal_pull_is_the_gradient_of_the_proximal_term() -> None:
     expected = weight.detach().clone().requires_grad_()
     ((expected**3).sum() + 0.7 / 2 * (expected - anchor).square().sum()).backward()
     optimiser = torch.optim.SGD([weight], lr=1.0)
-    pull_towards([anchor], 0.7, optimiser)
+    add_proximal_term([anchor], 0.7, optimiser)
     before = weight.detach().clone()
     (weight**3).sum().backward()
     optimiser.step()

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from scaling_fl import distributed, signals, vigil
-from scaling_fl.distributed import gather, rank, world
-from scaling_fl.launch import run_program
+from scaling_fl.distributed import collectives, heartbeat, signals
+from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.distributed.launch import run_program
+from scaling_fl.distributed.world import world
 
 SOON = 20.0  # seconds on a very busy machine; without the vigil a collective waits for 24 hours
 
@@ -33,7 +34,7 @@ def start() -> Callable[..., dict[int, int]]:
             if processes[number] == 0:
                 os.environ.update(environment, RANK=str(number), WORLD_SIZE=str(num_ranks), GLOO_SOCKET_IFNAME="lo")
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                signals.heed()
+                signals.install_handlers()
                 try:
                     run_program(lambda: within_world(work))
                 finally:
@@ -69,7 +70,7 @@ def train_for_hours(*_: object) -> None:
 
 
 def meet(*_: object) -> None:
-    gather("the others are late")
+    all_gather("the others are late")
 
 
 @pytest.mark.parametrize("others", [train_for_hours, meet])
@@ -86,7 +87,7 @@ def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
     start: Callable, capfd: pytest.CaptureFixture[str], others: Callable, number: int, error: Exception, heard: str
 ) -> None:
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() != number:
             others()
         time.sleep(0.5)
@@ -112,7 +113,7 @@ def test_news_that_a_library_swallows_ends_a_rank_nevertheless(
     start: Callable, capfd: pytest.CaptureFixture[str], then: Callable
 ) -> None:
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() == 1:
             raise KeyError("weight")
         miss_the_news()
@@ -128,13 +129,13 @@ def test_news_that_a_library_swallows_ends_a_rank_nevertheless(
 def test_a_rank_that_waits_for_others_to_come_can_be_asked_to_end(
     start: Callable, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    join = distributed._join
+    join = collectives._join
 
     def join_and_ask(*args: object) -> object:
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
         return join(*args)
 
-    monkeypatch.setattr(distributed, "_join", join_and_ask)
+    monkeypatch.setattr(collectives, "_join", join_and_ask)
     began = time.monotonic()
     (process,) = start(train_for_hours, without=(1,)).values()
     assert wait(process) == 128 + number
@@ -144,14 +145,14 @@ def test_a_rank_that_waits_for_others_to_come_can_be_asked_to_end(
 def test_a_rank_that_a_signal_reached_before_its_first_sign_of_life_is_not_lost(
     start: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = vigil.Vigil.kept
+    keep = heartbeat.Heartbeat.kept
 
-    def leave_at_once(self: vigil.Vigil) -> contextlib.AbstractContextManager[None]:
+    def leave_at_once(self: heartbeat.Heartbeat) -> contextlib.AbstractContextManager[None]:
         if self._rank == 1:
             raise signals.Interrupted(signal.SIGTERM)
         return keep(self)
 
-    monkeypatch.setattr(vigil.Vigil, "kept", leave_at_once)
+    monkeypatch.setattr(heartbeat.Heartbeat, "kept", leave_at_once)
 
     def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -163,7 +164,7 @@ def test_a_rank_that_a_signal_reached_before_its_first_sign_of_life_is_not_lost(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_rank_that_is_asked_to_end_takes_the_others_along(start: Callable, number: int, others: Callable) -> None:
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() == 1:  # twice, as a launcher and a terminal do
             threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
             os.kill(os.getpid(), number)
@@ -181,7 +182,7 @@ def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
     start: Callable, capfd: pytest.CaptureFixture[str], how: int, number: int, others: Callable
 ) -> None:
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() == number:
             os.kill(os.getpid(), how)
         others()
@@ -202,10 +203,10 @@ def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
 
 def test_a_rank_that_only_needs_long_is_waited_for(start: Callable) -> None:
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() == 1:
             time.sleep(9)
-        gather("at last")
+        all_gather("at last")
 
     assert [wait(process) for process in start(work, LOST_AFTER="4").values()] == [0, 0]
 
@@ -224,13 +225,13 @@ def test_a_rank_that_does_not_react_is_ended(
     start: Callable, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the main thread is inside a kernel that waits for another GPU."""
-    monkeypatch.setattr(vigil, "STUBBORN", 1.0)
+    monkeypatch.setattr(heartbeat, "STUBBORN", 1.0)
 
     def work() -> None:
-        gather(None)
+        all_gather(None)
         if rank() == 1:
             raise KeyError("weight")
-        signal.signal(vigil.WAKE, signal.SIG_IGN)
+        signal.signal(heartbeat.WAKE, signal.SIG_IGN)
         train_for_hours()
 
     assert [wait(process) for process in start(work).values()] == [1, 1]

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
-from scaling_fl.settings import mounted
+from scaling_fl.storage import host_path
 
 
 def split(num_rows: int, random_state: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +26,9 @@ def split(num_rows: int, random_state: int = 1) -> tuple[np.ndarray, np.ndarray]
 def main() -> None:
     """Read the whole file and write the two parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full-path", type=mounted, required=True, help="Kaggle's train.csv: id,text,author")
-    parser.add_argument("--train-path", type=mounted, required=True, help="where to write three quarters of the rows")
-    parser.add_argument("--test-path", type=mounted, required=True, help="where to write the rest")
+    parser.add_argument("--full-path", type=host_path, required=True, help="Kaggle's train.csv: id,text,author")
+    parser.add_argument("--train-path", type=host_path, required=True, help="where to write three quarters of the rows")
+    parser.add_argument("--test-path", type=host_path, required=True, help="where to write the rest")
     paths = parser.parse_args()
     targets = (paths.train_path, paths.test_path)
     if len({os.path.abspath(path) for path in (paths.full_path, *targets)}) < 3:

@@ -1,0 +1,164 @@
+"""Rows of files whose fields are separated by commas, tabs, semicolons or bars."""
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from scaling_fl.data.cache import Row
+from scaling_fl.data.columns import Columns, check_characters, find_columns, open_text
+
+SEPARATORS = (",", ";", "\t", "|")
+TABS = re.compile(r"\.(tsv|tab)(\.\w+)?$", re.IGNORECASE)  # a name that promises tabs
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+
+class Head(NamedTuple):
+    """What separates the fields of a file, what its columns are called, and whether its first row says so."""
+
+    separator: str
+    names: Sequence[str]
+    is_first_row: bool
+
+
+def read_csv(path: str, columns: Columns | None, names: Sequence[str]) -> Iterator[Row]:
+    """Yield the names of the columns to read, then each row's fields as they stand: none is a number, none is missing.
+
+    Args:
+        path: a local path or fsspec URL.
+        columns: to read; None reads all.
+        names: of the columns where there is no header. One with those to read will do.
+    """
+    head = _find_head(path, columns, names)
+    used = find_columns(columns, head.names)
+    yield used
+    places = [head.names.index(column) for column in used]
+    number = 0
+    rows = _rows(path, head.separator, is_plain=_is_plain(path, head.separator))
+    for number, (line, row) in enumerate(rows, start=0 if head.is_first_row else 1):
+        if number > 0:
+            fields = _fit(row, number, head.names)
+            picked = tuple(fields[place] for place in places)
+            _check(picked, line, row)
+            yield picked
+    if number == 0:
+        raise ValueError("it has no row below its header")
+
+
+def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head:
+    """Read the header: by the separator that the file's name promises, or by another one that finds the columns."""
+    wanted = set(columns or names)
+    promised = "\t" if TABS.search(path) else ","
+    others = [separator for separator in SEPARATORS if separator != promised]
+    heads: list[tuple[int, list[str]]] = []
+    problem: ValueError | None = None  # of the promised separator: that others do not fit is none
+    for separator in (promised, *others) if wanted else (promised,):
+        try:
+            line, row = next(_rows(path, separator), (0, []))
+        except ValueError as error:
+            problem = error if separator == promised else problem
+            continue
+        if not row:
+            raise ValueError("it is empty")
+        if wanted <= set(row) and (wanted or _is_table(row, line)):
+            return Head(separator, row, True)
+        if separator == promised and len(row) >= len(names) > 0 and _is_blank(row[len(names) :]):
+            return Head(separator, names, False)
+        heads.append((line, row))
+    if problem:
+        raise problem
+    line, row = heads[0]
+    _check(row, line, row)
+    if names:
+        raise ValueError(f"it has {len(row)} columns, not the {len(names)} expected: {', '.join(names)}")
+    return Head(promised, max((row for _, row in heads), key=len), True)
+
+
+def _is_table(row: list[str], line: int) -> bool:
+    _check(row, line, row)
+    separator = re.search(r"[;\t|]", row[0])
+    if len(row) == 1 and separator:
+        raise ValueError(f"its columns seem to be separated by {separator[0]!r}: commas would do")
+    return True
+
+
+def _fit(row: list[str], number: int, names: Sequence[str]) -> list[str]:
+    """Make a row as long as the header.
+
+    Spreadsheets write empty fields at the end of some rows, and leave out those of columns without a name in others.
+    A row without a field that has a name is refused: it may be half of one with a line break in it.
+    """
+    width = len(names)
+    if len(row) > width and _is_blank(row[width:]):
+        return row[:width]
+    if len(row) < width and _is_blank(names[len(row) :]):
+        return [*row, *[""] * (width - len(row))]
+    if len(row) != width:
+        raise ValueError(f"row {number} has {len(row)} fields, not {width}")
+    return row
+
+
+def _is_blank(fields: Sequence[str]) -> bool:
+    return not any(field.strip() for field in fields)
+
+
+def _check(fields: Sequence[str], line: int, row: Sequence[str]) -> None:
+    """Refuse what is no text, or UTF-16 without a byte order mark."""
+    try:
+        check_characters(fields, "".join(row))
+    except ValueError as error:
+        raise ValueError(f"line {line}: {error}") from None
+    if any("\0" in field for field in fields):
+        raise ValueError(f"line {line} has a NUL byte, which is no text in UTF-8: save it as that")
+
+
+def _rows(path: str, separator: str, *, is_plain: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row that is not blank, and the number of its last line."""
+    csv.field_size_limit(sys.maxsize)
+    with open_text(path) as file:
+        if is_plain:
+            lines = enumerate((line.rstrip("\r\n") for line in file), start=1)
+            yield from ((number, list(map(_unquote, line.split(separator)))) for number, line in lines if line)
+            return
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+
+
+def _is_plain(path: str, separator: str) -> bool:
+    """Tell whether a row is a line, and a quote any character but where a pair encloses a field.
+
+    Some programs write quotes in tables of tabs as those of CSV, others as any character.
+
+    Raises:
+        ValueError: the file may be both.
+    """
+    if separator != "\t":
+        return False
+    tabs, num_lines, has_quotes = set(), 0, False
+    with open_text(path) as file:
+        for line in filter(str.strip, file):
+            tabs.add(line.count(separator))
+            num_lines += 1
+            has_quotes = has_quotes or '"' in line
+            if len(tabs) > 1:
+                return False
+    if not has_quotes:
+        return True
+    try:
+        widths = Counter(len(row) - 1 for _, row in _rows(path, separator))
+    except ValueError:
+        return True
+    if widths.total() < num_lines and set(widths) == tabs:
+        raise ValueError("its quotes may stand for themselves, or enclose lines that are rows too: save it as CSV")
+    return True
+
+
+def _unquote(field: str) -> str:
+    return field[1:-1].replace('""', '"') if QUOTED.fullmatch(field) else field

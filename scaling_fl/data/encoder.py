@@ -1,0 +1,139 @@
+"""How texts become tokens."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from scaling_fl.data.cache import mapped
+from scaling_fl.data.examples import Examples
+
+VERSION = 1  # of how texts are tokenised: another one tokenises again what is in the cache
+LONG = 32  # characters for each token that is kept, above which a text is long
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """How texts become the numbers that a model takes.
+
+    Args:
+        tokenizer: pads on the side that the model needs.
+        max_seq_len: longer texts are cut to so many tokens.
+        num_ids: ids of tokens are below it; None if the model has no such limit.
+        width: what all batches are padded to; None pads to the longest text of a batch.
+        end_id: a token of which all texts must have the same number, one or more; None if there is none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int
+    num_ids: int | None = None
+    width: int | None = None
+    end_id: int | None = None
+    fingerprint: str = field(init=False)  # of what tokens depend on
+
+    def __post_init__(self) -> None:
+        # Once for all files: to pickle a tokenizer takes datasets a third of a second.
+        object.__setattr__(self, "fingerprint", Hasher.hash((VERSION, self.tokenizer, self.max_seq_len)))
+
+    def encode(self, texts: Dataset) -> Examples:
+        """Tokenise `texts` once (datasets caches the result on disk).
+
+        Raises:
+            ValueError: a text has no token at all, or tokens that the model does not take.
+        """
+        names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
+        tokens = mapped(
+            texts,
+            self._tokenise,
+            batched=True,
+            fn_kwargs={"names": names},
+            remove_columns=texts.column_names,
+            new_fingerprint=Hasher.hash((texts._fingerprint, self.fingerprint)),
+            desc=None,
+        )
+        ragged = {name: _column(tokens, name) for name in names}
+        lengths = ragged[names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
+        self._check(texts, columns[names[0]], lengths)
+        return Examples(
+            columns=columns,
+            lengths=lengths,
+            labels=_column(texts, "label").to_numpy(zero_copy_only=False).astype(np.int64),
+            padding={name: self._padding(name) for name in names},
+            pad_left=self.tokenizer.padding_side == "left",
+            width=self.width,
+        )
+
+    def _tokenise(self, rows: dict[str, list[str]], *, names: list[str]) -> dict[str, list[list[int]]]:
+        texts = [self._cut(text) for text in rows["text"]]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_seq_len)
+        return {name: tokens[name] for name in names}
+
+    def _cut(self, text: str) -> str:
+        """Return the beginning of a long text that has the tokens to be kept; its end where those are.
+
+        A tokenizer takes 200 times the memory of a text. What is cut off changes none of the tokens that are kept, as
+        it begins with a word of its own, and at least as many tokens lie between as are kept.
+        """
+        cuts_end = self.tokenizer.truncation_side == "right"
+        size = LONG * self.max_seq_len
+        while size < len(text):
+            words = text[:size].rsplit(maxsplit=1) if cuts_end else text[-size:].split(maxsplit=1)
+            if len(words) == 2:
+                piece = words[0 if cuts_end else 1]
+                ids = self.tokenizer(piece, truncation=True, max_length=2 * self.max_seq_len)["input_ids"]
+                if len(ids) == 2 * self.max_seq_len:
+                    return piece
+            size *= 4
+        return text
+
+    def _check(self, texts: Dataset, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Find out whether the model takes all tokens. Errors name the row, never its text."""
+        if (lengths == 0).any():
+            raise ValueError(f"{_row(texts, int(lengths.argmin()))} has no token: leave its row out")
+        if self.num_ids is not None and ids.max(initial=0) >= self.num_ids:
+            where = int(ids.argmax())
+            raise ValueError(
+                f"{_row(texts, _example_of(where, lengths))}: expected ids of tokens below {self.num_ids}, the number "
+                f"of the model's embeddings, got {ids[where]}: the tokenizer, or vocab_size in config.json, is of "
+                "another model"
+            )
+        if self.end_id is not None:
+            counts = np.add.reduceat(ids == self.end_id, np.cumsum(lengths) - lengths, dtype=np.int64)
+            usual = int(np.median(counts))
+            token = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            if usual == 0:
+                raise ValueError(
+                    f"model: expected a tokenizer that ends each text with {token!r}, from which the model reads its "
+                    "answer, got one that does not"
+                )
+            if (counts != usual).any():
+                index = int((counts != usual).argmax())
+                raise ValueError(
+                    f"{_row(texts, index)}: expected {usual} end token {token!r}, from which this model reads its "
+                    f"answer, got {counts[index]}: remove it from the text, or leave the row out"
+                )
+
+    def _padding(self, name: str) -> int:
+        if name == "input_ids":
+            return self.tokenizer.pad_token_id
+        return getattr(self.tokenizer, "pad_token_type_id", 0) if name == "token_type_ids" else 0
+
+
+def _example_of(token: int, lengths: np.ndarray) -> int:
+    """Return which example a token belongs to, of those that are laid end to end."""
+    return int(np.searchsorted(np.cumsum(lengths), token, side="right"))
+
+
+def _row(texts: Dataset, index: int) -> str:
+    """Say which text it is, also by its row in the file where a sample was drawn."""
+    place = f"text {index + 1} of the {len(texts)} in use"
+    indices = texts._indices
+    return place if indices is None else f"{place} (row {indices.column(0)[index].as_py() + 1} as read)"
+
+
+def _column(dataset: Dataset, name: str) -> Any:
+    return dataset.with_format("arrow")[:][name].combine_chunks()

@@ -1,0 +1,147 @@
+"""Rows of JSON Lines, or of a list in JSON, one at a time: a string stays that string, a number all its digits."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from scaling_fl.data.cache import Row
+from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, open_text
+from scaling_fl.data.labels import as_text
+
+CHUNK = 2**20  # characters that are read at once
+NEAR = 16  # characters before the end of a chunk where what seems wrong may only be cut
+SPACE = re.compile(r"[ \t\r\n]*")
+NO_OBJECT = 'its first row is no object: rows such as {"text": "...", "label": "..."} in UTF-8 would do'
+TWICE = object()  # stands for the value of a field that is there twice
+
+
+class Number(str):
+    """A number as it is written: no type of Python holds all of them."""
+
+
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        record |= {name: TWICE for name in names if names.count(name) > 1}
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=Number, parse_float=Number, parse_constant=float)
+
+
+def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
+    """Yield the names of the columns to read, then the fields of each row, all as texts.
+
+    Args:
+        path: a local path or fsspec URL.
+        columns: of the texts, which must be strings, and of the labels. None reads all fields of the first row.
+    """
+    used: tuple[str, ...] = ()
+    seen: dict[str, None] = {}
+    number = 0
+    with open_text(path) as file:
+        for number, row in enumerate(_values(file), start=1):
+            if row is None and number > 1:
+                row = {}
+            if not isinstance(row, dict):
+                raise ValueError(NO_OBJECT if number == 1 else f"row {number} is no object")
+            if number == 1:
+                used = find_columns(columns, columns or tuple(row))
+                yield used
+            seen |= dict.fromkeys(row)
+            fields = tuple(_field(row.get(name), name, number, columns) for name in used)
+            _check(fields, number)
+            yield fields
+    if not seen:
+        raise ValueError("it has no row")
+    find_columns(columns, tuple(seen))
+
+
+def _field(value: Any, name: str, number: int, columns: Columns | None) -> str | None:
+    """Return a value as a text. In the column of texts a number is a slip, and no text."""
+    if value is None or type(value) is str:
+        return value
+    if value is TWICE:
+        raise ValueError(f"row {number}: {name!r} is specified twice")
+    is_text = columns is not None and name == columns[0]
+    if is_text and value == value:
+        raise ValueError(f"row {number}: {KEYS[0]}={name!r} holds {_kind(value)}: a column of texts would do")
+    try:
+        return as_text(value)
+    except TypeError:
+        raise ValueError(
+            f"row {number}: {KEYS[1]}={name!r} holds lists or records: texts or numbers would do"
+        ) from None
+
+
+def _kind(value: Any) -> str:
+    """Return what a column of such values is called in a table."""
+    if isinstance(value, Number):
+        return "int64" if re.fullmatch("-?[0-9]+", value) else "double"
+    try:
+        return f"{pa.array([value]).type!s:.80}"
+    except (pa.ArrowException, TypeError):
+        return "records" if isinstance(value, dict) else "lists"
+
+
+def _values(file: TextIO) -> Iterator[Any]:
+    """Yield the values of a list, or those that follow one another, while no more than a piece of the file is held."""
+    text, at, number = "", 0, 0
+
+    def peek() -> str:
+        """Move to the next character that is no space and return it, "" at the end."""
+        nonlocal text, at
+        at = _end_of_space(text, at)
+        while at == len(text):
+            text = file.read(CHUNK)
+            at = _end_of_space(text, 0)
+            if not text:
+                return ""
+        return text[at]
+
+    def value() -> Any:
+        nonlocal text, at, number
+        number += 1
+        peek()
+        while True:
+            try:
+                found, at = DECODER.raw_decode(text, at)
+                return found
+            except json.JSONDecodeError as error:
+                is_cut = error.pos > len(text) - NEAR or error.msg.startswith("Unterminated string")
+                more = file.read(max(CHUNK, len(text) - at)) if is_cut else ""
+                if not more:
+                    raise ValueError(f"row {number}: JSON parse error: {error.msg}") from None
+                text, at = text[at:] + more, 0
+
+    is_list = peek() == "["
+    at += is_list
+    if peek() not in ("{", "]" if is_list else ""):
+        raise ValueError(NO_OBJECT)
+    mark = peek()
+    while mark != ("]" if is_list else ""):
+        yield value()
+        mark = peek()
+        if is_list and mark not in (",", "]"):
+            raise ValueError(f"row {number}: JSON parse error: expected , or ] after it")
+        at += is_list and mark == ","
+    if is_list:
+        at += 1
+        if peek():
+            raise ValueError("JSON parse error: something follows the list")
+
+
+def _end_of_space(text: str, start: int) -> int:
+    match = SPACE.match(text, start)
+    return match.end() if match else start
+
+
+def _check(fields: Row, number: int) -> None:
+    try:
+        check_characters(fields)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None

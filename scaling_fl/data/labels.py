@@ -1,0 +1,90 @@
+"""The names of labels: one for each, however a file writes it, and how people see them."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from fractions import Fraction
+
+from scaling_fl.errors import printable
+
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+NEW_LINE = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
+SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000\u3164\uffa0]")  # no-break, thin, ideographic ...
+# Prints nothing: control characters, the soft hyphen, zero-width spaces, marks of direction, the byte order mark.
+NOTHING = re.compile(
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
+)
+# Prints nothing by itself, but changes how its neighbours print in some scripts and emoji: joiners and variants.
+JOINER = re.compile("[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+
+
+def label_name(value: object) -> str:
+    """Return a label's name: 1, 1.0 and "1" are the same label, and there may be none ("").
+
+    What prints alike is one label too: the name is in Unicode's normal form NFC, a space of any kind is a space, and
+    what prints nothing is left out. Joiners and variation selectors stay within a name, where they may be seen.
+    """
+    if value is None or value != value:
+        return ""
+    name = SPACE.sub(" ", NEW_LINE.sub("\n", str(value)))
+    name = unicodedata.normalize("NFC", NOTHING.sub("", name)).strip(" \t\n\u200c\u200d")
+    name = re.sub(r"\.0*$", "", name) if re.fullmatch(r"-?[0-9]+\.0*", name) else name
+    return "0" if name == "-0" else name
+
+
+def check_alike(names: Iterable[str]) -> None:
+    """Compare the names of labels without the joiners in them.
+
+    Raises:
+        ValueError: two are the same without.
+    """
+    seen: dict[str, str] = {}
+    for name in sorted(set(names)):
+        other = seen.setdefault(JOINER.sub("", name), name)
+        if other != name:
+            raise ValueError(
+                f"labels: expected names that can be told apart, got {printable(other):.40} ({code_points(other)}) and "
+                f"{printable(name):.40} ({code_points(name)}). Write it one way in all files"
+            )
+
+
+def code_points(name: str) -> str:
+    """Return the code points of a name's first characters."""
+    points = [f"U+{ord(character):04X}" for character in name]
+    return " ".join(points[:16] + ["..."] * (len(points) > 16))
+
+
+def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort labels by number where all are numbers, by the alphabet otherwise."""
+    names = sorted(names)
+    return tuple(sorted(names, key=Fraction) if all(map(NUMBER.fullmatch, names)) else names)
+
+
+def order_labels(names: Sequence[str], own: Sequence[object]) -> tuple[str, ...] | None:
+    """Return the labels in the order of a model's own head, None if that has other labels.
+
+    Names are compared as they stand, then without regard to case.
+
+    Args:
+        names: of the labels.
+        own: the labels of the head, in order.
+    """
+    for form in (str, str.casefold):
+        position = {form(label_name(label)): index for index, label in enumerate(own)}
+        if len(position) == len(own) == len(names) and position.keys() == {form(name) for name in names}:
+            return tuple(sorted(names, key=lambda name: position[form(name)]))
+    return None
+
+
+def as_text(value: object) -> str | None:
+    """Return a single value as people write it, None for none.
+
+    Raises:
+        TypeError: it is bytes, a list or a record.
+    """
+    if value is None or value != value:
+        return None
+    if isinstance(value, bytes | list | dict | tuple):
+        raise TypeError
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)

@@ -1,0 +1,86 @@
+"""Rows of parquet files, and the values of any column of Arrow as texts."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import fsspec
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from pyarrow import types
+
+from scaling_fl.data.cache import NUM_ROWS, Row
+from scaling_fl.data.columns import KEYS, Columns, find_columns
+from scaling_fl.data.labels import as_text
+
+
+def read_parquet(path: str, columns: Columns | None) -> Iterator[Row]:
+    """Yield the names of the columns to read, then the fields of each row, all as texts.
+
+    Args:
+        path: a local path or fsspec URL.
+        columns: of the texts, which must be strings, and of the labels. None reads all.
+    """
+    with fsspec.open(path, "rb") as file:
+        table = pq.ParquetFile(file)
+        if table.metadata.num_rows == 0:
+            raise ValueError("it has no row")
+        schema = table.schema_arrow
+        used = find_columns(columns, schema.names)
+        if columns and not is_text(kind := schema.field(columns[0]).type):
+            raise ValueError(f"{KEYS[0]}={columns[0]!r} holds {kind!s:.80}: a column of texts would do")
+        yield used
+        classes = {name: _class_names(schema, name) for name in used}
+        for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
+            yield from zip(*(_fields(batch.column(name), name, classes[name]) for name in used), strict=True)
+
+
+def _fields(column: pa.Array, name: str, classes: Sequence[str] | None) -> list[str | None]:
+    try:
+        return as_texts(column, classes)
+    except TypeError:
+        raise ValueError(f"{KEYS[1]}={name!r} holds {column.type!s:.80}: texts or numbers would do") from None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Tell whether values of a type of Arrow are texts, or missing."""
+    kind = getattr(kind, "storage_type", kind)  # of an extension
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
+
+
+def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None = None) -> list[str | None]:
+    """Return the values of a column as people write them, None for those that are missing.
+
+    Args:
+        column: of any type.
+        classes: whose indices the values are; -1 is none.
+
+    Raises:
+        TypeError: they are bytes, lists or records.
+        ValueError: there is no such class.
+    """
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return as_texts(column.cast(kind.storage_type), classes)
+    if types.is_dictionary(kind):
+        return as_texts(column.cast(kind.value_type), classes)
+    # As a number of Python, 0.1 in 32 bits would be 0.10000000149011612.
+    is_short = types.is_float16(kind) or types.is_float32(kind)
+    values: list[Any] = column.to_pylist()
+    if is_short:
+        values = [float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
+    if not classes:
+        return [as_text(value) for value in values]
+    values = [None if value is None or value < 0 else value for value in values]
+    unknown = next((value for value in values if value is not None and value >= len(classes)), None)
+    if unknown is not None:
+        raise ValueError(f"it has a label of class {unknown}, and names {len(classes)} classes from 0")
+    return [None if value is None else classes[value] for value in values]
+
+
+def _class_names(schema: pa.Schema, name: str) -> Sequence[str] | None:
+    """Return the names of the classes of a column, which `datasets` writes beside the schema."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = about.get("info", {}).get("features", {}).get(name, {})
+    return feature.get("names") if feature.get("_type") == "ClassLabel" else None

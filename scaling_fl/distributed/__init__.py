@@ -1,0 +1,1 @@
+"""Ranks: how they start, what they send each other, how they end."""

@@ -1,0 +1,34 @@
+"""What went wrong in one sentence, and numbers from the environment."""
+
+import os
+from collections.abc import Iterable
+
+
+def whole_number_from_environment(name: str, default: str, least: int = 1) -> int:
+    """Return a variable of the environment that is a whole number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = os.environ.get(name) or default
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{name}={value!r} was given: a whole number from {least} would do")
+    return int(value)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, cut to 200 characters, or its name where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def printable(name: str) -> str:
+    """Return a name in one line, with escapes for what does not print."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def preview(names: Iterable[object]) -> str:
+    """Return the first names, for people."""
+    names = list(names)
+    words = [" ".join(str(name).split()) for name in names[:8]]
+    words = [printable(word if len(word) <= 24 else f"{word[:21]}...") for word in words]
+    return ", ".join(words + ["..."] * (len(names) > len(words)))

@@ -1,0 +1,1 @@
+"""The algorithm: a round, the exact mean, the global model."""

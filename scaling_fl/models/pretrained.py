@@ -1,0 +1,152 @@
+"""What has to be known of a pretrained model before texts are tokenised: its tokenizer, and what the model takes."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from scaling_fl.models.loading import find_file, load, load_config, path_of
+
+# Families whose classifier reads the last position, so that every text has to end there.
+PADDED_LEFT = {"xlnet"}
+# Families that do not mask padding everywhere, so that a text's result changes with the padding behind it, and
+# families that train on widths of some multiple only. All their batches get one width, max_seq_len.
+PADDED_TO_MAX = {"canine", "convbert", "fnet", "funnel", "mobilebert", "mra", "nystromformer", "reformer", "yoso"}
+# Families whose classifier reads the last end token, and takes no batch of texts with different numbers of it.
+READ_AT_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model", "source.spm")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model without its weights: what has to be known of it before texts are tokenised.
+
+    Args:
+        name: as the setting `model` has it.
+        config: with the padding token that batches are padded with.
+        tokenizer: pads on the side that the family needs.
+        core: the names of the weights that all models of the family have, whatever their head.
+        num_ids: ids of tokens are below it; None if the model has no embedding of tokens.
+        width: what all batches are padded to; None pads to the longest text of a batch.
+        end_id: a token of which all texts must have the same number, one or more; None if there is none.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    core: frozenset[str]
+    num_ids: int | None = None
+    width: int | None = None
+    end_id: int | None = None
+
+
+def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
+    """Load a model's configuration and its own tokenizer.
+
+    Raises:
+        ValueError: the model cannot be found, has no vocabulary or padding, or takes no texts of `max_seq_len` tokens.
+    """
+    config = load_config(model)
+    tokenizer = _load_tokenizer(model, config)
+    text_config = config.get_text_config()
+    num_ids = getattr(text_config, "vocab_size", None)
+    if num_ids is not None and tokenizer.pad_token_id >= num_ids:
+        raise ValueError(
+            f"model={model!r}: expected a padding token with an id below {num_ids}, the vocab_size of its config.json, "
+            f"got {tokenizer.pad_token!r} with id {tokenizer.pad_token_id}. Its tokenizer has more tokens than it has "
+            "embeddings"
+        )
+    pad_id = getattr(text_config, "pad_token_id", None)
+    if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
+        text_config.pad_token_id = tokenizer.pad_token_id
+    empty = load(model, lambda *_, **__: _make_empty(config))
+    positions = _find_positions(empty)
+    if positions is None or positions.padding_idx is None:
+        # Others find the end of a text by it. RoBERTa's kin count positions from it, so theirs has to stay.
+        text_config.pad_token_id = tokenizer.pad_token_id
+    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), _num_positions(positions)
+    longest = min(limit for limit in limits if limit and limit > 0)
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    if max_seq_len > longest:
+        raise ValueError(f"max_seq_len={max_seq_len} is too long for model={model!r}: at most {longest} would do")
+    if max_seq_len < shortest:
+        raise ValueError(f"max_seq_len={max_seq_len} is too short for model={model!r}: at least {shortest} would do")
+    kind = config.model_type
+    return Pretrained(
+        name=model,
+        config=config,
+        tokenizer=tokenizer,
+        core=frozenset(name for name, _ in empty.named_parameters()),
+        num_ids=_num_embeddings(empty),
+        width=max_seq_len if kind in PADDED_TO_MAX else None,
+        end_id=getattr(text_config, "eos_token_id", None) if kind in READ_AT_END else None,
+    )
+
+
+def _load_tokenizer(model: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    side = "left" if config.model_type in PADDED_LEFT else "right"
+    try:
+        tokenizer = load(model, AutoTokenizer.from_pretrained, config=config, padding_side=side)
+    except ValueError as error:
+        _check_sentencepiece(model)
+        raise error from error.__cause__
+    # Where there are no files of a tokenizer, one without words is made up, and takes every text for unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        _check_sentencepiece(model)
+        raise ValueError(f"model={model!r} has no vocabulary: its tokenizer.json beside its weights would do")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"model={model!r} has no padding token: a pad_token in its tokenizer_config.json would do")
+    return tokenizer
+
+
+def _check_sentencepiece(model: str) -> None:
+    """Say which packages a tokenizer needs that comes as a SentencePiece file; the libraries name another one."""
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    files = (name for name in SENTENCEPIECE_FILES if find_file(path_of(model), name, local_files_only=True))
+    if missing and (file := next(files, None)):
+        packages = " and ".join(name.removeprefix("google.") for name in missing)
+        raise ValueError(
+            f"model={model!r}: expected the package {packages} for its tokenizer, which is the SentencePiece file "
+            f"{file}. EXTRAS=sentencepiece for run-local.sh, or pip install sentencepiece protobuf, installs it"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _make_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """Make the model without a head that a configuration describes, of tensors that have shapes only."""
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def _find_positions(model: nn.Module) -> Any:
+    """Return a model's embedding of positions, None if it has none. I-BERT's is no nn.Embedding."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and hasattr(module, "padding_idx"):
+            return module
+    return None
+
+
+def _num_positions(positions: Any) -> int | None:
+    """Return how many tokens fit an embedding of positions: RoBERTa's kin leave its first rows to padding."""
+    if positions is None:
+        return None
+    return len(positions.weight) - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+
+
+def _num_embeddings(model: PreTrainedModel) -> int | None:
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # CANINE hashes characters
+        return None
+    return None if weight is None else len(weight)

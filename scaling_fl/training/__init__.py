@@ -1,0 +1,1 @@
+"""One model on one device, in plain PyTorch. It knows nothing of federations."""

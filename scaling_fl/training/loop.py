@@ -1,0 +1,76 @@
+"""Train and evaluate one model on one device, in plain PyTorch; knows nothing of federations."""
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scaling_fl.training.metrics import Means
+
+Batch = dict[str, Tensor]  # the model's keyword arguments, labels included
+Score = Callable[[Any, Batch, Means], None]  # adds a batch's output to the means
+
+
+def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, score: Score) -> Means:
+    """Take one optimiser step a batch and return the scores of the batches as they were trained on."""
+    model.train()
+    means = Means()
+    for batch in batches:
+        batch = _to_device(batch, model)
+        optimiser.zero_grad()  # before the activations take memory
+        output = model(**batch)
+        output.loss.backward()
+        optimiser.step()
+        score(output, batch, means)
+    return means.settle()
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
+    """Return the scores of the batches, dropout off."""
+    model.eval()
+    means = Means()
+    for batch in batches:
+        batch = _to_device(batch, model)
+        score(model(**batch), batch, means)
+    return means.settle()
+
+
+def try_step(model: nn.Module, batch: Batch) -> float:
+    """Pass a batch forward and backward as in training, and return its loss.
+
+    Weights, buffers, gradients, modes and random generators are afterwards as they were.
+    """
+    device = next(model.parameters()).device
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(weight, weight.grad) for weight in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    generators = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device.index]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            for weight, _ in gradients:
+                weight.grad = None
+            model.train()
+            loss = model(**_to_device(batch, model)).loss
+            loss.backward()
+            return loss.item()
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        for module, mode in modes:
+            module.training = mode
+        for weight, gradient in gradients:
+            weight.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _to_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
