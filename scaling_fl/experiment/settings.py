@@ -1,106 +1,186 @@
-"""The kinds of values that a setting takes, and the sentence for one that it does not."""
+"""The settings of a run: one dataclass, from which the command line, the checks and the README's table are made."""
 
-import math
+import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A test of a value, and in words what passes it."""
-
-    accepts: Callable[[Any], bool]
-    wanted: str
-
-
-TEXT = Kind(lambda value: isinstance(value, str) and value != "", "a text")
-FLAG = Kind(lambda value: isinstance(value, bool), "True or False")
-DEVICE_IDS = Kind(
-    lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(type(i) is int and i >= 0 for i in value),
-    "a list of GPU ids such as [0,0,1,1]",
+from scaling_fl.data.partition import PARTITIONERS
+from scaling_fl.data.tasks import TASKS, name_labels, task_defaults
+from scaling_fl.experiment.kinds import (
+    DEVICE_IDS,
+    FLAG,
+    LABELS,
+    SITE_PATHS,
+    TEXT,
+    Kind,
+    number,
+    one_of,
+    optional,
+    whole_number,
 )
-SITE_PATHS = Kind(
-    lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_site_path, value)),
-    "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
-)
+from scaling_fl.federation.aggregation import COMM_DTYPES
+from scaling_fl.federation.strategies import STRATEGIES, make_strategy
+from scaling_fl.models.loading import model_defaults
+from scaling_fl.training.optimisers import OPTIMISERS
 
-LABELS = Kind(
-    lambda value: (
-        isinstance(value, list | tuple) and len(value) > 1 and all(type(i) in (str, int, float) for i in value)
-    ),
-    "a list of two or more labels such as ['no','yes']",
-)
+NOT_GIVEN: Any = object()  # the default takes its place; None is a value
+LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
 
-def _is_site_path(value: Any) -> bool:
-    files = value if isinstance(value, list | tuple) else [value]
-    return 1 <= len(files) <= 2 and all(map(TEXT.accepts, files))
+def setting(default: Any, kind: Kind, help_: str, *, may_change: bool = False) -> Any:
+    """Return a field of `Settings`.
+
+    Args:
+        default: the value, or a function without arguments that returns it. A task or model may have its own.
+        kind: what it accepts.
+        help_: a line for users.
+        may_change: a resumed run may have another value.
+    """
+    metadata = {"default": default, "kind": kind, "help": help_, "may_change": may_change}
+    return field(default=NOT_GIVEN, metadata=metadata)
 
 
-def whole_number(least: int, below: float = math.inf) -> Kind:
-    """Accept whole numbers from `least`."""
-    wanted = f"a whole number from {least}" + (f" below {below}" if below < math.inf else "")
-    return Kind(lambda value: type(value) is int and least <= value < below, wanted)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is asked to do. What is not given takes the default of the task and model."""
+
+    # fmt: off
+    site_ids: list[int] = setting([0, 0, 0, 0], DEVICE_IDS, "the GPU id of each site of this node; an id given twice hosts two sites. Without a GPU the ids name CPU slots", may_change=True)
+    num_sites: int | None = setting(None, optional(whole_number(1)), "how many sites there are in all; they use the entries of all nodes' `site_ids` in turn, so `num_sites=1000` simulates a thousand on one device. None: one for each entry", may_change=True)
+    num_rounds: int = setting(3, whole_number(0), "how often the sites train and their weights are averaged", may_change=True)
+    num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
+    batch_size: int = setting(32, whole_number(1), "examples in a training step of a site")
+    val_batch_size: int = setting(512, whole_number(1), "most examples in an evaluation batch", may_change=True)
+    learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
+    optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd` or `adamw`, made again for each round")
+    max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")
+    strategy: str = setting("fedavg", one_of(STRATEGIES), "how the mean moves the global weights: `fedavg`, `fedavgm`, `fedadam`, `fedadagrad`, `diloco`")
+    server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: the strategy's own")
+    server_momentum: float | None = setting(None, optional(number(least=0, below=1)), "of `fedavgm`, `fedadam` and `diloco`; None: the strategy's own")
+    proximal_mu: float = setting(0.0, number(least=0, below=LARGE), "strength of FedProx's pull of the local towards the global weights")
+    comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
+    on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
+    min_sites: int = setting(1, whole_number(1), "of `on_site_failure=skip`: end the run if fewer sites are left in a round, or less than 1/1024 of all examples", may_change=True)
+    task_name: str = setting("bbcnews", one_of(TASKS), "see [Tasks](#specifying-tasks)")
+    site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of the next two", may_change=True)
+    train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)
+    test_path: str | None = setting(None, optional(TEXT), "the test file, which is evaluated whole after every round", may_change=True)
+    text_column: str | None = setting(None, optional(TEXT), "the column of the texts; None: the task's own")
+    label_column: str | None = setting(None, optional(TEXT), "the column of the labels; None: the task's own")
+    labels: list | None = setting(None, optional(LABELS), "all possible labels, in the order of the classes, for tasks without labels of their own; None: those found, sorted")
+    max_train_examples: int | None = setting(None, optional(whole_number(1)), "train on a random sample of so many; None: on all")
+    max_test_examples: int | None = setting(None, optional(whole_number(1)), "evaluate on a random sample of so many; None: on all")
+    iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
+    partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned: `iid`, `by_label` (sorted by label) or `dirichlet`; it takes precedence over `iid_split`")
+    dirichlet_alpha: float = setting(0.5, number(above=0), "of `partition=dirichlet`: the smaller, the more the sites differ")
+    model: str = setting("minilm", TEXT, "see [Models](#specifying-models)")
+    seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
+    data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
+    job_name: str | None = setting(None, optional(TEXT), "the name under which MongoDB continues a run that is resumed", may_change=True)
+    checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](#resuming-runs)", may_change=True)
+    keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
+    report: bool = setting(True, FLAG, "write `report.html` at the end of the run", may_change=True)
+    author: str = setting(lambda: os.environ.get("USER") or "unknown", TEXT, "written into the record; the default is `$USER`", may_change=True)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        def default(name: str) -> Any:
+            value = FIELDS[name]["default"]
+            return value() if callable(value) else value
+
+        def resolve(name: str, value: Any) -> None:
+            if getattr(self, name) is NOT_GIVEN:
+                object.__setattr__(self, name, value)
+
+        for name in ("task_name", "model", "iid_split"):
+            resolve(name, default(name))
+        of_others = {"partition": "iid" if self.iid_split else "by_label"}
+        of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
+        for name in FIELDS:
+            resolve(name, of_others.get(name, default(name)))
 
 
-def number(*, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> Kind:
-    """Accept finite numbers within bounds."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("from", least), ("below", below))]
-    wanted = " ".join(["a number", *(bound for bound in bounds if "inf" not in bound)])
-    return Kind(
-        # An int may be larger than any float, which math.isfinite does not survive.
-        lambda value: (
-            type(value) in (int, float)
-            and abs(value) <= sys.float_info.max
-            and least <= value > above
-            and value < below
-        ),
-        wanted,
-    )
+FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
 
 
-def one_of(names: Iterable[str]) -> Kind:
-    """Accept some names."""
-    names = tuple(names)
-    return Kind(lambda value: isinstance(value, str) and value in names, ", ".join(names))
-
-
-def optional(kind: Kind) -> Kind:
-    """Accept None too."""
-    return Kind(lambda value: value is None or kind.accepts(value), f"{kind.wanted} or None")
-
-
-def check(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Compare settings with their kinds.
+def check(values: Mapping[str, Any]) -> None:
+    """Check names and values of settings.
 
     Raises:
-        ValueError: keys are unknown, or values are not of their kinds, a line for each.
+        ValueError: with a line for each that is unknown or wrong.
     """
     problems = []
-    for key, value in settings.items():
-        if key not in kinds:
-            problems.append(unknown(key, kinds))
-        elif not kinds[key].accepts(value):
-            problems.append(f"{key}={value!r} was given: {kinds[key].wanted} would do")
+    for name, value in values.items():
+        if name not in FIELDS:
+            problems.append(unknown(name))
+        elif not FIELDS[name]["kind"].accepts(value):
+            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {value!r}")
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def unknown(key: object, kinds: Iterable[str]) -> str:
-    """Return the sentence for a setting that there is not. None has a part of its own, so `model.name` is one."""
-    kinds = list(kinds)
-    whole = [kind for kind in kinds if re.match(rf"{kind}\W", str(key))]
-    near = whole or get_close_matches(str(key), kinds, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"{', '.join(kinds)} would do"
-    return f"there is no setting {key!r}: {hint}"
+def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
+    """Return the lines of what all failing checks raise."""
+    problems = []
+    for check_ in checks:
+        try:
+            check_()
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return problems
 
 
-def literal(argument: str, text_keys: Iterable[str]) -> str:
-    """Quote the value of a `key=value` that is a text: Sacred would take 20261121_0900 for a number."""
-    key, equals, value = argument.partition("=")
-    is_bare_text = equals and key in text_keys and value not in ("", "None") and value[0] not in "'\""
-    return f"{key}={value!r}" if is_bare_text else argument
+def find_contradictions(settings: Settings) -> list[str]:
+    """Return a line for each combination of settings, each right by itself, that makes no sense."""
+    return find_problems(
+        [
+            lambda: _check_site_paths(settings),
+            lambda: name_labels(settings.task_name, settings.labels),
+            lambda: make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum),
+        ]
+    )
+
+
+def _check_site_paths(settings: Settings) -> None:
+    if settings.site_paths is None:
+        return
+    if len(settings.site_paths) != len(settings.site_ids):
+        raise ValueError(
+            f"site_paths: expected the files of {len(settings.site_ids)} sites, one for each of site_ids, got those of "
+            f"{len(settings.site_paths)}"
+        )
+    for name in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{name}: expected None, as site_paths names the data, got {getattr(settings, name)!r}")
+    if settings.partition != "iid":
+        raise ValueError(
+            f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"
+        )
+
+
+def unknown(name: object) -> str:
+    """Return the sentence for an unknown setting. None has a part of its own, so `model.name` means `model`."""
+    whole = [known for known in FIELDS if re.match(rf"{known}\W", str(name))]
+    near = whole or get_close_matches(str(name), FIELDS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"The settings are {', '.join(FIELDS)}"
+    return f"{name!r}: expected the name of a setting, got an unknown one. {hint}"
+
+
+def quote_text(argument: str) -> str:
+    """Quote the value of a `name=value` that is a text: Sacred would take 20261121_0900 for a number."""
+    name, equals, value = argument.partition("=")
+    is_text = name == "task_name" or (name in FIELDS and FIELDS[name]["kind"].accepts("20261121_0900"))
+    is_bare = equals and is_text and value not in ("", "None") and value[0] not in "'\""
+    return f"{name}={value!r}" if is_bare else argument
+
+
+def table() -> str:
+    """Return the README's table of all settings, in Markdown."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, of in FIELDS.items():
+        default = "$USER" if name == "author" else str(of["default"]).replace(" ", "")
+        rows.append(f"| `{name}` | `{default}` | {of['help']} |")
+    return "\n".join(rows)

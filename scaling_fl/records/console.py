@@ -1,21 +1,19 @@
-"""What is seen of a run: a table with a line a round, a progress bar, and the saved model at the end."""
+"""What a run prints: tables, a line a round, a progress bar."""
 
 import io
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl.distributed.collectives import rank
 from scaling_fl.distributed.signals import check_interrupt
 from scaling_fl.errors import printable
 from scaling_fl.records.checkpoint import History
-from scaling_fl.records.export import save_model
+from scaling_fl.records.rounds import METRICS
 from scaling_fl.storage import naming_place
 from scaling_fl.training.loop import Batch
 from scaling_fl.training.metrics import Metrics
@@ -39,36 +37,23 @@ def print_once(*lines: str) -> None:
             print(*lines, sep="\n", flush=True)
 
 
-# Title -> metric, its scale, and how it is shown.
-COLUMNS = {
-    "train loss": ("train.loss", 1, "{:.4f}"),
-    "accuracy": ("train.accuracy", 1, "{:.4f}"),
-    "validation loss": ("validation.loss", 1, "{:.4f}"),
-    "accuracy ": ("validation.accuracy", 1, "{:.4f}"),
-    "seconds": ("time.round_s", 1, "{:.1f}"),
-    "training": ("time.train_s", 1, "{:.1f}"),
-    "averaging": ("time.aggregate_s", 1, "{:.2f}"),
-    "evaluating": ("time.evaluate_s", 1, "{:.1f}"),
-    "MB sent": ("comm.bytes", 1e-6, "{:.1f}"),
-}
-FAILURES = {"failed sites": ("sites.failed", 1, "{:.0f}")}
-
-
 class Table:
     """A table with a line a round, whose head is printed at once."""
 
     def __init__(self, with_failures: bool) -> None:
-        self._columns = COLUMNS | (FAILURES if with_failures else {})
-        print_once(" | ".join(["round", *self._columns]))
+        self._columns = {
+            name: metric
+            for name, metric in METRICS.items()
+            if metric.title and (with_failures or name != "sites.failed")
+        }
+        print_once(" | ".join(["round", *(str(metric.title) for metric in self._columns.values())]))
 
-    def record(self, log_scalar: Callable[[str, float, int], None], round_: int, metrics: Metrics) -> None:
-        """Log a round's metrics, but those of single sites, by `log_scalar(name, value, round)`; print its line."""
-        for name, value in metrics.items():
-            if not isinstance(value, list):
-                log_scalar(name, value, round_)
+    def print_round(self, round_: int, metrics: Metrics) -> None:
+        """Print a round's line."""
         cells = [f"{round_:>5}"]
-        for title, (name, scale, form) in self._columns.items():
-            cells.append((form.format(metrics[name] * scale) if name in metrics else "-").rjust(len(title)))
+        for name, metric in self._columns.items():
+            cell = metric.form.format(metrics[name] * metric.scale) if name in metrics else "-"
+            cells.append(cell.rjust(len(str(metric.title))))
         print_once(" | ".join(cells))
 
 
@@ -107,43 +92,17 @@ def device_table(num_bytes: list[dict[str, int | None]]) -> list[str]:
     return lines
 
 
-def finish(
-    folder: str | None,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sha256: str,
-    history: History,
-    report: str | None,
-) -> None:
-    """Save the model beside the run's files, from rank 0, and print where it is and what it can do.
-
-    Args:
-        folder: of the run's files; None saves nothing.
-        model: with the final weights.
-        tokenizer: of the model.
-        sha256: of the final weights.
-        history: the metrics of all rounds.
-        report: where the run is about to be drawn, beside its files; None if it is not.
-
-    Raises:
-        WriteError: the model cannot be saved.
-    """
-    if rank() != 0:
-        return
-    if folder is not None:
-        print_once(f"model     {save_model(folder, model, tokenizer)}")
-        if report is not None:
-            print_once(f"report    {os.path.join(folder, report)}")
-    print_once(f"weights   SHA-256 {sha256}")
+def summarise(history: History) -> list[str]:
+    """Return lines on the best and the last round."""
     last = history[-1]
     best = max(range(len(history)), key=lambda round_: history[round_]["validation.accuracy"])  # the first of equals
     failed = sum(metrics.get("sites.failed", 0) for metrics in history)
-    print_once(
+    return [
         f"best      validation accuracy {history[best]['validation.accuracy']:.4f}, after round {best}",
         f"final     validation accuracy {last['validation.accuracy']:.4f}, loss {last['validation.loss']:.4f}, "
         f"after {len(history) - 1} rounds in {sum(metrics['time.round_s'] for metrics in history):.1f} s"
         + (f", in which sites failed {failed} times" if failed else ""),
-    )
+    ]
 
 
 class Progress:

@@ -17,11 +17,10 @@ from sacred.run import Run
 from scaling_fl.errors import one_line
 from scaling_fl.records.export import RECORD, free_bytes
 from scaling_fl.records.mongo import PATIENCE_MS, Config, Mongo, check_dead, find_run, mongo_url, reason
+from scaling_fl.records.rounds import Record
 from scaling_fl.storage import WriteError, naming_place
 
 log = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 
 class Files(FileStorageObserver):
@@ -182,13 +181,13 @@ def check_record(run: Run) -> None:
             raise observer.trouble
 
 
-def results(run: Run, checkpoints_dir: str | None) -> list[str]:
-    """Return where a run's results go, in words without credentials."""
+def make_record(run: Run) -> Record:
+    """Return where a run leaves its results."""
     places = [observer.dir for observer in run.observers if isinstance(observer, Files)]
     for observer in run.observers:
         if isinstance(observer, Mongo):
             places.append(f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})")
-    return places + ([f"checkpoints in {checkpoints_dir}"] if checkpoints_dir is not None else [])
+    return Record(run_folder(run), run.log_scalar, run.info.update, lambda: check_record(run), tuple(places))
 
 
 # What Sacred logs that we say better, or that is no news.

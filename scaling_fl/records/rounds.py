@@ -1,9 +1,12 @@
-"""What is on record of a run besides its scores: seconds, bytes, speed, machines; and a line a round in a file."""
+"""What is measured in a round: the table of all metrics, a clock, and a line a round in a file."""
 
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 from scaling_fl.distributed.collectives import all_gather, bytes_sent
 from scaling_fl.storage import naming_place
@@ -12,39 +15,143 @@ from scaling_fl.training.metrics import Metrics
 ROUNDS = "rounds.jsonl"
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A line in the table of metrics.
+
+    Args:
+        unit: as users read it.
+        meaning: in one sentence.
+        title: of its column on the console; None if it has none.
+        form: how a number is printed there.
+        scale: of the number printed there.
+    """
+
+    unit: str
+    meaning: str
+    title: str | None = None
+    form: str = "{:.4f}"
+    scale: float = 1
+
+
+METRICS: dict[str, Metric] = {
+    "train.loss": Metric("nats", "mean over all examples that the sites trained on, in training mode", "train loss"),
+    "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
+    "validation.loss": Metric("nats", "of the global model, mean over the whole test set", "validation loss"),
+    "validation.accuracy": Metric("fraction", "the same, of right answers", "accuracy "),
+    "time.round_s": Metric("s", "setup, training, averaging and evaluation together", "seconds", "{:.1f}"),
+    "time.setup_s": Metric("s", "reading, tokenising and loading; in the first round after each start only"),
+    "time.train_s": Metric("s", "training, until the last rank is ready", "training", "{:.1f}"),
+    "time.aggregate_s": Metric("s", "the all-reduce and the strategy's step", "averaging", "{:.2f}"),
+    "time.evaluate_s": Metric("s", "the evaluation", "evaluating", "{:.1f}"),
+    "time.checkpoint_s": Metric("s", "writing the checkpoint, which does not hold its own seconds"),
+    "comm.bytes": Metric(
+        "bytes",
+        "what all ranks sent since the round before, in messages or memory that they share",
+        "MB sent",
+        "{:.1f}",
+        1e-6,
+    ),
+    "comm.expected_bytes": Metric(
+        "bytes",
+        "what the weights alone need: ranks, times weights, times 8 (`exact`), 4 or 2 bytes; 0 with one rank",
+    ),
+    "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
+    "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),
+    "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
+    "site.loss": Metric("nats", "`train.loss` of each site that took part, by its number"),
+    "site.accuracy": Metric("fraction", "the same of `train.accuracy`"),
+    "site.examples": Metric("examples", "how many each site has"),
+    "site.seconds": Metric("s", "how long each site trained"),
+    "site.memory_mb": Metric(
+        "MB", "the most memory that the site's accelerator held meanwhile; on a CPU, the most that its rank held so far"
+    ),
+    **{
+        f"sites.{name}.{of}": Metric(unit, f"{meaning} of `site.{name}`, each site counting once")
+        for name, unit, worst in (
+            ("loss", "nats", "the highest"),
+            ("accuracy", "fraction", "the lowest"),
+            ("seconds", "s", "the highest"),
+            ("memory_mb", "MB", "the highest"),
+        )
+        for of, meaning in (("worst", worst), ("mean", "the mean"), ("std", "the population's standard deviation"))
+    },
+}
+
+
+def table() -> str:
+    """Return the table of metrics in Markdown, as docs/records.md has it."""
+    rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
+    return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
+
+
 class Clock:
     """The seconds and bytes of a round."""
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
         self._sent = bytes_sent()
 
-    def lap(self, name: str) -> Metrics:
-        """Return the seconds since the last lap, as a metric."""
-        last, self._last = self._last, time.perf_counter()
-        return {f"time.{name}_s": self._last - last}
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add what the body takes to `time.<name>_s`."""
+        start = time.perf_counter()
+        yield
+        metric = f"time.{name}_s"
+        self._seconds[metric] = self._seconds.get(metric, 0.0) + time.perf_counter() - start
 
-    def total(self, metrics: Metrics) -> Metrics:
-        """Return the seconds of a round's laps, and the bytes that all ranks sent since the last total."""
+    def read(self) -> Metrics:
+        """Return the seconds that were measured since the last reading."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def read_round(self) -> Metrics:
+        """Return these, their sum, and the bytes that all ranks sent since this was called before."""
+        seconds = self.read()
         sent, self._sent = bytes_sent() - self._sent, bytes_sent()
-        seconds = sum(value for name, value in metrics.items() if name.startswith("time."))
-        return {"time.round_s": seconds, "comm.bytes": sum(all_gather(sent))}
+        return {**seconds, "time.round_s": sum(seconds.values()), "comm.bytes": sum(all_gather(sent))}
 
 
-def write_round(folder: str | None, round_: int, metrics: Metrics) -> None:
-    """Append a round's line to `rounds.jsonl` in the folder of a run's files, if there is one, or no part of it.
+@dataclass(frozen=True)
+class Record:
+    """Where a run leaves its results; by default nowhere.
 
-    Raises:
-        WriteError: it cannot be written.
+    Args:
+        folder: of the run's files.
+        log_scalar: keeps a metric's value of a round.
+        add_info: keeps facts about the run.
+        check: raises a WriteError if something of the record could not be written.
+        places: where the record is, in words without credentials.
     """
-    if folder is not None:
-        path = os.path.join(folder, ROUNDS)
-        before = os.path.getsize(path) if os.path.exists(path) else 0
-        with naming_place(path):
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"round": round_, **metrics}, allow_nan=False) + "\n")
-            except OSError:
-                with suppress(OSError):
-                    os.truncate(path, before)
-                raise
+
+    folder: str | None = None
+    log_scalar: Callable[[str, float, int], object] = lambda name, value, round_: None
+    add_info: Callable[[Mapping[str, Any]], object] = lambda info: None
+    check: Callable[[], object] = lambda: None
+    places: tuple[str, ...] = ()
+
+    def add_round(self, round_: int, metrics: Metrics) -> None:
+        """Keep a round's metrics: those of the whole by `log_scalar`, all of them in a line of `rounds.jsonl`.
+
+        Raises:
+            WriteError: a disk cannot be written to.
+        """
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self.log_scalar(name, value, round_)
+        if self.folder is not None:
+            _append_line(os.path.join(self.folder, ROUNDS), {"round": round_, **metrics})
+        self.check()
+
+
+def _append_line(path: str, values: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a file, or no part of it."""
+    before = os.path.getsize(path) if os.path.exists(path) else 0
+    with naming_place(path):
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise

@@ -1,0 +1,241 @@
+"""Fine-tune a language model on the data of many sites, none of which gives its data away."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import datasets
+import huggingface_hub
+import transformers
+from sacred import SETTINGS, Experiment
+from sacred.config.config_files import load_config_file
+from sacred.config.config_summary import ConfigSummary
+from sacred.run import Run
+
+from scaling_fl.distributed import signals
+from scaling_fl.distributed.collectives import local_rank
+from scaling_fl.distributed.heartbeat import PeerError
+from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
+from scaling_fl.distributed.world import launched, lost_after, num_threads, world
+from scaling_fl.errors import one_line
+from scaling_fl.experiment.plan import plan as plan_run
+from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train
+from scaling_fl.experiment.settings import (
+    FIELDS,
+    Settings,
+    check,
+    find_contradictions,
+    find_problems,
+    quote_text,
+    unknown,
+)
+from scaling_fl.records import observers
+from scaling_fl.records.console import escape_unprintable
+from scaling_fl.records.rounds import ROUNDS
+
+T = TypeVar("T")
+
+SETTINGS.CAPTURE_MODE = "sys"
+UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
+experiment = Experiment("train_federated", save_git_info=False)
+record_problems: list[str] = []  # why a run cannot be recorded, which is printed beside all else that is wrong
+
+
+def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
+    """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
+    given = {**(preset or {}), **(fixed or {})}
+    known = {name: value for name, value in given.items() if name in FIELDS}
+    values = vars(Settings(**known))
+    summary = ConfigSummary(
+        added=given.keys() - known.keys(),
+        modified={name for name, value in known.items() if value != getattr(Settings(), name)},
+        docs={name: of["help"] for name, of in FIELDS.items()},
+    )
+    summary.update({**values, **given})
+    return summary
+
+
+experiment.configurations.append(configure)
+
+
+@experiment.config_hook
+def check_settings(config: dict[str, Any], command_name: str, logger: logging.Logger) -> dict[str, Any]:
+    """Refuse unknown settings and wrong values before anything starts."""
+    is_to_train = command_name in ("train_federated", "plan")
+    is_on_record = is_to_train and is_observed() and not was_launched_here()
+    problems = find_problems([lambda: check(config)])
+    if not problems:
+        settings = read_settings(config)
+        problems = find_contradictions(settings) + find_problems(
+            [
+                lambda: count_ranks(settings),
+                num_threads,
+                lost_after,
+                *([lambda: observers.check_mongo(config, is_resumed)] if is_on_record else []),
+            ]
+        )
+    if is_on_record and not problems:
+        problems = find_problems([observers.check_files])  # last, as it makes their folder
+    problems += record_problems if is_to_train else []
+    if problems:
+        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
+    return {}
+
+
+def read_settings(config: dict[str, Any]) -> Settings:
+    """Return the settings in Sacred's configuration, whose lists are of a class of its own."""
+
+    def plain(value: Any) -> Any:
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return Settings(**{name: plain(value) for name, value in config.items()})
+
+
+def count_ranks(settings: Settings) -> int:
+    """Return how many ranks this node starts."""
+    return num_ranks(settings.num_sites or len(settings.site_ids))
+
+
+@experiment.main
+def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
+    """Train on the ranks of this run."""
+    try:
+        with signals.interruptible():
+            return on_ranks(read_settings(_config), lambda settings: train(settings, observers.make_record(_run)))
+    finally:
+        observers.attach(_run, ROUNDS)
+        observers.flush(_run)
+
+
+@experiment.command(unobserved=True)
+def plan(_config: dict[str, Any]) -> None:
+    """Print what would run where, and what it takes, or what would be refused. Trains nothing."""
+    folder = observers.runs_dir() if is_observed() else None
+    on_ranks(read_settings(_config), lambda settings: plan_run(settings, folder))
+
+
+def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
+    """Do `work` as one of the ranks of this run, or start them if no launcher has: each comes back here."""
+    if not is_rank():
+        launch(main, num_ranks=count_ranks(settings))
+        return None
+    try:
+        with world():
+            return work(settings)
+    except (ValueError, PeerError) as error:
+        # Every rank knows of the error; the first of each node prints it, and the one with details that others lack.
+        prints = local_rank() == 0 or hasattr(error, "told")
+        raise SystemExit(f"error: {error}{explain_paths(settings, str(error))}" if prints else 1) from error
+
+
+def main() -> None:
+    """Run Sacred's command line, until a signal ends it."""
+    signals.install_handlers()
+    with signals.interruptible():
+        run_command()
+    signals.restore_defaults()
+
+
+def run_command() -> None:
+    """Run Sacred's command line. Of several ranks the first alone is observed."""
+    argv = [quote_text(argument) for argument in sys.argv]
+    if is_observed() and is_rank():
+        try:
+            experiment.observers.extend(observers.make_observers(is_resumed))
+        except ValueError as error:
+            record_problems.append(str(error))
+    elif not UNOBSERVED.intersection(argv):
+        argv.append("--unobserved")
+    experiment.logger = observers.make_logger()
+    escape_unprintable()
+    silence_libraries()
+    check_updates(argv)
+    run = experiment.run_commandline(argv)
+    if run is None:
+        return
+    try:
+        observers.check_record(run)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if run.config["report"]:
+        draw_report(run)
+
+
+def silence_libraries() -> None:
+    """Leave it to our own sentences to say what is wrong."""
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stack traces of what it raises, or tries again
+
+
+def draw_report(run: Run) -> None:
+    """Write the report of a run that has ended, among its files, and attach it."""
+    from scaling_fl import report  # matplotlib takes its time
+
+    folder = observers.run_folder(run)
+    if folder is None:
+        return
+    try:
+        report.write([folder], os.path.join(folder, REPORT))
+        observers.attach(run, REPORT)
+    except Exception as error:  # a run of days does not fail for its pictures
+        experiment.logger.warning("the report of %s was not written: %s", folder, one_line(error))
+
+
+def check_updates(argv: list[str]) -> None:
+    """Refuse what follows `with` and is neither a setting nor a file of settings, such as half a list."""
+    end = argv.index("with") if "with" in argv else len(argv)
+    problems = [
+        f"{word!r}: expected `with` before the first setting, got none: ... with {word}"
+        for word in argv[1:end]
+        if word.partition("=")[0] in FIELDS and "=" in word
+    ]
+    problems += find_problems([partial(check_update, word) for word in argv[end + 1 :] if not word.startswith("-")])
+    if problems:
+        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
+
+
+def check_update(word: str) -> None:
+    """Refuse what Sacred would take apart at a dot, or stumble over."""
+    name, equals, _ = word.partition("=")
+    if equals and name.strip():
+        if not name.strip().isidentifier():  # others are checked with all settings
+            raise ValueError(unknown(name.strip()))
+    elif os.path.isfile(word):
+        check(read_file(word))
+    else:
+        raise ValueError(
+            f"{word!r}: expected name=value or a file of settings, got neither. A value with a space needs quotes"
+        )
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Return the settings of a file, but of no pickle, which could run code."""
+    got = "a file of another kind"
+    if path.endswith((".json", ".yaml", ".yml")):
+        try:
+            found = load_config_file(path)
+        except Exception as error:
+            got = f"one that cannot be read: {one_line(error)}"
+        else:
+            if isinstance(found, dict):
+                return found
+            got = "an empty one" if found is None else f"a {type(found).__name__}"
+    raise ValueError(f'{path}: expected settings such as {{"seed": 2}} in JSON (.json) or YAML (.yaml), got {got}')
+
+
+def is_rank() -> bool:
+    """Tell whether this process trains: launched as a rank, or the only one that RANKS asks for."""
+    return launched() or os.environ.get("RANKS", "1") in ("", "1")
+
+
+def is_observed() -> bool:
+    """Tell whether this process, or the first of the ranks that it starts, is recorded."""
+    return os.environ.get("RANK", "0") == "0" and not UNOBSERVED.intersection(sys.argv)

@@ -1,0 +1,91 @@
+"""What would run where, its memory and bytes, found out without training."""
+
+import torch
+
+from scaling_fl.distributed.collectives import all_gather, rank, world_size
+from scaling_fl.experiment.build import (
+    Job,
+    build,
+    find_largest,
+    local_optimiser,
+    make_federation,
+    server_optimiser,
+    training_batches,
+)
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.memory import estimate_bytes, state_bytes
+from scaling_fl.records import console, export
+
+
+def plan(settings: Settings, folder: str | None = None) -> None:
+    """Build a run as if to train, and print what it is, as one of its ranks.
+
+    Args:
+        settings: of the run.
+        folder: where the record of the run would be; None has none.
+
+    Raises:
+        ValueError: something of the run would be refused.
+    """
+    job = build(settings)
+    check_output(settings, job, folder)
+    memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
+    make_federation(settings, job, *job.make_progress(num_epochs=0))  # which tries the model
+    num_weights, num_bytes = job.global_model.weights.numel(), job.global_model.bytes_a_round
+    console.print_once(
+        *describe(settings, job),
+        f"round     {num_weights:,} weights shared, {num_bytes * 1e-6:.1f} MB sent by all ranks",
+        *console.site_table(
+            job.data.describe_sites(), job.data.label_names, settings.batch_size, settings.num_local_epochs
+        ),
+        *console.device_table(memory),
+        "the plan holds: nothing of it would be refused",
+    )
+
+
+def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
+    """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
+    training = find_largest(training_batches(settings, job.data, device))
+    testing = find_largest(part.batch() for part in job.data.test[device])
+    try:
+        num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(settings))
+    except Exception:  # some models look at the values of their tensors, and there are none
+        return None
+    if device == job.topology.devices[0]:
+        num_bytes += job.global_model.nbytes + state_bytes(server_optimiser(settings), job.global_model.weights.numel())
+    return num_bytes
+
+
+def check_output(settings: Settings, job: Job, folder: str | None) -> None:
+    """Check on rank 0, before training, whether the checkpoints and the final model can be written.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if rank() != 0:
+        return
+    weights = job.global_model.weights
+    beside = 256 * len(job.global_model.state_dict()["weights"])  # their names and places in the file
+    size = weights.nbytes + state_bytes(server_optimiser(settings), weights.numel()) + beside
+    num_rounds = settings.num_rounds - max(len(job.history) - 1, 0)
+    needs = export.space_for_checkpoints(job.checkpoints_dir, size, num_rounds, settings.keep_checkpoints)
+    export.check(needs, folder, settings.model, job.classifier.model, job.tokenizer)
+
+
+def describe(settings: Settings, job: Job) -> list[str]:
+    """Return lines on what is about to run."""
+    classifier, topology = job.classifier, job.topology
+    num_weights = sum(weight.numel() for weight in trained_weights(classifier.model).values())
+    sizes = [size.num_examples for size in job.data.extents]
+    how = settings.partition if settings.site_paths is None else "of their own"
+    where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
+    where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
+    return [
+        f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
+        f"newly initialised: {', '.join(classifier.new) or 'none'}" + f" ({classifier.note})" * bool(classifier.note),
+        f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
+        f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
+        f"strategy  {settings.strategy}, weighted by examples, sent as {settings.comm_dtype}",
+        *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
+    ]

@@ -1,0 +1,120 @@
+"""The loop: train, average, evaluate, record, save."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from scaling_fl.data.sites import files_of
+from scaling_fl.distributed.collectives import rank
+from scaling_fl.experiment.build import Job, build, make_federation
+from scaling_fl.experiment.plan import check_output, describe
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.records import checkpoint, console
+from scaling_fl.records.export import save_elsewhere, save_model
+from scaling_fl.records.machine import describe_machine
+from scaling_fl.records.rounds import Clock, Record
+from scaling_fl.storage import WriteError, host_path
+from scaling_fl.training.metrics import Metrics
+
+REPORT = "report.html"  # among a run's files
+
+
+def train(settings: Settings, record: Record | None = None) -> float:
+    """Train as one of the ranks of a run, and return the last round's validation accuracy.
+
+    Args:
+        settings: of the run, the same on all ranks but for what names files and devices of a node.
+        record: where the results go; None keeps none.
+
+    Raises:
+        ValueError: a setting or the data is not what it should be, or a site failed. All ranks raise it.
+        PeerError: another rank failed.
+    """
+    record = record or Record()
+    clock = Clock()
+    with clock("setup"):
+        job = build(settings)
+        check_output(settings, job, record.folder)
+        places = [*record.places, *([f"checkpoints in {job.checkpoints_dir}"] if job.checkpoints_dir else [])]
+        console.print_once(*describe(settings, job), f"results   {', '.join(places) or 'not on record'}")
+        record.add_info(
+            {
+                "labels": list(job.data.label_names),
+                "sites": job.data.describe_sites(),
+                "machine": describe_machine(job.topology.devices),
+            }
+        )
+    try:
+        run_rounds(settings, job, record, clock)
+    except WriteError as error:
+        saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
+        state = job.global_model.state_dict()
+        where = save_elsewhere(saved, state, job.history, job.identity, record.folder)
+        raise ValueError(f"{error}. {where}") from error
+    return job.history[-1]["validation.accuracy"]
+
+
+def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> None:
+    """Train, average, evaluate, record and save, round by round, and save the model."""
+    history, global_model = job.history, job.global_model
+    training, testing = job.make_progress(settings.num_local_epochs)
+    with clock("setup"):
+        federation = make_federation(settings, job, training, testing)
+        table = console.Table(with_failures=settings.on_site_failure == "skip")
+        for round_, metrics in enumerate(history):
+            table.print_round(round_, metrics)
+            record.add_round(round_, metrics)
+    for round_ in range(len(history), settings.num_rounds + 1):
+        metrics = {}
+        if round_ > 0:
+            with clock("train"), training.display(f"round {round_}, training"):
+                metrics |= federation.train(round_, settings.num_local_epochs)
+            with clock("aggregate"):
+                global_model.step()
+        with clock("evaluate"), testing.display(f"round {round_}, evaluating"):
+            metrics |= federation.evaluate()
+        metrics |= clock.read_round()
+        if round_ > 0:
+            metrics |= count_round(settings, job, metrics)
+        history.append(metrics)
+        if round_ > 0:
+            with clock("checkpoint"):
+                state = global_model.state_dict()
+                checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
+            metrics |= clock.read()
+        table.print_round(round_, metrics)
+        record.add_round(round_, metrics)
+    if rank() == 0:
+        if record.folder is not None:
+            console.print_once(f"model     {save_model(record.folder, federation.model, job.tokenizer)}")
+            if settings.report:
+                console.print_once(f"report    {os.path.join(record.folder, REPORT)}")
+        console.print_once(f"weights   SHA-256 {global_model.sha256()}", *console.summarise(history))
+
+
+def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
+    """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
+    sizes = job.data.extents
+    trained = [size for size, loss in zip(sizes, metrics["site.loss"], strict=True) if loss is not None]
+    epochs_a_second = settings.num_local_epochs / metrics["time.train_s"]
+    return {
+        "site.examples": [size.num_examples for size in sizes],
+        "speed.examples_per_s": epochs_a_second * sum(size.num_examples for size in trained),
+        "speed.tokens_per_s": epochs_a_second * sum(size.num_tokens for size in trained),
+        "comm.expected_bytes": job.global_model.bytes_a_round,
+    }
+
+
+def is_resumed(values: Mapping[str, Any]) -> bool:
+    """Tell whether a run with these settings continues from a checkpoint."""
+    return checkpoint.exists(values["checkpoints_dir"] and host_path(values["checkpoints_dir"]))
+
+
+def explain_paths(settings: Settings, sentence: str) -> str:
+    """Return what was given for the paths in a sentence that are at another place on this machine."""
+    paths = [settings.model, settings.train_path, settings.test_path, settings.checkpoints_dir]
+    paths += [path for entry in settings.site_paths or () for path in files_of(entry)]
+    found = {path: host_path(path) for path in paths if path and host_path(path) != path}
+    return "".join(
+        f" ({place} stands for {path}: see DATA_MOUNT_DIR)" for path, place in found.items() if place in sentence
+    )
