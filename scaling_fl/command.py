@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +53,7 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
         modified={name for name, value in known.items() if value != getattr(Settings(), name)},
-        docs={name: of["help"] for name, of in FIELDS.items()},
+        docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
     summary.update({**values, **given})
     return summary

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,6 +13,9 @@ import pytest
 from conftest import ROOT, accuracies, weights_hash
 from dap import PATIENCE, Debugger, stop_in_the_loop
 from test_report import write_run
+
+from scaling_fl.experiment import settings
+from scaling_fl.records import rounds
 
 COMMANDS = [
     re.sub(r"\s*\\\n\s*", " ", command).strip()
@@ -152,10 +154,6 @@ def test_every_link_to_a_file_leads_to_one() -> None:
             assert (page.parent / link).exists(), (page, link)
 
 
-def test_the_table_of_settings_has_every_setting() -> None:
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
-    script = (ROOT / "scripts" / "train_federated.py").read_text()
-    kinds = set(re.findall(r'^    "(\w+)": ', script.partition("KINDS = {")[2].partition("\n}")[0], re.MULTILINE))
-    assert kinds <= named, kinds - named
-    assert shlex.split(COMMANDS[2])[0] == "./run-local.sh"
+def test_the_tables_are_those_of_the_code() -> None:
+    assert settings.table() in (ROOT / "README.md").read_text()
+    assert rounds.table() in (ROOT / "docs" / "records.md").read_text()

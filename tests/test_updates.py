@@ -2,34 +2,35 @@
 
 import json
 import pickle
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Command
+from conftest import Command
+
+from scaling_fl import command
 
 SENTENCES = {
-    "model.name=a": "there is no setting 'model.name': did you mean model?",
-    "model.=a": "there is no setting 'model.': did you mean model?",
-    ".model=a": "there is no setting '.model': did you mean model?",
-    "model[0]=a": "there is no setting 'model[0]': did you mean model?",
-    "site_paths.x=1": "there is no setting 'site_paths.x': did you mean site_paths?",
-    "model.config.hidden_dropout_prob=0": "there is no setting 'model.config.hidden_dropout_prob': did you mean model?",
-    "seed.a.b=1": "there is no setting 'seed.a.b': did you mean seed?",
-    "num-rounds=1": "there is no setting 'num-rounds': did you mean num_rounds?",
-    "$where=1": "there is no setting '$where': site_ids, ",
-    "=x": "'=x' is neither a setting nor a file of settings: ",
-    " = ": "' = ' is neither a setting nor a file of settings: ",
-    "with": "'with' is neither a setting nor a file of settings: ",
-    "": "'' is neither a setting nor a file of settings: ",
-    "missing.json": "'missing.json' is neither a setting nor a file of settings: ",
-    "folder.json": "'folder.json' is neither a setting nor a file of settings: ",
-    "nested.json": "model={'name': 'a'} was given: a text would do",
-    "nested.yaml": "model={'name': 'a'} was given: a text would do",
-    "dotted.json": "there is no setting 'model.name': did you mean model?",
-    "number.yaml": "there is no setting 1: site_ids, ",
+    "model.name=a": "'model.name': expected the name of a setting, got an unknown one. Did you mean model?",
+    "model.=a": "'model.': expected the name of a setting, got an unknown one. Did you mean model?",
+    ".model=a": "'.model': expected the name of a setting, got an unknown one. Did you mean model?",
+    "model[0]=a": "'model[0]': expected the name of a setting, got an unknown one. Did you mean model?",
+    "site_paths.x=1": "'site_paths.x': expected the name of a setting, got an unknown one. Did you mean site_paths?",
+    "model.config.a=0": "'model.config.a': expected the name of a setting, got an unknown one. Did you mean model?",
+    "seed.a.b=1": "'seed.a.b': expected the name of a setting, got an unknown one. Did you mean seed?",
+    "num-rounds=1": "'num-rounds': expected the name of a setting, got an unknown one. Did you mean num_rounds?",
+    "$where=1": "'$where': expected the name of a setting, got an unknown one. The settings are site_ids, ",
+    "=x": "'=x': expected name=value or a file of settings, got neither. ",
+    " = ": "' = ': expected name=value or a file of settings, got neither. ",
+    "with": "'with': expected name=value or a file of settings, got neither. ",
+    "": "'': expected name=value or a file of settings, got neither. ",
+    "missing.json": "'missing.json': expected name=value or a file of settings, got neither. ",
+    "folder.json": "'folder.json': expected name=value or a file of settings, got neither. ",
+    "nested.json": "model: expected a text, got {'name': 'a'}",
+    "nested.yaml": "model: expected a text, got {'name': 'a'}",
+    "dotted.json": "'model.name': expected the name of a setting, got an unknown one. Did you mean model?",
+    "number.yaml": "1: expected the name of a setting, got an unknown one. The settings are site_ids, ",
     "list.json": 'list.json: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got a list',
     "text.yaml": 'text.yaml: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got a str',
     "empty.json": "empty.json: expected settings such as ",
@@ -65,7 +66,7 @@ class Trap:
 
 @pytest.fixture(scope="module")
 def check_updates() -> Callable[[list[str]], None]:
-    return runpy.run_path(str(SCRIPT))["check_updates"]
+    return command.check_updates
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ def _is_site_path(value: Any) -> bool:
 
 
 TEXT = Kind(lambda value: isinstance(value, str) and value != "", "a text")
+NAME = Kind(lambda value: isinstance(value, str), "a text")  # may be empty, as "${USER}" of a shell is in a container
 FLAG = Kind(lambda value: isinstance(value, bool), "True or False")
 DEVICE_IDS = Kind(
     lambda value: _is_list(value, 1, lambda item: type(item) is int and item >= 0),

@@ -13,6 +13,7 @@ from scaling_fl.experiment.kinds import (
     DEVICE_IDS,
     FLAG,
     LABELS,
+    NAME,
     SITE_PATHS,
     TEXT,
     Kind,
@@ -64,8 +65,8 @@ class Settings:
     comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
     min_sites: int = setting(1, whole_number(1), "of `on_site_failure=skip`: end the run if fewer sites are left in a round, or less than 1/1024 of all examples", may_change=True)
-    task_name: str = setting("bbcnews", one_of(TASKS), "see [Tasks](#specifying-tasks)")
-    site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of the next two", may_change=True)
+    task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](#specifying-tasks)")
+    site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of `train_path` and `test_path`", may_change=True)
     train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)
     test_path: str | None = setting(None, optional(TEXT), "the test file, which is evaluated whole after every round", may_change=True)
     text_column: str | None = setting(None, optional(TEXT), "the column of the texts; None: the task's own")
@@ -76,14 +77,14 @@ class Settings:
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
     partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned: `iid`, `by_label` (sorted by label) or `dirichlet`; it takes precedence over `iid_split`")
     dirichlet_alpha: float = setting(0.5, number(above=0), "of `partition=dirichlet`: the smaller, the more the sites differ")
-    model: str = setting("minilm", TEXT, "see [Models](#specifying-models)")
+    model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](#specifying-models)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
     job_name: str | None = setting(None, optional(TEXT), "the name under which MongoDB continues a run that is resumed", may_change=True)
     checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](#resuming-runs)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
     report: bool = setting(True, FLAG, "write `report.html` at the end of the run", may_change=True)
-    author: str = setting(lambda: os.environ.get("USER") or "unknown", TEXT, "written into the record; the default is `$USER`", may_change=True)
+    author: str = setting(lambda: os.environ.get("USER") or "unknown", NAME, "written into the record; the default is `$USER`", may_change=True)
     # fmt: on
 
     def __post_init__(self) -> None:
