@@ -84,7 +84,7 @@ class Settings:
     checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](#resuming-runs)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
     report: bool = setting(True, FLAG, "write `report.html` at the end of the run", may_change=True)
-    author: str = setting(lambda: os.environ.get("USER") or "unknown", NAME, "written into the record; the default is `$USER`", may_change=True)
+    author: str = setting(lambda: os.environ.get("USER") or "unknown", NAME, "written into the record", may_change=True)
     # fmt: on
 
     def __post_init__(self) -> None:
