@@ -157,7 +157,7 @@ def interruptible() -> Iterator[None]:
         # Many a signal comes twice, and a launcher ends all ranks as soon as one has ended: neither may interrupt the
         # last words of this process.
         set_handlers(dict.fromkeys(ending_signals(), _on_late_signal))
-        asked, _asked = _request, None
+        asked, _request = _request, None
         if asked is not None and not isinstance(error, Interrupted | PeerLost):
             raise asked from None
         raise
