@@ -134,6 +134,8 @@ def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
 
 def main() -> None:
     """Run Sacred's command line, until a signal ends it."""
+    # A process that was started with its standard output closed has None in its place, which Sacred does not expect.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     signals.install_handlers()
     with signals.interruptible():
         run_command()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Command, succeed, weights_hash
-from dap import PATIENCE, Debugger, local_variables, stop_in_the_loop, top_frame, value
+from conftest import Command, succeed, weights_hash
+from dap import PATIENCE, RUN, Debugger, local_variables, stop_in_the_loop, top_frame, value
 
 
 class Program:
@@ -97,9 +97,9 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
         debugger.ask("continue", threadId=thread)
         thread = debugger.event("stopped")["threadId"]
         frame = top_frame(debugger, thread)
-        assert value(debugger, frame, "round_, server.sha256() == history") == "(1, False)"
+        assert value(debugger, frame, "round_, global_model.sha256() == history") == "(1, False)"
         assert value(debugger, frame, "__import__('torch').distributed.get_rank()") == str(number)
-        debugger.ask("setBreakpoints", source={"path": str(SCRIPT)}, breakpoints=[])
+        debugger.ask("setBreakpoints", source={"path": str(RUN)}, breakpoints=[])
         debugger.ask("continue", threadId=thread)
         output = succeed(running.ends())
     assert weights_hash(output) == weights_hash(expected)
