@@ -5,7 +5,7 @@
 # Paths in the arguments are relative to this folder. Settings in .env count where the environment has none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-{ : >&2; } 2>/dev/null || exec 2>/dev/null # was started with its standard error closed
+[[ -e /dev/fd/2 ]] || exec 2>/dev/null # was started with its standard error closed
 
 fail() {
   echo "run-local: $1" >&2
