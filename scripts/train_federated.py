@@ -241,7 +241,7 @@ def on_ranks(config: dict[str, Any], work: Callable[[SimpleNamespace], T]) -> T 
             return work(SimpleNamespace(**config))
     except (ValueError, PeerError) as error:
         # Every rank knows of the error; one of each node says it, and the one whose error it is if others know less.
-        is_to_say = local_rank() == 0 or hasattr(error, "told")
+        is_to_say = local_rank() == 0 or hasattr(error, "message_for_peers")
         raise SystemExit(f"error: {error}{places(config, str(error))}" if is_to_say else 1) from error
 
 

@@ -375,7 +375,7 @@ def test_a_bad_environment_is_one_clear_sentence(command: Command, variable: str
     name, value = variable.split("=")
     status, output = command("--unobserved", env={name: value})
     assert status == 1
-    assert output.startswith(f"error: {name}='{value}' was given: a whole number from 1")
+    assert output.startswith(f"error: {name}: expected a whole number from 1, got '{value}'")
     assert len(output.splitlines()) == 1
 
 
@@ -484,7 +484,7 @@ def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) 
 def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_half_written(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "AGAIN", 1e9)  # who has work to do looks, too
+    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # who has work to do looks, too
     runs = {}
     for moment, (owner, name, swallowed, num_rounds, ranks) in MOMENTS.items():
         folder = tmp_path / moment

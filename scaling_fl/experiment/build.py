@@ -89,10 +89,10 @@ def read_data(config: SimpleNamespace, topology: Topology, encode: Encode, order
     columns = config.text_column, config.label_column
     if config.site_paths is None:
         return local_first(partial(read_partitioned, config, columns, topology, encode, order_labels))
-    if config.num_sites not in (None, topology.num_slots):
+    if config.num_sites not in (None, topology.num_entries):
         raise ValueError(
             f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
-            f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
+            f"{topology.num_entries} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
     known = name_labels(config.task_name, config.labels)
     site_paths = [list(map(host_path, files_of(entry))) for entry in config.site_paths]
