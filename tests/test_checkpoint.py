@@ -145,9 +145,7 @@ def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_erro
 
 def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
-    with pytest.raises(
-        ValueError, match="the same settings, got .*, where seed was 1 and is 2; alpha was None and is 3"
-    ):
+    with pytest.raises(ValueError, match=r"got .*, where seed was 1 and is 2; alpha was None and is 3"):
         restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
     with pytest.raises(ValueError, match=r"another model: its weight is \[5, 1\], this model's is \[6, 1\]"):
         restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)

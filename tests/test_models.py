@@ -151,8 +151,8 @@ def test_a_model_that_is_nowhere_is_refused(model: str, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = refusal(lambda: load_pretrained(model, 8))
     assert sentence.startswith(
-        "model: expected a nickname (minilm, albert, bert, distilbert), a folder with a Hugging Face model, or a hub id "
-        f"that can be reached, got {model!r} ("
+        "model: expected a nickname (minilm, albert, bert, distilbert), a folder with a Hugging Face model, or a hub "
+        f"id that can be reached, got {model!r} ("
     )
 
 

@@ -16,9 +16,9 @@ from urllib.parse import quote_plus
 import gridfs
 import pymongo
 import pytest
-import scaling_fl.records.mongo
 from conftest import PASSWORD, SCRIPT, USER, Command, Mongod, accuracies, succeed
 
+from scaling_fl.records import mongo as mongo_module
 from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
 def test_a_run_is_alive_if_its_heartbeat_moves(
     database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool
 ) -> None:
-    monkeypatch.setattr(scaling_fl.records.mongo, "BEAT_S", 1)
+    monkeypatch.setattr(mongo_module, "BEAT_S", 1)
     now = datetime.now(UTC).replace(microsecond=0, tzinfo=None)
     run = {"_id": what, "status": "RUNNING", "heartbeat": now, "start_time": now, "host": {"hostname": "north"}}
     database.runs.insert_one({**run, "config": {"job_name": "a"}})
@@ -271,10 +271,7 @@ def test_a_run_is_alive_if_its_heartbeat_moves(
     timer = threading.Timer(1.2, lambda: change and database.runs.update_one({"_id": what}, {"$set": change}))
     timer.start()
     if lives:
-        with pytest.raises(
-            ValueError,
-            match="^job_name: expected the name of a run that has ended, got 'a' of run beats, which is running on north",
-        ):
+        with pytest.raises(ValueError, match="got 'a' of run beats, which is running on north"):
             check_dead(database.runs, database.runs.find_one({"_id": what}))
     else:
         check_dead(database.runs, database.runs.find_one({"_id": what}))

@@ -283,7 +283,7 @@ REFUSED = {
     "learning_rate=1e30": "diverged in round 1: ",
     "keep_checkpoints=0": "a whole number from 1 or None",
     "task_name=[1]": "task_name='[1]' was given: bbcnews",
-    "checkpoints_dir=/proc/no/folder": "checkpoints_dir: expected a folder that can be written to, got '/proc/no/folder' (",
+    "checkpoints_dir=/proc/no/folder": "checkpoints_dir: expected a folder that can be written to, got ",
     "min_sites=5 on_site_failure=skip": "min_sites=5 was given: 4, the number of sites, would do",
     "server_learning_rate=1e30": "the global model diverged: ",
 }
