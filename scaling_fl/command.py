@@ -128,7 +128,7 @@ def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
             return work(settings)
     except (ValueError, PeerError) as error:
         # Every rank knows of the error; the first of each node prints it, and the one with details that others lack.
-        prints = local_rank() == 0 or hasattr(error, "told")
+        prints = local_rank() == 0 or hasattr(error, "message_for_peers")
         raise SystemExit(f"error: {error}{explain_paths(settings, str(error))}" if prints else 1) from error
 
 

@@ -120,11 +120,17 @@ BAD: dict[str, Bad] = {
     "a model without a name": setting("model", "", "model='' was given: a text"),
     "a column without a name": setting("text_column", "", "text_column='' was given: a text or None"),
     "a folder without a name": setting("checkpoints_dir", "", "checkpoints_dir='' was given: a text or None"),
-    "too few tokens for any text": Bad(("max_seq_len=2 is too short for model=", "at least 3"), {"max_seq_len": 2}),
+    "too few tokens for any text": Bad(("max_seq_len: expected at least 3 for model=", "got 2"), {"max_seq_len": 2}),
     "fewer examples than sites": Bad(("4 sites cannot share 1 training example",), {"max_train_examples": 1}),
-    "a model that is no name of the hub": Bad(("model='no such model' cannot be loaded",), {"model": "no such model"}),
-    "a model that is a file": Bad(("model='m.txt' cannot be loaded",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
-    "a model that is an empty folder": Bad(("model='m' cannot be loaded",), {"model": "m"}, files={"m/no.txt": b""}),
+    "a model that is no name of the hub": Bad(
+        (
+            "model: expected a nickname (minilm,",
+            "got 'no such model' (",
+        ),
+        {"model": "no such model"},
+    ),
+    "a model that is a file": Bad(("got 'm.txt' (",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
+    "a model that is an empty folder": Bad(("got 'm' (",), {"model": "m"}, files={"m/no.txt": b""}),
     "labels that are no list": setting("labels", "[a,b]", "labels='[a,b]' was given: a list of two or more labels"),
     "a label twice": setting("labels", "['a','a ']", "labels: expected names that differ and are not empty, got ['a',"),
     "labels of a task that has its own": setting("labels", "[0,1]", "has its own (neg, pos)", task_name="imdb"),
@@ -228,42 +234,65 @@ BAD: dict[str, Bad] = {
         {"task_name": "imdb", "train_path": "foo://x", "test_path": "foo://x"},
     ),
     "checkpoints in a file": Bad(
-        ("checkpoints_dir='t.csv' cannot be written to",), {"checkpoints_dir": "t.csv"}, files={"t.csv": ROWS}
+        ("checkpoints_dir: expected a folder that can be written to, got 't.csv' (",),
+        {"checkpoints_dir": "t.csv"},
+        files={"t.csv": ROWS},
     ),
     "checkpoints below a file": Bad(
-        ("checkpoints_dir='t.csv/x' cannot be written to",), {"checkpoints_dir": "t.csv/x"}, files={"t.csv": ROWS}
+        ("checkpoints_dir: expected a folder that can be written to, got 't.csv/x' (",),
+        {"checkpoints_dir": "t.csv/x"},
+        files={"t.csv": ROWS},
     ),
     "checkpoints in a scheme that nobody knows": Bad(
-        ("checkpoints_dir='foo://x' cannot be written to: Protocol not known: foo",), {"checkpoints_dir": "foo://x"}
+        ("checkpoints_dir: expected a folder that can be written to, got 'foo://x' (Protocol not known: foo",),
+        {"checkpoints_dir": "foo://x"},
     ),
-    "checkpoints with a NUL byte": Bad(("checkpoints_dir='a\\x00b' cannot be",), {"checkpoints_dir": "a\0b"}),
+    "checkpoints with a NUL byte": Bad(
+        (
+            "checkpoints_dir: expected a folder that can be",
+            "got 'a\\x00b' (",
+        ),
+        {"checkpoints_dir": "a\0b"},
+    ),
     "a checkpoint that is a folder": Bad(
-        ("checkpoints/round-1.pt cannot be read: ", "Is a directory"),
+        ("checkpoints/round-1.pt: expected a file that can be read, got ", "Is a directory"),
         {"checkpoints_dir": "checkpoints"},
         files={"checkpoints/round-1.pt/x": b""},
     ),
     # The record.
     "a record in a file": Bad(
-        ("SACRED_RUNS_DIR='t.csv' cannot be written to",),
+        ("SACRED_RUNS_DIR: expected a folder that can be written to, got 't.csv' (",),
         env={"SACRED_RUNS_DIR": "t.csv"},
         files={"t.csv": ROWS},
         is_read=False,
     ),
     "a record where nobody may write": Bad(
-        ("SACRED_RUNS_DIR='/proc/no/folder' cannot",), env={"SACRED_RUNS_DIR": "/proc/no/folder"}, is_read=False
+        ("SACRED_RUNS_DIR: expected a folder that can be written to, got '/proc/no/folder'",),
+        env={"SACRED_RUNS_DIR": "/proc/no/folder"},
+        is_read=False,
     ),
-    "a server that refuses": host("127.0.0.1:9", "cannot be recorded in MongoDB (SACRED_HOST): 127.0.0.1:9: "),
-    "a port beyond the last": host("127.0.0.1:99999", "SACRED_HOST names no MongoDB server: Port must be"),
+    "a server that refuses": host(
+        "127.0.0.1:9", "SACRED_HOST: expected a MongoDB server that can be written to, got 127.0.0.1:9: "
+    ),
+    "a port beyond the last": host(
+        "127.0.0.1:99999", "SACRED_HOST: expected the address of a MongoDB server, got Port must be"
+    ),
     "port zero": host("127.0.0.1:0", "Port must be an integer between 0 and 65535"),
-    "a port below zero": host("127.0.0.1:-1", "SACRED_HOST names no MongoDB server: Port"),
-    "a port left empty": host("127.0.0.1:", "SACRED_HOST names no MongoDB server: Port"),
+    "a port below zero": host("127.0.0.1:-1", "SACRED_HOST: expected the address of a MongoDB server, got Port"),
+    "a port left empty": host("127.0.0.1:", "SACRED_HOST: expected the address of a MongoDB server, got Port"),
     "another server's scheme": host("http://127.0.0.1:9", "URI must begin with 'mongodb://' or 'mongodb+srv://'"),
-    "a scheme alone": host("mongodb://", "SACRED_HOST names no MongoDB server: Empty host"),
-    "an address left open": host("[::1", "SACRED_HOST names no MongoDB server: an IPv6 address"),
-    "a name to look up that is an address": host("mongodb+srv://127.0.0.1", "SACRED_HOST names no MongoDB server: "),
+    "a scheme alone": host("mongodb://", "SACRED_HOST: expected the address of a MongoDB server, got Empty host"),
+    "an address left open": host("[::1", "SACRED_HOST: expected the address of a MongoDB server, got an IPv6 address"),
+    "a name to look up that is an address": host(
+        "mongodb+srv://127.0.0.1", "SACRED_HOST: expected the address of a MongoDB server, got "
+    ),
     "a name to look up with a port": host("mongodb+srv://a.b:27017", "must not include a port number"),
-    "a password in the URL as it stands": host("mongodb://me:s@cr:e/t%$@127.0.0.1:9", "SACRED_HOST names no"),
-    "a database that cannot be": host("127.0.0.1:9", "SACRED_DATABASE='a/b $.' names no database", database="a/b $."),
+    "a password in the URL as it stands": host(
+        "mongodb://me:s@cr:e/t%$@127.0.0.1:9", "SACRED_HOST: expected the address of"
+    ),
+    "a database that cannot be": host(
+        "127.0.0.1:9", "SACRED_DATABASE: expected the name of a database, got 'a/b $.' (", database="a/b $."
+    ),
 }
 
 
@@ -329,7 +358,9 @@ def test_what_may_not_be_read_is_one_clear_sentence(command: Command, tmp_path: 
     for name in ("t.csv", "checkpoints/round-1.pt"):
         (tmp_path / name).chmod(0)
     assert "'t.csv' cannot be read as csv: [Errno 13]" in sentence_of(command(train_path="t.csv"))
-    assert "round-1.pt cannot be read: [Errno 13]" in sentence_of(command(checkpoints_dir="checkpoints"))
+    assert "round-1.pt: expected a file that can be read, got [Errno 13]" in sentence_of(
+        command(checkpoints_dir="checkpoints")
+    )
 
 
 def test_a_text_without_a_token_is_one_clear_sentence(command: Command, tmp_path: Path, tiny_model: str) -> None:
@@ -511,7 +542,7 @@ def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
     write(tmp_path, {"checkpoints/round-7.pt": NOT_OURS[name](small)})
     before = contents(tmp_path)
     result = command(checkpoints_dir="checkpoints")
-    assert "no checkpoint in checkpoints_dir='checkpoints' is whole (round 7 is the last)" in sentence_of(result)
+    assert "got damaged files only in 'checkpoints', the last of round 7" in sentence_of(result)
     (warning,) = [line for line in result[1].splitlines() if line.startswith("warning: ")]
     assert re.match(r"warning: skipping checkpoints/round-7.pt, which is damaged: it\w* \w", warning)
     assert contents(tmp_path) == before

@@ -274,16 +274,16 @@ REFUSED = {
     "server_momentum=0.9": "strategy='fedavg' takes no server_momentum",
     "partition=shards": "partition: expected one of iid, by_label, dirichlet, got 'shards'",
     "comm_dtype=int8": "comm_dtype: expected one of exact, float32, bfloat16, float16, got 'int8'",
-    "model=no/model": "model='no/model' cannot be loaded: a nickname (minilm",
+    "model=no/model": "model: expected a nickname (minilm",
     "train_path=None": "needs train_path",
     "train_path=missing.csv": "missing.csv",
     "text_column=body": "text_column='body'",
     "label_column=class": "label_column='class'",
-    "max_seq_len=65": "max_seq_len=65 is too long for model=",
+    "max_seq_len=65": "max_seq_len: expected at most 64 for model=",
     "learning_rate=1e30": "diverged in round 1: ",
     "keep_checkpoints=0": "a whole number >= 1 or None",
     "task_name=[1]": "task_name: expected one of bbcnews",
-    "checkpoints_dir=/proc/no/folder": "checkpoints_dir='/proc/no/folder' cannot be written to: ",
+    "checkpoints_dir=/proc/no/folder": "checkpoints_dir: expected a folder that can be written to, got ",
     "min_sites=5 on_site_failure=skip": "min_sites: expected at most 4, the number of sites, got 5",
     "server_learning_rate=1e30": "the global model diverged: ",
 }
@@ -375,7 +375,7 @@ def test_a_bad_environment_is_one_clear_sentence(command: Command, variable: str
     name, value = variable.split("=")
     status, output = command("--unobserved", env={name: value})
     assert status == 1
-    assert output.startswith(f"error: {name}='{value}' was given: a whole number from 1")
+    assert output.startswith(f"error: {name}: expected a whole number from 1, got '{value}'")
     assert len(output.splitlines()) == 1
 
 
