@@ -6,8 +6,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+say() { echo "run-local: $1" >&2 || true; } # standard error may be closed
+
 fail() {
-  echo "run-local: $1" >&2
+  say "$1"
   exit 1
 }
 
@@ -35,7 +37,7 @@ read_env() {
 [[ ! -f .env ]] || read_env .env
 
 if [[ ${RUNTIME:-} != venv ]] && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; then
-  echo "run-local: in a container (RUNTIME=venv takes a virtual environment)" >&2
+  say "in a container (RUNTIME=venv takes a virtual environment)"
   if [[ ${1:-} == dashboard ]]; then
     [[ -n ${SACRED_USER:-} && -n ${SACRED_PASSWORD:-} ]] ||
       fail "SACRED_USER and SACRED_PASSWORD are needed: those of the MongoDB that is about to start"
@@ -69,7 +71,7 @@ if [[ ${1:-} == dashboard ]]; then
   command -v omniboard >/dev/null || omniboard=(npm exec --yes --package=omniboard@2.16.1 -- omniboard)
   command -v "${omniboard[0]}" >/dev/null || fail "npm is needed for the dashboard, and not here: Node.js brings it"
   export PORT=${DASHBOARD_PORT:-9000} OMNIBOARD_CONFIG=$PWD/docker/omniboard.js
-  echo "run-local: the dashboard is about to be at http://127.0.0.1:$PORT" >&2
+  say "the dashboard is about to be at http://127.0.0.1:$PORT"
   exec "${omniboard[@]}"
 fi
 
@@ -92,11 +94,11 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
     [[ -x .venv/bin/python ]] || rm -f .venv/bin/python* # links to a Python that is gone
     "$python" -m venv .venv
   fi
-  echo "run-local: installing into .venv (once, and again when pyproject.toml or a constraint changes)" >&2
+  say "installing into .venv (once, and again when pyproject.toml or a constraint changes)"
   pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
   "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
   "${pip[@]}" --no-deps --require-hashes --requirement demo-requirements.txt
   echo "$wanted" >.venv/installed
 fi
-echo "run-local: in the virtual environment .venv (Docker does not answer, or RUNTIME=venv)" >&2
+say "in the virtual environment .venv (Docker does not answer, or RUNTIME=venv)"
 exec .venv/bin/python "$@"

@@ -128,12 +128,14 @@ def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
             return work(settings)
     except (ValueError, PeerError) as error:
         # Every rank knows of the error; the first of each node prints it, and the one with details that others lack.
-        prints = local_rank() == 0 or hasattr(error, "told")
+        prints = local_rank() == 0 or hasattr(error, "message_for_peers")
         raise SystemExit(f"error: {error}{explain_paths(settings, str(error))}" if prints else 1) from error
 
 
 def main() -> None:
     """Run Sacred's command line, until a signal ends it."""
+    # A process that was started with its standard output closed has None in its place, which Sacred does not expect.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     signals.install_handlers()
     with signals.interruptible():
         run_command()

@@ -12,7 +12,7 @@ def whole_number_from_environment(name: str, default: str, least: int = 1) -> in
     """
     value = os.environ.get(name) or default
     if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"{name}={value!r} was given: a whole number from {least} would do")
+        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""What comes from the Hugging Face hub, without a wait where it does not answer or its cache cannot be written."""
+"""Load from the Hugging Face hub, without long waits if it does not answer, or if its cache cannot be written."""
 
 import errno
 import logging
@@ -19,26 +19,26 @@ from scaling_fl.errors import one_line
 
 T = TypeVar("T")
 
-CONNECT, ANSWER = 3.0, 6.0  # seconds for a connection, and for a first answer: the client would try for a minute
-AWAY = (502, 503, 504)  # what a gateway answers for a server that is not there
-WRITING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that no reading meets
+CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 6.0  # until a connection and a first answer: the client would try for a minute
+GATEWAY_ERRORS = (502, 503, 504)  # status of a gateway whose server does not answer
+WRITE_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only writing raises these
 
 log = logging.getLogger(__name__)
 _has_warned = False
 
 
 def from_hub(name: str, load: Callable[[str | None], T]) -> T:
-    """Return what `load` takes from the hub, from its cache where the hub does not answer, or from a local folder.
+    """Return what `load` loads from the hub, from the cache if the hub does not answer, or from a local folder.
 
     Args:
         name: an id of the hub, or a local folder.
-        load: is given the folder of the cache, None for the usual one. That cannot be written, or is full: then it is
-            called again with a temporary one.
+        load: takes the folder of the cache, None for the default. If the default folder is full or cannot be written,
+            it is called again with a temporary folder.
 
     Raises:
-        ConnectionError: the hub does not answer, and the cache has not what is needed.
+        ConnectionError: the hub does not answer, and the cache does not have the files.
     """
-    problem = None if os.path.exists(name) or constants.is_offline_mode() else _problem()
+    problem = None if os.path.exists(name) or constants.is_offline_mode() else _find_problem()
     if problem is None:
         return _load(load)
     try:
@@ -46,12 +46,12 @@ def from_hub(name: str, load: Callable[[str | None], T]) -> T:
             return _load(load)
     except Exception as error:
         raise ConnectionError(
-            f"the hub, {constants.ENDPOINT}, does not answer: {problem}; and its cache: {one_line(error)}"
+            f"the hub, {constants.ENDPOINT}, does not answer: {problem}; and loading from its cache: {one_line(error)}"
         ) from None
 
 
 def load_split(name: str, split: str) -> Dataset:
-    """Load a split of a data set of the hub or of a local folder. Raises errors of any kind."""
+    """Load a split of a data set of the hub or of a local folder. This raises errors of any class."""
     return from_hub(
         name,
         lambda folder: load_dataset(name, split=split, cache_dir=folder, keep_in_memory=folder is not None or None),
@@ -78,32 +78,32 @@ def _load(load: Callable[[str | None], T]) -> T:
 
 
 def _is_of_cache(error: Exception) -> bool:
-    """Tell whether a file of the cache could not be written."""
+    """Tell whether the error means that the cache could not be written."""
     cause = find_os_error(error)
     caches = constants.HF_HOME, constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)
-    return cause is not None and (cause.errno in WRITING or str(cause.filename).startswith(caches))
+    return cause is not None and (cause.errno in WRITE_ERRORS or str(cause.filename).startswith(caches))
 
 
 @cache
-def _problem() -> str | None:
+def _find_problem() -> str | None:
     """Return why the hub cannot be reached, None if it can."""
-    found: list[str | None] = []
-    # The client's own patience counts where somebody has set it.
-    seconds = max(ANSWER, constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else 0)
-    timeouts = CONNECT, seconds + 1, seconds + 1, seconds + 1
+    problems: list[str | None] = []
+    # A timeout that the user has set for the client also counts here.
+    seconds = max(ANSWER_SECONDS, constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else 0)
+    timeouts = CONNECT_SECONDS, seconds + 1, seconds + 1, seconds + 1
 
-    def knock() -> None:
+    def send_request() -> None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=timeouts).status_code
-            found.append(f"status {status}" if status in AWAY else None)
+            problems.append(f"status {status}" if status in GATEWAY_ERRORS else None)
         except Exception as error:
-            found.append(one_line(error))
+            problems.append(one_line(error))
 
-    # In a thread, as a resolver of names takes as long as it likes.
-    thread = Thread(target=knock, daemon=True)
+    # In a thread, as the name resolver has no timeout.
+    thread = Thread(target=send_request, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else f"nothing within {seconds:.0f} seconds"
+    return problems[0] if problems else f"no answer within {seconds:.0f} seconds"
 
 
 @contextmanager
@@ -117,12 +117,12 @@ def _offline() -> Iterator[None]:
 
 
 def warn_of_cache(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE") -> None:
-    """Say once, on the first rank of a node, that a cache cannot be written.
+    """Warn once, on the first rank of a node, that a cache cannot be written.
 
     Args:
-        error: says why.
-        folder: of the cache; None is that of data sets.
-        name: the variable that names it. HF_HOME names them all.
+        error: the reason.
+        folder: of the cache; None: the cache of data sets.
+        name: the variable that sets the folder, if it is set; otherwise HF_HOME does.
     """
     global _has_warned
     if not _has_warned and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -136,14 +136,14 @@ def warn_of_cache(error: Exception, folder: object = None, name: str = "HF_DATAS
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """Return the error of the system behind another one, which libraries make of it or meet while they clean up."""
+    """Return the error of the operating system that caused another one, None if there is none."""
     while (found := find_error(error, OSError)) is not None and not found.errno:
         error = found.__cause__ or found.__context__
     return found
 
 
-def find_error(error: BaseException | None, kind: Any) -> Any:
-    """Return the first error of a kind among one and those behind it."""
-    while error is not None and not isinstance(error, kind):
+def find_error(error: BaseException | None, classes: Any) -> Any:
+    """Return the first error of a class among an error and its causes, None if there is none."""
+    while error is not None and not isinstance(error, classes):
         error = error.__cause__ or error.__context__
     return error

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import SCRIPT
+from conftest import ROOT
 
 PATIENCE = 60.0  # seconds on a busy machine that a test waits for anything
-LOOP = [line.strip() for line in SCRIPT.read_text().splitlines()].index("metrics |= federation.evaluate()") + 1
+RUN = ROOT / "scaling_fl" / "experiment" / "run.py"
+LOOP = [line.strip() for line in RUN.read_text().splitlines()].index("metrics |= federation.evaluate()") + 1
 
 
 class Debugger:
@@ -69,7 +70,7 @@ def stop_in_the_loop(debugger: Debugger) -> tuple[int, int]:
     debugger.ask("initialize", adapterID="test", pathFormat="path")
     attached = debugger.send("attach", justMyCode=True)
     debugger.event("initialized")
-    breakpoints = debugger.ask("setBreakpoints", source={"path": str(SCRIPT)}, breakpoints=[{"line": LOOP}])
+    breakpoints = debugger.ask("setBreakpoints", source={"path": str(RUN)}, breakpoints=[{"line": LOOP}])
     assert [breakpoint["verified"] for breakpoint in breakpoints["breakpoints"]] == [True]
     debugger.ask("configurationDone")
     debugger.answer(attached)
@@ -79,7 +80,7 @@ def stop_in_the_loop(debugger: Debugger) -> tuple[int, int]:
 
 def top_frame(debugger: Debugger, thread: int) -> int:
     frame = debugger.ask("stackTrace", threadId=thread)["stackFrames"][0]
-    assert (frame["line"], Path(frame["source"]["path"]).name) == (LOOP, SCRIPT.name)
+    assert (frame["line"], Path(frame["source"]["path"]).name) == (LOOP, RUN.name)
     return frame["id"]
 
 

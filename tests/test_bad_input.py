@@ -50,13 +50,17 @@ BAD: dict[str, Bad] = {
     ),
     "a name that is no setting": Bad(("'learning_rat': expected the name",), {"learning_rat": 1}, is_read=False),
     "a job without a server": Bad(
-        ("SACRED_HOST names no MongoDB server: Port must be",), env={"SACRED_HOST": "127.0.0.1:99999"}, is_read=False
+        ("SACRED_HOST: expected the address of a MongoDB server, got Port must be",),
+        env={"SACRED_HOST": "127.0.0.1:99999"},
+        is_read=False,
     ),
-    "too few tokens for any text": Bad(("max_seq_len=2 is too short for model=", "at least 3"), {"max_seq_len": 2}),
+    "too few tokens for any text": Bad(("max_seq_len: expected at least 3 for model=", "got 2"), {"max_seq_len": 2}),
     "fewer examples than sites": Bad(("4 sites cannot share 1 training example",), {"max_train_examples": 1}),
-    "a model that is no name of the hub": Bad(("model='no such model' cannot be loaded",), {"model": "no such model"}),
-    "a model that is a file": Bad(("model='m.txt' cannot be loaded",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
-    "a model that is an empty folder": Bad(("model='m' cannot be loaded",), {"model": "m"}, files={"m/no.txt": b""}),
+    "a model that is no name of the hub": Bad(
+        ("model: expected a nickname (minilm,", "got 'no such model' ("), {"model": "no such model"}
+    ),
+    "a model that is a file": Bad(("got 'm.txt' (",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
+    "a model that is an empty folder": Bad(("got 'm' (",), {"model": "m"}, files={"m/no.txt": b""}),
     "a row with a field too few": table("t.csv", b"text,label\na,x\nb\n", "row 2 has 1 fields, not 2"),
     "another label in the test set": Bad(
         ("none only in train, food only in test",),
@@ -71,28 +75,41 @@ BAD: dict[str, Bad] = {
         files={"some/train/pos/a.txt": b"good"},
     ),
     "checkpoints in a file": Bad(
-        ("checkpoints_dir='t.csv' cannot be written to",), {"checkpoints_dir": "t.csv"}, files={"t.csv": ROWS}
+        ("checkpoints_dir: expected a folder that can be written to, got 't.csv' (",),
+        {"checkpoints_dir": "t.csv"},
+        files={"t.csv": ROWS},
     ),
     "checkpoints below a file": Bad(
-        ("checkpoints_dir='t.csv/x' cannot be written to",), {"checkpoints_dir": "t.csv/x"}, files={"t.csv": ROWS}
+        ("checkpoints_dir: expected a folder that can be written to, got 't.csv/x' (",),
+        {"checkpoints_dir": "t.csv/x"},
+        files={"t.csv": ROWS},
     ),
     "checkpoints in a scheme that nobody knows": Bad(
-        ("checkpoints_dir='foo://x' cannot be written to: Protocol not known: foo",), {"checkpoints_dir": "foo://x"}
+        ("checkpoints_dir: expected a folder that can be written to, got 'foo://x' (Protocol not known: foo",),
+        {"checkpoints_dir": "foo://x"},
     ),
-    "checkpoints with a NUL byte": Bad(("checkpoints_dir='a\\x00b' cannot be",), {"checkpoints_dir": "a\0b"}),
+    "checkpoints with a NUL byte": Bad(
+        (
+            "checkpoints_dir: expected a folder that can be",
+            "got 'a\\x00b' (",
+        ),
+        {"checkpoints_dir": "a\0b"},
+    ),
     "a checkpoint that is a folder": Bad(
-        ("checkpoints/round-1.pt cannot be read: ", "Is a directory"),
+        ("checkpoints/round-1.pt: expected a file that can be read, got ", "Is a directory"),
         {"checkpoints_dir": "checkpoints"},
         files={"checkpoints/round-1.pt/x": b""},
     ),
     "a record in a file": Bad(
-        ("SACRED_RUNS_DIR='t.csv' cannot be written to",),
+        ("SACRED_RUNS_DIR: expected a folder that can be written to, got 't.csv' (",),
         env={"SACRED_RUNS_DIR": "t.csv"},
         files={"t.csv": ROWS},
         is_read=False,
     ),
     "a record where nobody may write": Bad(
-        ("SACRED_RUNS_DIR='/proc/no/folder' cannot",), env={"SACRED_RUNS_DIR": "/proc/no/folder"}, is_read=False
+        ("SACRED_RUNS_DIR: expected a folder that can be written to, got '/proc/no/folder'",),
+        env={"SACRED_RUNS_DIR": "/proc/no/folder"},
+        is_read=False,
     ),
 }
 
@@ -143,7 +160,9 @@ def test_what_may_not_be_read_is_one_clear_sentence(command: Command, tmp_path: 
     for name in ("t.csv", "checkpoints/round-1.pt"):
         (tmp_path / name).chmod(0)
     assert "'t.csv' cannot be read as csv: [Errno 13]" in sentence_of(command(train_path="t.csv"))
-    assert "round-1.pt cannot be read: [Errno 13]" in sentence_of(command(checkpoints_dir="checkpoints"))
+    assert "round-1.pt: expected a file that can be read, got [Errno 13]" in sentence_of(
+        command(checkpoints_dir="checkpoints")
+    )
 
 
 def test_a_text_without_a_token_is_one_clear_sentence(command: Command, tmp_path: Path, tiny_model: str) -> None:
@@ -256,7 +275,7 @@ def read_or_refuse(content: bytes, whole: dict | None) -> str:
         state, sentence = None, str(error)
     assert not Path("sprung").exists()
     if state is None:
-        assert re.fullmatch(r"it.+", sentence)
+        assert re.fullmatch(r"expected .+, got .+", sentence)
         return sentence
     assert whole is not None
     assert is_same(state, whole)
@@ -315,9 +334,9 @@ def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
     write(tmp_path, {"checkpoints/round-7.pt": NOT_OURS[name](small)})
     before = contents(tmp_path)
     result = command(checkpoints_dir="checkpoints")
-    assert "no checkpoint in checkpoints_dir='checkpoints' is whole (round 7 is the last)" in sentence_of(result)
+    assert "got damaged files only in 'checkpoints', the last of round 7" in sentence_of(result)
     (warning,) = [line for line in result[1].splitlines() if line.startswith("warning: ")]
-    assert re.match(r"warning: skipping checkpoints/round-7.pt, which is damaged: it\w* \w", warning)
+    assert re.match(r"warning: skipping checkpoints/round-7.pt, which is damaged: expected \w", warning)
     assert contents(tmp_path) == before
     assert not (tmp_path / "sprung").exists()
 

@@ -106,7 +106,7 @@ def test_a_host_that_is_none_is_one_clear_sentence_without_the_password(
     for name, value in (("HOST", host), ("USER", "so me@:/%$"), ("PASSWORD", "s@cr:e/t%$")):
         monkeypatch.setenv(f"SACRED_{name}", value)
     sentence = refuse()
-    assert "SACRED_HOST names no MongoDB server: " in sentence
+    assert "SACRED_HOST: expected the address of a MongoDB server, got " in sentence
     assert HOSTS[host] in sentence
     assert "s@cr" not in sentence
     assert "s%40cr" not in sentence
@@ -115,10 +115,10 @@ def test_a_host_that_is_none_is_one_clear_sentence_without_the_password(
 @pytest.mark.parametrize(
     ("variable", "says"),
     [
-        ("SACRED_DATABASE=a/b $.", "SACRED_DATABASE='a/b $.' names no database"),
-        ("RANKS=0", "RANKS='0' was given: a whole number from 1"),
-        ("RANKS=many", "RANKS='many' was given: a whole number from 1"),
-        ("OMP_NUM_THREADS=x", "OMP_NUM_THREADS='x' was given: a whole number from 1"),
+        ("SACRED_DATABASE=a/b $.", "SACRED_DATABASE: expected the name of a database, got 'a/b $.' ("),
+        ("RANKS=0", "RANKS: expected a whole number from 1, got '0'"),
+        ("RANKS=many", "RANKS: expected a whole number from 1, got 'many'"),
+        ("OMP_NUM_THREADS=x", "OMP_NUM_THREADS: expected a whole number from 1, got 'x'"),
     ],
 )
 def test_a_bad_environment_is_one_clear_sentence(

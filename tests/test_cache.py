@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_has_warned", False)
-    hub._problem.cache_clear()
+    hub._find_problem.cache_clear()
     datasets.disable_progress_bars()  # which are written to a file here, and a full disk takes no bar
     return tmp_path / "cache"
 
@@ -157,7 +157,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets the hub be at a port of this machine."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "ANSWER", 2.0)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 2.0)
     return lambda port: monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
 
 
@@ -180,7 +180,7 @@ def test_a_hub_that_does_not_answer_is_said_at_once(
     for load in (lambda: load_pretrained("some/id", 8), lambda: read_task("text", "some/data")):
         sentence = refusal(load)
         assert f"the hub, http://127.0.0.1:{port}, does not answer: " in sentence
-        assert ("nothing within 2 seconds" if is_silent else "refused") in sentence
+        assert ("no answer within 2 seconds" if is_silent else "refused") in sentence
     assert time.monotonic() - began < 30, "the client alone takes a minute"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -203,7 +203,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ANSWER", 20.0)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 20.0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever).start()
         online(server.server_address[1])

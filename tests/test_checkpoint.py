@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and taken over only where they belong."""
+"""Checkpoints are complete or absent, and a run resumes only from its own."""
 
 import logging
 import pickle
@@ -136,14 +136,16 @@ def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_erro
     assert "round-2.pt, which is damaged" in caplog.text
     assert server.sha256() == make_server(rounds=1).sha256()
     (tmp_path / "round-1.pt").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in checkpoints_dir=.* is whole"):
+    with pytest.raises(
+        ValueError, match=r"^checkpoints_dir: expected a checkpoint .* got damaged files only in .* round 1\."
+    ):
         restore_into(str(tmp_path), make_server(), SETTINGS)
     assert "sprung" not in capsys.readouterr().out
 
 
 def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
-    with pytest.raises(ValueError, match="other settings: seed was 1 and is 2; alpha was None and is 3"):
+    with pytest.raises(ValueError, match=r"got .*, where seed was 1 and is 2; alpha was None and is 3"):
         restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
     with pytest.raises(ValueError, match=r"another model: its weight is \[5, 1\], this model's is \[6, 1\]"):
         restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)

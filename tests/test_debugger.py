@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPT, Command, succeed, weights_hash
-from dap import PATIENCE, Debugger, local_variables, stop_in_the_loop, top_frame, value
+from conftest import Command, succeed, weights_hash
+from dap import PATIENCE, RUN, Debugger, local_variables, stop_in_the_loop, top_frame, value
 
 
 class Program:
@@ -97,9 +97,9 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
         debugger.ask("continue", threadId=thread)
         thread = debugger.event("stopped")["threadId"]
         frame = top_frame(debugger, thread)
-        assert value(debugger, frame, "round_, server.sha256() == history") == "(1, False)"
+        assert value(debugger, frame, "round_, global_model.sha256() == history") == "(1, False)"
         assert value(debugger, frame, "__import__('torch').distributed.get_rank()") == str(number)
-        debugger.ask("setBreakpoints", source={"path": str(SCRIPT)}, breakpoints=[])
+        debugger.ask("setBreakpoints", source={"path": str(RUN)}, breakpoints=[])
         debugger.ask("continue", threadId=thread)
         output = succeed(running.ends())
     assert weights_hash(output) == weights_hash(expected)
@@ -131,10 +131,10 @@ def test_a_run_that_is_ended_while_it_waits_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("env", "sentence"),
     [
-        ({"DEBUG": "yes"}, "DEBUG='yes' was given: 1 to wait for a debugger, or 0, would do"),
-        ({"DEBUG_RANK": "1"}, "DEBUG_RANK=1 was given: a rank below 1, the number of ranks, would do"),
-        ({"DEBUG_RANK": "first"}, "DEBUG_RANK='first' was given: a whole number from 0 would do"),
-        ({"DEBUG_PORT": "99999"}, "no debugger can be waited for at 127.0.0.1:99999 (DEBUG_PORT): invalid port number"),
+        ({"DEBUG": "yes"}, "DEBUG: expected 1 to wait for a debugger, or 0, got 'yes'"),
+        ({"DEBUG_RANK": "1"}, "DEBUG_RANK: expected a rank below 1, the number of ranks, got 1"),
+        ({"DEBUG_RANK": "first"}, "DEBUG_RANK: expected a whole number from 0, got 'first'"),
+        ({"DEBUG_PORT": "99999"}, "DEBUG_PORT: expected a free port, got 127.0.0.1:99999 (invalid port number)"),
     ],
 )
 def test_a_debugger_that_cannot_be_waited_for_is_one_sentence(
@@ -144,7 +144,7 @@ def test_a_debugger_that_cannot_be_waited_for_is_one_sentence(
 
 
 def test_a_rank_that_is_none_is_one_sentence_of_all_ranks(command: Command) -> None:
-    sentence = "error: DEBUG_RANK=2 was given: a rank below 2, the number of ranks, would do\n"
+    sentence = "error: DEBUG_RANK: expected a rank below 2, the number of ranks, got 2\n"
     assert command(ranks=2, env={"DEBUG": "1", "DEBUG_RANK": "2"}) == (1, sentence)
 
 
@@ -153,7 +153,7 @@ def test_a_port_that_is_taken_is_one_sentence(command: Command) -> None:
         port = taken.getsockname()[1]
         status, output = command(ranks=2, env={"DEBUG": "1", "DEBUG_PORT": str(port), "DEBUG_RANK": "1"})
     assert status == 1
-    assert output.startswith(f"error: no debugger can be waited for at 127.0.0.1:{port} (DEBUG_PORT): ")
+    assert output.startswith(f"error: DEBUG_PORT: expected a free port, got 127.0.0.1:{port} (")
     assert "in use" in output
     assert len(output.splitlines()) == 1
 
@@ -162,5 +162,5 @@ def test_a_debugger_that_is_not_installed_is_one_sentence(command: Command, monk
     monkeypatch.setitem(sys.modules, "debugpy", None)
     status, output = command(env={"DEBUG": "1"})
     assert status == 1
-    assert output == "error: DEBUG=1 needs debugpy, which is not installed: pip install debugpy would do\n"
+    assert output == "error: DEBUG=1: expected the package debugpy, got none. Install it: pip install debugpy\n"
     succeed(command(env={"DEBUG": "0"}))

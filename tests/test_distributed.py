@@ -148,7 +148,7 @@ def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.Monke
     assert num_ranks(100) == 1, "one rank drives all devices"
     for bad in ("0", "-1", "two"):
         monkeypatch.setenv("RANKS", bad)
-        with pytest.raises(ValueError, match=f"RANKS='{bad}' was given: a whole number from 1 would do"):
+        with pytest.raises(ValueError, match=f"RANKS: expected a whole number from 1, got '{bad}'"):
             num_ranks(4)
 
 

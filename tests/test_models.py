@@ -48,7 +48,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text(llama: str) -> No
 
 def test_a_tokenizer_that_cannot_pad_is_refused(llama: str, tmp_path: Path) -> None:
     put_tokenizer(tmp_path)
-    assert "has no padding token: a pad_token in its tokenizer_config.json" in refusal(
+    assert "expected a padding token, got none. Set pad_token in its tokenizer_config.json" in refusal(
         lambda: load_pretrained(llama, 8)
     )
 
@@ -69,7 +69,7 @@ def test_the_longest_text_is_the_longest_that_the_model_takes(
     model = put_tokenizer(tmp_path, pad_token="<unk>")  # no limit of its own
     load_pretrained(model, limit)
     assert refusal(lambda: load_pretrained(model, limit + 1)) == (
-        f"max_seq_len={limit + 1} is too long for model={model!r}: at most {limit} would do"
+        f"max_seq_len: expected at most {limit} for model={model!r}, got {limit + 1}"
     )
     encoder = AutoModel.from_config(config)
     encoder(torch.full((1, limit), 3))
@@ -84,11 +84,11 @@ def test_a_model_without_a_limit_takes_any_length(config: PreTrainedConfig, tmp_
     config.save_pretrained(tmp_path)
     load_pretrained(put_tokenizer(tmp_path, pad_token="<unk>"), 100_000)
     put_tokenizer(tmp_path, pad_token="<unk>", model_max_length=9)
-    assert "at most 9 would do" in refusal(lambda: load_pretrained(str(tmp_path), 10))
+    assert "max_seq_len: expected at most 9 for model=" in refusal(lambda: load_pretrained(str(tmp_path), 10))
 
 
 def test_a_length_without_room_for_a_token_is_refused(tiny_model: str) -> None:
-    assert "max_seq_len=2 is too short" in refusal(lambda: load_pretrained(tiny_model, 2))
+    assert "max_seq_len: expected at least 3 for model=" in refusal(lambda: load_pretrained(tiny_model, 2))
     assert load_pretrained(tiny_model, 3).tokenizer("goal team", truncation=True, max_length=3)["input_ids"][1] > 4
 
 
@@ -141,7 +141,9 @@ def test_a_model_whose_family_cannot_be_told_is_refused(copy: Path) -> None:
 def test_a_folder_without_a_vocabulary_is_refused(copy: Path) -> None:
     for file in ("tokenizer.json", "words.txt"):
         (copy / file).unlink()
-    assert f"model='{copy}' has no vocabulary" in refusal(lambda: load_pretrained(str(copy), 8))
+    assert f"model='{copy}': expected a tokenizer with a vocabulary, got none" in refusal(
+        lambda: load_pretrained(str(copy), 8)
+    )
 
 
 @pytest.mark.parametrize("model", ["no/such-model", "no such model", "/no/such/folder"])
@@ -149,7 +151,8 @@ def test_a_model_that_is_nowhere_is_refused(model: str, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = refusal(lambda: load_pretrained(model, 8))
     assert sentence.startswith(
-        f"model={model!r} cannot be loaded: a nickname (minilm, albert, bert, distilbert), a folder"
+        "model: expected a nickname (minilm, albert, bert, distilbert), a folder with a Hugging Face model, or a hub "
+        f"id that can be reached, got {model!r} ("
     )
 
 

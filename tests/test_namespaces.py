@@ -252,8 +252,8 @@ def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
     statuses, seconds = job.end_by_cutting(1)
     assert 0 not in statuses, job.outputs()
     assert seconds < LOST_AFTER + SOON, job.outputs()
-    assert "error: rank 1 has given no sign of life" in (tmp_path / "node-0/output.txt").read_text()
-    assert "error: rank 0 has given no sign of life" in (tmp_path / "node-1/output.txt").read_text()
+    assert "error: rank 1 has sent no heartbeat" in (tmp_path / "node-0/output.txt").read_text()
+    assert "error: rank 0 has sent no heartbeat" in (tmp_path / "node-1/output.txt").read_text()
     assert job.start_torchrun(settings, [2, 4], options).weights() == alone
     assert not (tmp_path / "node-1/checkpoints").exists(), "the disks are not shared"
 
@@ -283,12 +283,12 @@ def check_last_words(output: str, node: int, lost: int) -> None:
     """One sentence names what is gone: for a node that is cut off, all others."""
     (sentence,) = re.findall("^error: (.*)$", output, re.MULTILINE)
     gone = {lost} if node != lost else {0, 1, 2} - {lost}
-    named = re.match(r"rank (\d(?:, \d)*) has given no sign of life for \d+ s: .* cannot be reached$", sentence)
+    named = re.match(r"rank (\d(?:, \d)*) has sent no heartbeat for \d+ s: .* cannot be reached$", sentence)
     if named and lost != 0:
         assert set(map(int, named[1].split(", "))) == gone, output
     elif named:  # the store is on the lost node, and with it what was known of the others
         assert "0" in named[1] or node == 0, output
     else:
         assert 0 in (node, lost)
-        assert sentence == "the store where ranks meet, on the node of rank 0, is gone or cannot be reached", output
+        assert sentence == "the rendezvous store, on the node of rank 0, has ended or cannot be reached", output
     assert "Traceback" not in output

@@ -416,7 +416,8 @@ def test_a_run_outlives_its_store(
     assert weights_hash(resumed) == weights_hash(whole)
     assert accuracies(resumed) == accuracies(whole)
     warnings = [line for line in resumed.splitlines() if line.startswith("warning: ")]
-    pattern = rf"warning: {store.scheme}://\S+/round-\d+\.pt cannot be written, the next try is in \d+ s: \w.*"
+    problem = r"round-\d+\.pt: expected a store that can be written to, got \w.*"
+    pattern = rf"warning: {store.scheme}://\S+/{problem}\. The next attempt is in \d+ s"
     assert all(re.fullmatch(pattern, line) for line in warnings), warnings
     rounds = rounds_of(store, bucket)
     first_lost = int(re.findall(r"round-(\d+)", warnings[0])[0])
@@ -435,7 +436,7 @@ def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
     on_disk: Callable[[int], str],
 ) -> None:
-    monkeypatch.setattr(storage, "PATIENCE", 2.0)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 2.0)
     settings = files(store, bucket, corpus)
     process, receiver = begin(lambda: command(num_rounds=8, **settings))
     until(lambda: 2 in rounds_of(store, bucket))
@@ -447,7 +448,8 @@ def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
     assert done, result
     # A gs server without the bucket refuses to write the new file, or does not find the one to be renamed.
     why = "Could not connect to the endpoint URL" if store.scheme == "s3" else "(there is no such bucket|b/)"
-    pattern = rf"error: {store.url(bucket)}/runs/a/round-\d+\.pt cannot be written: {why}.*the same command goes on"
+    problem = rf"round-\d+\.pt: expected a store that can be written to, got {why}"
+    pattern = rf"error: {store.url(bucket)}/runs/a/{problem}.*Run the same command to resume from the last checkpoint"
     assert re.fullmatch(pattern, sentence_of(result))
     store.kill()
     store.start()
@@ -456,6 +458,7 @@ def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
         assert weights_hash(succeed(command(num_rounds=8, **settings))) == weights_hash(on_disk(8))
 
 
+NOT_WRITABLE = "checkpoints_dir: expected a folder that can be written to, got "
 NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # what is wrong is found before data is read
 
 
@@ -464,7 +467,7 @@ def test_a_bucket_that_is_not_there_is_one_sentence_before_data_is_read_and_is_n
 ) -> None:
     url = store.url("mispelt", "runs")
     sentence = sentence_of(command(ranks=2, env=store.env, checkpoints_dir=url, **NO_DATA))
-    assert sentence == f"error: checkpoints_dir={url!r} cannot be written to: there is no such bucket"
+    assert sentence == f"error: {NOT_WRITABLE}{url!r} (there is no such bucket)"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         store.names("mispelt")
     assert "train.csv' cannot be read as csv: there is no such file" in apart(store, lambda: unreadable(url))
@@ -504,7 +507,7 @@ def test_wrong_credentials_are_one_sentence_before_training(
     url = store.url("theirs", "runs")
     result = command(env=env, checkpoints_dir=url, **NO_DATA)
     sentence = sentence_of(result)
-    assert f"checkpoints_dir={url!r} cannot be written to: " in sentence
+    assert f"{NOT_WRITABLE}{url!r} (" in sentence
     assert says in sentence
     assert wrong == "all" or keys["AWS_SECRET_ACCESS_KEY"] not in result[1]
     # A file is asked for by HEAD, whose answer has no words.
@@ -558,10 +561,10 @@ def test_what_gs_does_not_allow_is_one_sentence_at_once(
     store = answering(status, "gs")
     started = time.monotonic()
     sentence = sentence_of(command(env=store.env, checkpoints_dir="gs://theirs/runs", **NO_DATA))
-    assert re.match(r"error: checkpoints_dir='gs://theirs/runs' cannot be written to: .*may not", sentence)
+    assert re.match(rf"error: {NOT_WRITABLE}'gs://theirs/runs' \(.*may not", sentence)
     assert re.search("cannot be read as csv: .*may not", apart(store, lambda: unreadable("gs://theirs")))
     says = apart(store, lambda: refusal(lambda: save("gs://theirs/runs", rounds=1)))
-    assert "round-1.pt cannot be written: " in says, "in mid-run too"
+    assert "round-1.pt: expected a store that can be written to, got " in says, "in mid-run too"
     assert time.monotonic() - started < 20
 
 
@@ -570,12 +573,12 @@ def test_a_store_that_does_not_answer_is_one_sentence_soon(
     answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     assert storage.ANSWER_SECONDS <= 30
-    monkeypatch.setattr(storage, "ANSWER", 1.0)
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 1.0)
     store = answering("nothing", scheme)
     started = time.monotonic()
     url = f"{scheme}://theirs/runs"
     sentence = sentence_of(command(env=store.env, checkpoints_dir=url, **NO_DATA))
-    assert sentence == f"error: checkpoints_dir={url!r} cannot be written to: no answer within 1 seconds"
+    assert sentence == f"error: {NOT_WRITABLE}{url!r} (no answer within 1 seconds)"
     assert "no answer within 1 seconds" in apart(store, lambda: unreadable(url))
     assert "no answer within 1 seconds" in apart(store, lambda: refusal(lambda: checkpoint.exists(url)))
     assert time.monotonic() - started < 30

@@ -15,8 +15,10 @@ import gridfs
 import pymongo
 import pytest
 from conftest import PASSWORD, USER, Command, Mongod, accuracies, succeed, wait_for_exit
+from sacred import SETTINGS
 
-from scaling_fl.records import mongo as records
+from scaling_fl.records import mongo as mongo_module
+from scaling_fl.records import observers
 from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 
@@ -146,7 +148,7 @@ def test_a_job_name_alone_without_a_checkpoint_is_a_run_of_its_own(
     succeed(command("--unobserved", **settings))
     status, output = command(env=env, **settings)
     assert status == 1
-    assert "job_name='again' is the name of several runs (1, 2): remove all but one" in output
+    assert "job_name: expected the name of one run, got 'again' of runs 1, 2. Remove all but one" in output
     assert "Traceback" not in output
 
 
@@ -154,7 +156,7 @@ def test_a_job_is_found_by_its_name_whatever_that_is(database: pymongo.database.
     names = ["../a/b", "$where", "a.$b", "two\nlines\0", "ünï 漢字 🙂", "x" * 5000, ".*", "a"]
     database.runs.insert_many({"_id": number, "config": {"job_name": name}} for number, name in enumerate(names))
     for number, name in enumerate(names):
-        assert find_run(database.runs, {"job_name": name}, goes_on=True)["_id"] == number
+        assert find_run(database.runs, {"job_name": name}, is_resumed=True)["_id"] == number
 
 
 def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry(
@@ -237,25 +239,28 @@ def test_of_two_starts_that_take_over_a_dead_run_one_does(
         Mongo(mongo_url(mongo["SACRED_HOST"], USER, PASSWORD), database.name, lambda _: True) for _ in "ab"
     )
     for observer in (first, second):
-        observer._before = find_run(database.runs, {"job_name": "a"}, goes_on=True)
+        observer._before = find_run(database.runs, {"job_name": "a"}, is_resumed=True)
     first._claim()
-    with pytest.raises(SystemExit, match="run 3 in MongoDB was taken over by another start"):
+    with pytest.raises(SystemExit, match="run 3 in MongoDB was taken over by another process"):
         second._claim()
 
 
 def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
     server: Mongod,
+    monkeypatch: pytest.MonkeyPatch,
     command: Command,
     background: Callable[..., Background],
     database: pymongo.database.Database,
     tmp_path: Path,
 ) -> None:
     env = environment(server.environment, database)
+    monkeypatch.setattr(mongo_module, "BEAT_S", 1)
+    monkeypatch.setattr(SETTINGS, "DEFAULT_BEAT_INTERVAL", 1.0)
     settings = {"job_name": "alive", "checkpoints_dir": tmp_path / "checkpoints", "keep_checkpoints": 1}
     run = background(env, **{**settings, "num_rounds": 100_000})
     run.wait_for(r" +1 \|")
     status, output = command(env=env, **settings)
-    assert (status, "job_name='alive' is the name of run 1, which is running on " in output) == (1, True)
+    assert (status, "got 'alive' of run 1, which is running on " in output) == (1, True)
     os.kill(run.pid, signal.SIGTERM)
     run.end()
     (entry,) = database.runs.find()
@@ -271,7 +276,7 @@ def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
 def test_a_run_is_alive_if_its_heartbeat_moves(
     database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool
 ) -> None:
-    monkeypatch.setattr(records, "BEAT_S", 1)
+    monkeypatch.setattr(mongo_module, "BEAT_S", 1)
     now = datetime.now(UTC).replace(microsecond=0, tzinfo=None)
     run = {"_id": what, "status": "RUNNING", "heartbeat": now, "start_time": now, "host": {"hostname": "north"}}
     database.runs.insert_one({**run, "config": {"job_name": "a"}})
@@ -279,7 +284,7 @@ def test_a_run_is_alive_if_its_heartbeat_moves(
     timer = threading.Timer(1.2, lambda: change and database.runs.update_one({"_id": what}, {"$set": change}))
     timer.start()
     if lives:
-        with pytest.raises(ValueError, match="job_name='a' is the name of run beats, which is running on north: "):
+        with pytest.raises(ValueError, match="got 'a' of run beats, which is running on north"):
             check_dead(database.runs, database.runs.find_one({"_id": what}))
     else:
         check_dead(database.runs, database.runs.find_one({"_id": what}))
@@ -311,18 +316,22 @@ def test_two_runs_at_once_have_an_entry_each(
 def test_a_host_that_is_none_is_one_sentence(command: Command, ranks: int) -> None:
     status, output = command(ranks=ranks, env={"SACRED_HOST": "mongodb://me:secret@host:1x"})
     assert status == 1
-    assert output.startswith("error: SACRED_HOST names no MongoDB server: ")
+    assert output.startswith("error: SACRED_HOST: expected the address of a MongoDB server, got ")
     assert "secret" not in output
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_server_that_is_not_there_is_one_sentence_within_seconds(command: Command, ranks: int) -> None:
+def test_a_server_that_is_not_there_is_one_sentence_within_seconds(
+    command: Command, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    assert observers.TIMEOUT_MS <= 5_000
+    monkeypatch.setattr(observers, "TIMEOUT_MS", 500)
     started = time.monotonic()
     env = {"SACRED_HOST": "127.0.0.1:9", "SACRED_USER": "u", "SACRED_PASSWORD": "secret"}
     status, output = command(ranks=ranks, env=env)
     assert time.monotonic() - started < 20
     assert status == 1
-    assert output.startswith("error: the run cannot be recorded in MongoDB (SACRED_HOST): 127.0.0.1:9")
+    assert output.startswith("error: SACRED_HOST: expected a MongoDB server that can be written to, got 127.0.0.1:9")
     assert len(output.splitlines()) == 1
     assert "secret" not in output
     succeed(command("--unobserved", env=env))

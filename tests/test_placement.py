@@ -30,16 +30,16 @@ def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
         (node(1, [0]) + node(1, [0, 1]) + node(1, [0]), [{0: 0}, {1: 0, 2: 1}, {3: 0}]),
     ],
 )
-def test_sites_are_shared_out_by_device_and_then_by_turn(ranks: list, assignments: list[dict[int, int]]) -> None:
+def test_sites_are_assigned_by_device_and_then_round_robin(ranks: list, assignments: list[dict[int, int]]) -> None:
     assert assign_sites(ranks) == assignments
 
 
-def test_other_numbers_of_sites_take_the_entries_in_turn() -> None:
+def test_other_numbers_of_sites_are_assigned_to_the_entries_round_robin() -> None:
     two_nodes = node(2, [0, 1]) + node(1, [0])
     assert assign_sites(two_nodes, 7) == [{0: 0, 3: 0, 6: 0}, {1: 1, 4: 1}, {2: 0, 5: 0}]
     assert assign_sites(two_nodes, 3) == assign_sites(two_nodes)
     assert assign_sites(two_nodes, 2) == [{0: 0}, {1: 1}, {}]
-    assert assign_sites(node(2, [0]), 5) == [{0: 0, 2: 0, 4: 0}, {1: 0, 3: 0}], "two ranks share the one CPU slot"
+    assert assign_sites(node(2, [0]), 5) == [{0: 0, 2: 0, 4: 0}, {1: 0, 3: 0}], "two ranks of one id"
 
 
 site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
@@ -65,7 +65,7 @@ def test_a_gpu_belongs_to_one_rank_where_there_are_enough(num_ranks: int, site_i
         assert all(devices)
 
 
-def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
+def test_without_an_accelerator_all_sites_run_on_the_cpu() -> None:
     def topology() -> Topology:
         with world():
             return place_sites([5, 5, 9])
@@ -77,12 +77,12 @@ def test_without_an_accelerator_the_ids_name_slots_of_the_cpu() -> None:
     ]
 
 
-def test_a_gpu_that_is_not_there_and_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_and_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with world():
-        with pytest.raises(ValueError, match=r"site_ids names GPUs \[2, 7\], but this node has 2: ids 0 to 1 would do"):
+        with pytest.raises(ValueError, match=r"^site_ids: expected GPU ids from 0 to 1, got \[2, 7\]\. This node"):
             place_sites([0, 7, 2])
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match=r"2 ranks were started for the 1 GPUs .* \(RANKS=1\)"):
+        with pytest.raises(ValueError, match=r"^RANKS: expected at most one rank a GPU, got 2 for 1 in .* RANKS=1$"):
             place_sites([0, 0])

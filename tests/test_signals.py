@@ -1,4 +1,4 @@
-"""Signals end a process wherever they find it: in code that catches everything, at a lock, twice, in its last words."""
+"""Signals end a process at any moment: in code that catches every error, at a lock, twice, while it prints an error."""
 
 import os
 import queue
@@ -17,11 +17,11 @@ from scaling_fl.distributed import signals
 from scaling_fl.distributed.launch import launch, run_program
 
 INTERRUPTED = 128 + signal.SIGTERM
-PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.LATEST
+PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.GRACE_SECONDS
 
 
 def in_fork(work: Callable[[], object]) -> int:
-    """Do `work` as a program does that heeds signals; return its exit status."""
+    """Do `work` in a process with handlers of signals; return its exit status."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -111,7 +111,7 @@ def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
 
 
 def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "AGAIN", 0.005)
+    monkeypatch.setattr(signals, "RETRY_SECONDS", 0.005)
 
     def use_until_asked(box: queue.Queue[int], seconds: float) -> None:
         with signals.interruptible():
@@ -133,7 +133,7 @@ def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatc
     assert in_fork(work) == 0
 
 
-def test_what_is_said_at_the_end_is_not_interrupted_again(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_signal_does_not_interrupt_the_end(capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         try:
             with signals.interruptible():
@@ -162,7 +162,7 @@ def test_of_several_signals_the_first_one_counts() -> None:
 def test_a_process_that_does_not_end_is_ended(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(signals, "LATEST", 0.5)
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.5)
 
     def linger_when_asked() -> None:
         try:
@@ -181,7 +181,7 @@ def test_a_process_that_does_not_end_is_ended(
     assert in_fork(linger_when_asked) == INTERRUPTED
     capfd.readouterr()
     assert in_fork(fail_and_linger) == INTERRUPTED
-    assert capfd.readouterr().err == "interrupted by SIGTERM; what was under way did not end in 0 s\n"
+    assert capfd.readouterr().err == "interrupted by SIGTERM; the process did not end within 0 s\n"
 
 
 def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
@@ -208,7 +208,7 @@ def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
 
 
 def test_a_caller_that_goes_on_after_an_interruption_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "LATEST", 0.2)
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.2)
 
     def cell() -> None:
         with pytest.raises(signals.Interrupted), signals.interruptible():

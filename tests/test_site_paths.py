@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     Path(path).write_text(content)
     with world(), pytest.raises(ValueError, match=re.escape(says)) as caught:
         SiteFile("site_paths[0] on rank 1", "train", path).use(read_rows, "text", path, "train")
-    assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+    assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
 def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyP
     ):
         with world(), pytest.raises(ValueError, match=says) as caught:
             file.use(check_labels, rows, known)
-        assert caught.value.told == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+        assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
 def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:

@@ -252,9 +252,9 @@ def test_nodes_that_were_started_differently_do_not_train(key: str, values: tupl
 REFUSED = {
     "site_ids=" + str([0] * 62).replace(" ", ""): "62 sites cannot share 61 training examples",
     "text_column=body": "text_column='body'",
-    "max_seq_len=65": "max_seq_len=65 is too long for model=",
+    "max_seq_len=65": "max_seq_len: expected at most 64 for model=",
     "learning_rate=1e30": "diverged in round 1: ",
-    "checkpoints_dir=/proc/no/folder": "checkpoints_dir='/proc/no/folder' cannot be written to: ",
+    "checkpoints_dir=/proc/no/folder": "checkpoints_dir: expected a folder that can be written to, got ",
     "min_sites=5 on_site_failure=skip": "min_sites: expected at most 4, the number of sites, got 5",
     "server_learning_rate=1e30": "the global model diverged: ",
     "learning_rat=1": "'learning_rat': expected the name of a setting, got an unknown one. Did you mean learning_rate?",
@@ -366,7 +366,7 @@ def test_fewer_rounds_than_are_done_are_refused(command: Command, tmp_path: Path
     succeed(command(num_rounds=2, **settings))
     status, output = command(num_rounds=1, **settings)
     assert status == 1
-    assert "num_rounds=1 was given, but 2 rounds are done" in output
+    assert "num_rounds: expected at least 2, which are done, got 1" in output
 
 
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) 
 def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_half_written(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "AGAIN", 1e9)  # who has work to do looks, too
+    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # who has work to do looks, too
     runs = {}
     for moment, (owner, name, swallowed, num_rounds, ranks) in MOMENTS.items():
         folder = tmp_path / moment

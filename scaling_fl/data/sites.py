@@ -150,7 +150,7 @@ def partition_corpus(
         topology=topology,
         label_names=names,
         train={site: parts[site] for site in topology.sites},
-        test={device: batches[topology.turn(device)] for device in topology.devices},
+        test={device: batches[topology.slice_of(device)] for device in topology.devices},
         extents=[part.extent(len(names)) for part in parts],
         num_test=len(test),
         sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},

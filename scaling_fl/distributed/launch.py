@@ -25,44 +25,44 @@ from scaling_fl.distributed.world import accelerator
 from scaling_fl.errors import whole_number_from_environment
 
 RUN_ID = "scaling_fl.launch on this machine"
-# A rank that fails waits so many seconds before it ends: the agent reports the first to end, and a rank
-# that was killed is why others fail.
-HEAD_START = 0.5
+# A rank that fails waits so many seconds before it exits. The agent reports the first rank that exits, and this
+# should be a rank that was killed, as its peers fail because of it.
+EXIT_DELAY_SECONDS = 0.5
 
 
 def num_ranks(num_sites: int) -> int:
-    """Return how many local ranks the environment asks for: RANKS, or 1 without it.
+    """Return how many local ranks the environment asks for by RANKS (default: 1).
 
-    RANKS=auto is one where there is an accelerator, whose devices one rank can drive all, and otherwise
-    as many as there are cores, or sites if these are fewer.
+    RANKS=auto starts one rank if there is an accelerator, as one rank can drive all devices. Otherwise it starts one
+    for each core, but not more than there are sites.
 
     Raises:
         ValueError: RANKS is not a whole number from 1.
     """
-    wanted = os.environ.get("RANKS") or "1"
-    if wanted == "auto":
+    value = os.environ.get("RANKS") or "1"
+    if value == "auto":
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return 1 if accelerator() else min(num_cores, num_sites)
-    return whole_number_from_environment("RANKS", wanted)
+    return whole_number_from_environment("RANKS", value)
 
 
 def was_launched_here() -> bool:
-    """Tell whether this process is a rank that `launch` started, whose settings were checked before."""
+    """Tell whether this process is a rank that `launch` started, so that its settings are checked."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
 
 def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
     """Run `function(*args)` on `num_ranks` local ranks and return what each returned.
 
-    The ranks are the work of torchrun's own agent, forked from this process so that they share what
-    it has imported (spawned where there is an accelerator, which does not survive a fork). They
-    send each other tensors over the loopback interface alone; torch's rendezvous store listens on all.
+    torchrun's agent starts the ranks. It forks them from this process, so that they share its imports; with an
+    accelerator, which does not survive a fork, it spawns them. Tensors travel over the loopback interface only, but
+    torch's rendezvous store listens on all interfaces.
 
     Raises:
-        SystemExit: a rank failed, with that rank's exit status. It has said what was wrong.
+        SystemExit: a rank failed, with the rank's exit status. The rank has printed its error.
         Interrupted: a signal ended the ranks.
     """
-    # The rank has said what was wrong; the agent's stack trace of itself would bury it.
+    # The rank has printed its error, which the agent's own stack trace would hide.
     elastic = "torch.distributed.elastic"
     for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -83,12 +83,12 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        shutdown_timeout=10,  # seconds from a polite signal to a kill
+        shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL
         start_method=start_method,
-        signals_to_handle="",  # what the agent's own handlers raise can be lost, at a fork for example
+        signals_to_handle="",  # an error of the agent's own handlers can be lost, as at a fork
     )
     handlers = signals.install_handlers()
-    # The collector writes into every object that it looks at, and so would copy what forks share.
+    # The garbage collector writes into every object that it visits, and so would copy the memory that forks share.
     gc.freeze()
     try:
         with signals.interruptible():
@@ -97,7 +97,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         for number, failure in error.failures.items():
             if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
                 name = signal.Signals(-failure.exitcode).name
-                print(f"error: rank {number} was ended by {name} (SIGKILL is often: out of memory)", file=sys.stderr)
+                print(f"error: rank {number} was ended by {name} (SIGKILL often means: out of memory)", file=sys.stderr)
                 raise SystemExit(128 - failure.exitcode) from None
         status = error.get_first_failure()[1].exitcode
         if status - 128 in signals.ENDING:
@@ -111,10 +111,10 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
 
 
 def _rank_main(all_started: Barrier, function: Callable[..., object], *args: object) -> object:
-    """Call `function` and say what it raises, which the agent would keep to itself or interrupt.
+    """Call `function` and print its error, which the agent would hide or interrupt.
 
-    No rank joins the others before all are forked: a thread of this process's parent serves the store where they
-    meet, and a lock that it holds at the moment of a fork (of the name resolver, say) is never released in the child.
+    No rank joins the others before all are forked. A thread of the parent process serves their store, and a lock that
+    it holds at the moment of a fork, such as the name resolver's, is never released in the child.
     """
     try:
         with signals.interruptible():
@@ -123,25 +123,25 @@ def _rank_main(all_started: Barrier, function: Callable[..., object], *args: obj
     except signals.Interrupted as error:
         raise SystemExit(128 + error.number) from None
     except BaseException as error:
-        status = _say(error)
-        time.sleep(HEAD_START)
+        status = _print_error(error)
+        time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(status) from None
 
 
-def _say(error: BaseException) -> int:
-    """Print why a program ends, in one write as several ranks may print, and return its exit status."""
+def _print_error(error: BaseException) -> int:
+    """Print an error that ends a program, in one write as several ranks may print; return the exit status."""
     if isinstance(error, SystemExit):
-        sentence = error.code if isinstance(error.code, str) else ""
+        text = error.code if isinstance(error.code, str) else ""
     elif isinstance(error, PeerError):
-        sentence = f"error: {error}"
+        text = f"error: {error}"
     elif isinstance(error, signals.Interrupted):
-        sentence = str(error) if os.environ.get("RANK", "0") == "0" else ""
+        text = str(error) if os.environ.get("RANK", "0") == "0" else ""
     else:
         where = f"error on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
-        sentence = where + "".join(traceback.format_exception(error)).rstrip()
-    if sentence:
-        with suppress(OSError):  # of a terminal that was closed
-            print(f"{sentence}\n", end="", file=sys.stderr, flush=True)
+        text = where + "".join(traceback.format_exception(error)).rstrip()
+    if text:
+        with suppress(OSError):  # the terminal was closed
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
     if isinstance(error, signals.Interrupted):
         return 128 + error.number
     if not isinstance(error, SystemExit):
@@ -150,17 +150,17 @@ def _say(error: BaseException) -> int:
 
 
 def run_program(program: Callable[[], object]) -> NoReturn:
-    """Call `program` and end this process as it ends, at once if that is with an error.
+    """Call `program` and exit with its status; exit at once after an error.
 
-    Python's own way out would wait for a collective that a lost rank never joins.
+    Python's own exit would wait for a collective that a lost rank never joins.
     """
     status = 0
     try:
         program()
     except BaseException as error:
-        status = _say(error)
+        status = _print_error(error)
     if status:
-        with suppress(OSError):  # of a disk that is full, or a reader who is gone
+        with suppress(OSError):  # the disk is full, or the reader has ended
             sys.stdout.flush()
         os._exit(status)
     sys.exit()

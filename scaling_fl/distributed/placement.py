@@ -1,4 +1,4 @@
-"""Where sites run."""
+"""Assign the sites to ranks and devices."""
 
 import os
 from collections import defaultdict
@@ -14,52 +14,52 @@ from scaling_fl.distributed.world import accelerator
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank's sites run. After it nobody sees a GPU id."""
+    """The sites of this rank and their devices. Only this module uses GPU ids."""
 
-    sites: dict[int, torch.device]  # of this rank: number in the federation -> device
-    num_sites: int  # in the whole federation
+    sites: dict[int, torch.device]  # of this rank: site number in the federation -> device
+    num_sites: int  # of the federation
     devices: tuple[torch.device, ...]  # of this rank, each once; never empty
-    first_device: int  # this rank's first, counted over all ranks
+    first_device: int  # number of this rank's first device among those of all ranks
     num_devices: int  # of all ranks
-    entries: dict[int, int]  # this rank's sites -> their entry in the node's site_ids
-    num_slots: int  # the entries of all nodes' site_ids
+    entries: dict[int, int]  # of this rank: site number -> index in the node's site_ids
+    num_entries: int  # of the site_ids of all nodes
 
-    def turn(self, device: torch.device) -> slice:
-        """Return which of many things a device of this rank takes, if all devices take turns."""
+    def slice_of(self, device: torch.device) -> slice:
+        """Return the slice for a device of this rank when a list is distributed evenly to all devices."""
         return slice(self.first_device + self.devices.index(device), None, self.num_devices)
 
     def renumber(self, numbers: dict[int, int]) -> "Topology":
-        """Give each site, of all ranks, the number that belongs to its old one."""
+        """Return a topology in which each site has a new number. `numbers`: old -> new, of all ranks."""
         sites = {numbers[site]: device for site, device in self.sites.items()}
         return replace(self, sites=sites, entries={numbers[site]: entry for site, entry in self.entries.items()})
 
 
 def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topology:
-    """Share the sites out to the nodes' lists of `site_ids`, and each node's to its ranks: by device, then by turn.
+    """Assign the sites to the entries of the nodes' `site_ids`, and each node's sites to its ranks by device.
 
-    Site numbers count through the nodes' lists in the order of the ranks, so a site's number does
-    not depend on how many ranks its node runs. Without an accelerator the ids name CPU slots.
+    Sites are numbered through the nodes' lists in the order of the ranks, so a site's number does not depend on the
+    number of ranks of its node. Without an accelerator all sites run on the CPU; equal ids still mean the same rank,
+    unless there are more ranks than ids.
 
     Args:
-        site_ids: the device id of each site of this node.
-        num_sites: of the federation. None takes one for each entry of the nodes' lists; of another number the
-            entries take one after the other in turn.
+        site_ids: the device id of each entry of this node.
+        num_sites: of the federation, assigned to the entries round-robin. None: one site for each entry.
 
     Raises:
-        ValueError: `site_ids` names a GPU that is not here, or there are more ranks than GPUs.
+        ValueError: `site_ids` names a missing GPU, or there are more ranks than GPUs.
     """
     kind = accelerator()
     _check_devices(site_ids, kind)
     nodes: list[tuple[int, list[int]]] = all_gather((local_rank(), list(site_ids)))
     assignments = assign_sites(nodes, num_sites)
     entries = assignments[rank()]
-    mine = {site: site_ids[entry] for site, entry in entries.items()}
-    device_ids = sorted(set(mine.values()))
+    ids_of_sites = {site: site_ids[entry] for site, entry in entries.items()}
+    device_ids = sorted(set(ids_of_sites.values()))
     if kind is None:
-        sites = dict.fromkeys(mine, torch.device("cpu"))
+        sites = dict.fromkeys(ids_of_sites, torch.device("cpu"))
         devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     else:
-        sites = {site: torch.device(kind, gpu) for site, gpu in mine.items()}
+        sites = {site: torch.device(kind, gpu) for site, gpu in ids_of_sites.items()}
         devices = tuple(torch.device(kind, gpu) for gpu in device_ids)
         torch.accelerator.set_device_index(device_ids[0])
     num_devices = all_gather(len(devices))
@@ -70,30 +70,30 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
         first_device=sum(num_devices[: rank()]),
         num_devices=sum(num_devices),
         entries=entries,
-        num_slots=sum(len(of_node) for local_rank_, of_node in nodes if local_rank_ == 0),
+        num_entries=sum(len(node_ids) for local_rank_, node_ids in nodes if local_rank_ == 0),
     )
 
 
 def assign_sites(nodes: Sequence[tuple[int, Sequence[int]]], num_sites: int | None = None) -> list[dict[int, int]]:
-    """Return each rank's sites, as site number -> entry in its node's list.
+    """Return the sites of each rank, as site number -> index in its node's list.
 
     Args:
         nodes: for each rank its number within its node, and its node's list of device ids.
-        num_sites: how many sites take the entries in turn; None gives each entry one.
+        num_sites: assigned to the entries round-robin; None: one site for each entry.
     """
     starts = [index for index, (local_rank, _) in enumerate(nodes) if local_rank == 0] + [len(nodes)]
     assignments: list[dict[int, int]] = [{} for _ in nodes]
-    slots = [(start, end, entry) for start, end in pairwise(starts) for entry in range(len(nodes[start][1]))]
-    turns: defaultdict[tuple[int, int], int] = defaultdict(int)
-    for site in range(len(slots) if num_sites is None else num_sites):
-        start, end, entry = slots[site % len(slots)]
+    places = [(start, end, entry) for start, end in pairwise(starts) for entry in range(len(nodes[start][1]))]
+    num_assigned: defaultdict[tuple[int, int], int] = defaultdict(int)  # to each device of each node
+    for site in range(len(places) if num_sites is None else num_sites):
+        start, end, entry = places[site % len(places)]
         site_ids, num_ranks = nodes[start][1], end - start
         device_ids = sorted(set(site_ids))
         position = device_ids.index(site_ids[entry])
-        # With fewer devices than ranks (CPU slots only), the ranks of a device take turns.
+        # With fewer device ids than ranks, on CPUs only, several ranks have the same id and its sites go round-robin.
         owners = range(position % num_ranks, num_ranks, len(device_ids))
-        assignments[start + owners[turns[start, position] % len(owners)]][site] = entry
-        turns[start, position] += 1
+        assignments[start + owners[num_assigned[start, position] % len(owners)]][site] = entry
+        num_assigned[start, position] += 1
     return assignments
 
 
@@ -103,10 +103,10 @@ def _check_devices(site_ids: Sequence[int], kind: str | None) -> None:
     count = torch.accelerator.device_count()
     missing = sorted(set(site_ids) - set(range(count)))
     if missing:
-        raise ValueError(f"site_ids names GPUs {missing}, but this node has {count}: ids 0 to {count - 1} would do")
+        raise ValueError(f"site_ids: expected GPU ids from 0 to {count - 1}, got {missing}. This node has {count} GPUs")
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_ranks > len(set(site_ids)):
+    num_gpus = len(set(site_ids))
+    if num_ranks > num_gpus:
         raise ValueError(
-            f"{num_ranks} ranks were started for the {len(set(site_ids))} GPUs that site_ids names: "
-            f"at most one rank a GPU would do (RANKS={len(set(site_ids))})"
+            f"RANKS: expected at most one rank a GPU, got {num_ranks} for {num_gpus} in site_ids. Set RANKS={num_gpus}"
         )

@@ -98,10 +98,10 @@ def read_data(settings: Settings, topology: Topology, encode: Encode, order_labe
     columns = settings.text_column, settings.label_column
     if settings.site_paths is None:
         return local_first(partial(read_partitioned, settings, columns, topology, encode, order_labels))
-    if settings.num_sites not in (None, topology.num_slots):
+    if settings.num_sites not in (None, topology.num_entries):
         raise ValueError(
             f"num_sites={settings.num_sites} was given, but the nodes that are here have the data of "
-            f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
+            f"{topology.num_entries} sites (site_paths), and a site's data stays where it is: all its nodes would do"
         )
     known = name_labels(settings.task_name, settings.labels)
     site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths]

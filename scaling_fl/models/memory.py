@@ -1,4 +1,4 @@
-"""How much memory training takes, found out without computing: tensors that have shapes only pass through the model."""
+"""Estimate the memory of training without computing: tensors that only have shapes pass through the model."""
 
 import logging
 import weakref
@@ -18,10 +18,10 @@ Batch = dict[str, Tensor]  # the model's keyword arguments
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made, and the most that there are at once.
+    """Measures the peak of the bytes of new tensors.
 
     Args:
-        known: tensors that are there before, whose views are not counted.
+        known: existing tensors, whose views are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -30,7 +30,7 @@ class Meter(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call an operator of torch, and look at what it returns."""
+        """Call an operator of torch, and count the bytes of its result."""
         output = function(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._count, output)
         return output
@@ -41,9 +41,9 @@ class Meter(TorchDispatchMode):
             self._seen.add(storage._cdata)
             self._now += storage.nbytes()
             self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
 
-    def _forget(self, key: int, num_bytes: int) -> None:
+    def _release(self, key: int, num_bytes: int) -> None:
         self._seen.discard(key)
         self._now -= num_bytes
 
@@ -54,12 +54,12 @@ def estimate_bytes(
     testing: Batch | None,
     make_optimiser: Callable[[list[Tensor]], Optimizer],
 ) -> int:
-    """Return the most bytes that a device takes to train and evaluate a model.
+    """Return the most bytes that a device needs to train and evaluate a model.
 
     Args:
-        model: as it is before training, on the CPU: other devices' kernels may keep more or less.
-        training: the largest batch that is trained on, None if there is none.
-        testing: the same of the evaluation.
+        model: on the CPU. The kernels of other devices may need more or less.
+        training: the largest training batch, None if there is none.
+        testing: the largest evaluation batch, None if there is none.
         make_optimiser: of the trained weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
@@ -69,15 +69,15 @@ def estimate_bytes(
         for batch, is_training in ((training, True), (testing, False))
         if batch is not None
     ]
-    lasting = sum(tensor.nbytes for tensor in tensors) + state_bytes(make_optimiser, num_trained)
-    return lasting + max(passes, default=0)
+    state = sum(tensor.nbytes for tensor in tensors) + state_bytes(make_optimiser, num_trained)
+    return state + max(passes, default=0)
 
 
 def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
-    """Return the most bytes of activations, and in training of gradients, while a batch passes through a model."""
+    """Return the peak bytes of activations, and in training of gradients, for one batch."""
     from torch._subclasses import fake_tensor  # takes a second to import
 
-    fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of an error that it raises
+    fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of each error that it raises
     fakes = fake_tensor.FakeTensorMode()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
@@ -91,10 +91,10 @@ def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
 
 
 def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights: int) -> int:
-    """Return the bytes that an optimiser keeps about so many weights, seen on a thousand."""
+    """Return the bytes of an optimiser's state for so many weights, measured on a thousand."""
     weights = nn.Parameter(torch.ones(1_000))
     weights.grad = torch.ones_like(weights)
     optimiser = make_optimiser([weights])
     optimiser.step()
-    kept = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
-    return sum(value.element_size() * num_weights for value in kept if value.shape == weights.shape)
+    states = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
+    return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)

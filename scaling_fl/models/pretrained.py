@@ -1,4 +1,4 @@
-"""What has to be known of a pretrained model before texts are tokenised: its tokenizer, and what the model takes."""
+"""Load the parts of a pretrained model that tokenising needs: its tokenizer, and the limits of its input."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,44 +10,44 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedM
 
 from scaling_fl.models.loading import find_file, load, load_config, path_of
 
-# Families whose classifier reads the last position, so that every text has to end there.
+# Families whose classifier reads the last position, so that every text must end there.
 PADDED_LEFT = {"xlnet"}
-# Families that do not mask padding everywhere, so that a text's result changes with the padding behind it, and
-# families that train on widths of some multiple only. All their batches get one width, max_seq_len.
+# Families that do not mask padding everywhere, so that a text's result depends on its padding, and families that
+# train only on multiples of some width. All their batches have one width, max_seq_len.
 PADDED_TO_MAX = {"canine", "convbert", "fnet", "funnel", "mobilebert", "mra", "nystromformer", "reformer", "yoso"}
-# Families whose classifier reads the last end token, and takes no batch of texts with different numbers of it.
+# Families whose classifier reads the last end token, and refuses batches of texts with different numbers of it.
 READ_AT_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model", "source.spm")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model without its weights: what has to be known of it before texts are tokenised.
+    """A pretrained model without its weights.
 
     Args:
-        name: as the setting `model` has it.
-        config: with the padding token that batches are padded with.
+        name: the setting `model`.
+        config: with the padding token of the batches.
         tokenizer: pads on the side that the family needs.
-        core: the names of the weights that all models of the family have, whatever their head.
-        num_ids: ids of tokens are below it; None if the model has no embedding of tokens.
-        width: what all batches are padded to; None pads to the longest text of a batch.
-        end_id: a token of which all texts must have the same number, one or more; None if there is none.
+        backbone: the names of the weights of the model without a head.
+        num_ids: ids of tokens are below it; None if the model has no token embedding.
+        width: of all batches; None pads to the longest text of a batch.
+        end_id: a token that all texts must contain equally often, at least once; None if there is none.
     """
 
     name: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    core: frozenset[str]
+    backbone: frozenset[str]
     num_ids: int | None = None
     width: int | None = None
     end_id: int | None = None
 
 
 def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
-    """Load a model's configuration and its own tokenizer.
+    """Load a model's configuration and its tokenizer.
 
     Raises:
-        ValueError: the model cannot be found, has no vocabulary or padding, or takes no texts of `max_seq_len` tokens.
+        ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
     """
     config = load_config(model)
     tokenizer = _load_tokenizer(model, config)
@@ -62,25 +62,25 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     pad_id = getattr(text_config, "pad_token_id", None)
     if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
         text_config.pad_token_id = tokenizer.pad_token_id
-    empty = load(model, lambda *_, **__: _make_empty(config))
-    positions = _find_positions(empty)
+    model_without_head = load(model, lambda *_, **__: _make_empty(config))
+    positions = _find_positions(model_without_head)
     if positions is None or positions.padding_idx is None:
-        # Others find the end of a text by it. RoBERTa's kin count positions from it, so theirs has to stay.
+        # Other models find the end of a text by it. Models like RoBERTa count positions from it: theirs stays.
         text_config.pad_token_id = tokenizer.pad_token_id
     limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), _num_positions(positions)
     longest = min(limit for limit in limits if limit and limit > 0)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if max_seq_len > longest:
-        raise ValueError(f"max_seq_len={max_seq_len} is too long for model={model!r}: at most {longest} would do")
+        raise ValueError(f"max_seq_len: expected at most {longest} for model={model!r}, got {max_seq_len}")
     if max_seq_len < shortest:
-        raise ValueError(f"max_seq_len={max_seq_len} is too short for model={model!r}: at least {shortest} would do")
+        raise ValueError(f"max_seq_len: expected at least {shortest} for model={model!r}, got {max_seq_len}")
     kind = config.model_type
     return Pretrained(
         name=model,
         config=config,
         tokenizer=tokenizer,
-        core=frozenset(name for name, _ in empty.named_parameters()),
-        num_ids=_num_embeddings(empty),
+        backbone=frozenset(name for name, _ in model_without_head.named_parameters()),
+        num_ids=_num_embeddings(model_without_head),
         width=max_seq_len if kind in PADDED_TO_MAX else None,
         end_id=getattr(text_config, "eos_token_id", None) if kind in READ_AT_END else None,
     )
@@ -93,19 +93,21 @@ def _load_tokenizer(model: str, config: PreTrainedConfig) -> PreTrainedTokenizer
     except ValueError as error:
         _check_sentencepiece(model)
         raise error from error.__cause__
-    # Where there are no files of a tokenizer, one without words is made up, and takes every text for unknown.
+    # Without files of a tokenizer, transformers makes one without words, to which every text is unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         _check_sentencepiece(model)
-        raise ValueError(f"model={model!r} has no vocabulary: its tokenizer.json beside its weights would do")
+        raise ValueError(f"model={model!r}: expected a tokenizer with a vocabulary, got none. Add its tokenizer.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ValueError(f"model={model!r} has no padding token: a pad_token in its tokenizer_config.json would do")
+        raise ValueError(
+            f"model={model!r}: expected a padding token, got none. Set pad_token in its tokenizer_config.json"
+        )
     return tokenizer
 
 
 def _check_sentencepiece(model: str) -> None:
-    """Say which packages a tokenizer needs that comes as a SentencePiece file; the libraries name another one."""
+    """Refuse a SentencePiece tokenizer whose packages are missing; transformers would name another package."""
     missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     files = (name for name in SENTENCEPIECE_FILES if find_file(path_of(model), name, local_files_only=True))
     if missing and (file := next(files, None)):
@@ -119,18 +121,18 @@ def _check_sentencepiece(model: str) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _make_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make the model without a head that a configuration describes, of tensors that have shapes only."""
+    """Make the model of a configuration, without a head, from tensors that only have shapes."""
     with torch.device("meta"):
         return AutoModel.from_config(config)
 
 
 def _find_positions(model: nn.Module) -> Any:
-    """Return a model's embedding of positions, None if it has none. I-BERT's is no nn.Embedding."""
+    """Return a model's position embedding, None if it has none. In I-BERT it is not an nn.Embedding."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and hasattr(module, "padding_idx"):
             return module
@@ -138,7 +140,7 @@ def _find_positions(model: nn.Module) -> Any:
 
 
 def _num_positions(positions: Any) -> int | None:
-    """Return how many tokens fit an embedding of positions: RoBERTa's kin leave its first rows to padding."""
+    """Return how many tokens a position embedding fits: models like RoBERTa reserve its first rows for padding."""
     if positions is None:
         return None
     return len(positions.weight) - (0 if positions.padding_idx is None else positions.padding_idx + 1)

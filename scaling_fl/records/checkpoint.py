@@ -1,4 +1,4 @@
-"""One file a round, whole or not there at all, on any file system that fsspec knows."""
+"""Save and restore the state of a run: one file a round, complete or absent, on any file system of fsspec."""
 
 import hashlib
 import io
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"round-(\d+)\.pt")
 
-History = list[Metrics]  # of each round, from round 0
+History = list[Metrics]  # one entry a round, from round 0
 
 
 class CheckpointError(WriteError):
-    """The weights of a round cannot be written, so that they are nowhere yet."""
+    """A checkpoint cannot be written, so the weights of its round are not saved yet."""
 
 
 def check(directory: str | None) -> None:
-    """Find out from rank 0, before training, whether checkpoints can be written.
+    """Check on rank 0, before training, that checkpoints can be written.
 
     Raises:
-        ValueError: they cannot, or a store does not answer within half a minute.
+        ValueError: they cannot, or a store does not answer within `storage.ANSWER_SECONDS`.
     """
     if directory is None or rank() != 0:
         return
@@ -44,39 +44,39 @@ def check(directory: str | None) -> None:
         with_timeout(filesystem, partial(write_bytes, filesystem), f"{path}/.writable.part", b"")
         filesystem.rm(f"{path}/.writable.part")
     except Exception as error:
-        raise ValueError(f"checkpoints_dir={directory!r} cannot be written to: {one_line(error)}") from error
+        raise _refuse("written to", directory, error) from error
 
 
 def save(
-    directory: str | None, server: dict[str, Any], history: History, settings: dict[str, Any], keep: int | None
+    directory: str | None, global_model: dict[str, Any], history: History, settings: dict[str, Any], keep: int | None
 ) -> None:
-    """Write the last round's `round-N.pt` from rank 0, aside and then renamed.
+    """Write `round-N.pt` of the last round on rank 0, under a temporary name first; remove all but the last `keep`.
 
-    Removes all checkpoints but the last `keep`. Does nothing without a directory.
+    Without a directory, do nothing.
 
     Args:
         directory: a local folder or fsspec URL.
-        server: the state of the global model, `weights` by name and `optimiser`.
-        history: the metrics of the rounds that are done.
-        settings: what the weights depend on.
-        keep: how many checkpoints stay; None keeps all.
+        global_model: its state, `weights` by name and `optimiser`.
+        history: the metrics of the finished rounds.
+        settings: on which the weights depend.
+        keep: how many checkpoints to keep; None keeps all.
 
     Raises:
-        CheckpointError: the disk refuses.
-        WriteError: the disk refuses to remove an old one.
-        ValueError: the store refuses, or is away for longer than `stores.PATIENCE`.
+        CheckpointError: the disk cannot be written to.
+        WriteError: an old checkpoint cannot be removed from the disk.
+        ValueError: the store refuses, or does not answer for `storage.RETRY_SECONDS`.
     """
     if directory is None or rank() != 0:
         return
     filesystem, path = fsspec.core.url_to_fs(directory)
     round_ = len(history) - 1
-    state = {"round": round_, "server": server, "history": history, "settings": settings}
-    data = io.BytesIO()  # torch's writer would hide what a store says behind an error of its own
+    state = {"round": round_, "server": global_model, "history": history, "settings": settings}
+    data = io.BytesIO()  # torch's writer would replace the store's error by its own
     torch.save(state | {"sha256": _sha256(state)}, data)
 
     def write() -> None:
-        # One name for all rounds: what a killed run has left is written over. A store's rename is a copy, which
-        # is there whole or not at all, and a removal.
+        # One temporary name for all rounds, so that the file of a killed run is overwritten. A store renames by a copy,
+        # which is atomic, and a removal.
         part = f"{path}/.round.pt.part"
         try:
             write_bytes(filesystem, part, data.getvalue())
@@ -88,75 +88,81 @@ def save(
             raise
 
     def remove_old() -> None:
-        for number in _rounds(filesystem, path)[keep:]:
+        for number in _find_rounds(filesystem, path)[keep:]:
             filesystem.rm(f"{path}/round-{number}.pt")
 
     try:
-        retry(filesystem, f"{directory}/round-{round_}.pt", "cannot be written", write)
+        retry(filesystem, f"{directory}/round-{round_}.pt", write)
     except WriteError as error:
         raise CheckpointError(error) from error
     if keep is not None:
-        retry(filesystem, f"old checkpoints in {directory}", "cannot be removed", remove_old)
+        retry(filesystem, f"old checkpoints in {directory}", remove_old)
 
 
 def restore(directory: str | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the last whole checkpoint that a rank finds in its directory of that name.
+    """Read the last complete checkpoint of any rank's directory.
 
-    Ranks need not share a disk: the one that has the last round reads it for all.
+    Ranks need not share a disk: the rank with the last round sends its checkpoint to all.
 
     Returns:
-        What `save` was given, `server`, `history` and `settings`; None if there is no checkpoint.
+        `server` (the state of the global model), `history` and `settings` as saved; None if there is no checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of other settings, or none there is whole.
+        ValueError: the checkpoint has other settings, or all checkpoints are damaged.
     """
     if directory is None:
         return None
-    lasts = all_gather(max(_list(directory), default=0))
-    if not any(lasts):
+    last_rounds = all_gather(max(list_rounds(directory), default=0))
+    if not any(last_rounds):
         return None
-    state = _load(broadcast_bytes(lambda: _read_last(directory), source=lasts.index(max(lasts))))
+    state = _load(broadcast_bytes(lambda: _read_last(directory), source=last_rounds.index(max(last_rounds))))
     _compare(directory, state["settings"], settings)
     return state
 
 
 def exists(directory: str | None) -> bool:
-    """Tell whether a directory has a checkpoint.
+    """Tell whether a directory has a checkpoint. Raises as `list_rounds`."""
+    return directory is not None and bool(list_rounds(directory))
+
+
+def list_rounds(directory: str) -> list[int]:
+    """Return the rounds that have a checkpoint, the last one first.
 
     Raises:
-        ValueError: a store does not say.
+        ValueError: the directory cannot be read, or a store does not answer within `storage.ANSWER_SECONDS`.
     """
-    return directory is not None and count(directory) > 0
-
-
-def count(directory: str) -> int:
-    """Return how many checkpoints a directory has.
-
-    Raises:
-        ValueError: a store does not say.
-    """
-    return len(_list(directory))
-
-
-def _list(directory: str) -> list[int]:
-    """Return the rounds that have a checkpoint, the last one first; a store must say soon."""
     try:
         filesystem, path = fsspec.core.url_to_fs(directory)
         check_reachable(filesystem, path)
-        return _rounds(filesystem, path)
+        return _find_rounds(filesystem, path)
     except Exception as error:
-        raise ValueError(f"checkpoints_dir={directory!r} cannot be read: {one_line(error)}") from error
+        raise _refuse("read", directory, error) from error
+
+
+def _find_rounds(filesystem: fsspec.AbstractFileSystem, path: str) -> list[int]:
+    try:
+        paths = filesystem.ls(path, detail=False, refresh=True)  # its cache does not have the files of other processes
+    except FileNotFoundError:
+        return []
+    names = (name.rsplit("/", 1)[-1] for name in paths)
+    return sorted((int(match[1]) for name in names if (match := NAME.fullmatch(name))), reverse=True)
+
+
+def _refuse(done: str, directory: str, error: Exception) -> ValueError:
+    return ValueError(f"checkpoints_dir: expected a folder that can be {done}, got {directory!r} ({one_line(error)})")
 
 
 def _read_last(directory: str) -> bytes:
-    """Return the bytes of the last file that is whole."""
+    """Return the bytes of the last complete file."""
     filesystem, path = fsspec.core.url_to_fs(directory)
-    rounds = _rounds(filesystem, path)
+    rounds = _find_rounds(filesystem, path)
     for number in rounds:
         try:
             data = filesystem.cat_file(f"{path}/round-{number}.pt")
-        except Exception as error:  # a store that does not answer says nothing about the file
-            raise ValueError(f"{directory}/round-{number}.pt cannot be read: {one_line(error)}") from error
+        except Exception as error:  # an error of the disk or store, so the file need not be damaged
+            raise ValueError(
+                f"{directory}/round-{number}.pt: expected a file that can be read, got {one_line(error)}"
+            ) from error
         try:
             _load(data)
         except ValueError as error:
@@ -164,8 +170,8 @@ def _read_last(directory: str) -> bytes:
         else:
             return data
     raise ValueError(
-        f"no checkpoint in checkpoints_dir={directory!r} is whole (round {rounds[0]} is the last): "
-        "another folder, or removing the files, would do"
+        f"checkpoints_dir: expected a checkpoint that is complete, got damaged files only in {directory!r}, the last "
+        f"of round {rounds[0]}. Use another folder, or remove the files"
     )
 
 
@@ -173,7 +179,7 @@ def read(url: str) -> dict:
     """Read one checkpoint: `round`, `server` (`weights` by name, `optimiser`), `history`, `settings`.
 
     Raises:
-        ValueError: it is not what was written.
+        ValueError: it is damaged.
     """
     filesystem, path = fsspec.core.url_to_fs(url)
     return _load(filesystem.cat_file(path))
@@ -181,24 +187,14 @@ def read(url: str) -> dict:
 
 def _load(data: bytes) -> dict:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of files that are not torch's, which the error says too
+        with warnings.catch_warnings(action="ignore"):  # about other files than torch's, which the error repeats
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         is_whole = isinstance(state, dict) and state.pop("sha256", None) == _sha256(state)
     except Exception as error:
-        raise ValueError(f"it is no checkpoint: {one_line(error)}") from error
+        raise ValueError(f"expected a checkpoint, got {one_line(error)}") from error
     if not is_whole:
-        raise ValueError("its contents do not match their checksum")
+        raise ValueError("expected contents that match the checksum, got others")
     return state
-
-
-def _rounds(filesystem: fsspec.AbstractFileSystem, path: str) -> list[int]:
-    """Return the rounds that have a checkpoint, the last one first."""
-    try:
-        found = filesystem.ls(path, detail=False, refresh=True)  # others' files are not in what it remembers
-    except FileNotFoundError:
-        return []
-    names = (name.rsplit("/", 1)[-1] for name in found)
-    return sorted((int(match[1]) for name in names if (match := NAME.fullmatch(name))), reverse=True)
 
 
 def _compare(directory: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -209,13 +205,13 @@ def _compare(directory: str, saved: dict[str, Any], ours: dict[str, Any]) -> Non
     ]
     if changed:
         raise ValueError(
-            f"checkpoints_dir={directory!r} belongs to a run with other settings: {'; '.join(changed)}. "
-            "The same settings, or another folder, would do"
+            f"checkpoints_dir: expected checkpoints with the same settings, got {directory!r}, where "
+            f"{'; '.join(changed)}. Use the same settings or another folder"
         )
 
 
 def _sha256(state: dict) -> str:
-    """Return the SHA-256 of all that a state holds, its tensors byte by byte."""
+    """Return the SHA-256 of a state, with the bytes of its tensors."""
     digest = hashlib.sha256()
 
     def parts(value: Any) -> Iterator[bytes | memoryview]:
@@ -228,7 +224,7 @@ def _sha256(state: dict) -> str:
                 yield repr(key).encode()
                 yield from parts(item)
         elif isinstance(value, list | tuple) and all(isinstance(item, float | int | None) for item in value):
-            yield json.dumps(value).encode()  # a number a site, of which there may be many
+            yield json.dumps(value).encode()  # fast for a number for each of many sites
         elif isinstance(value, list | tuple):
             yield f"list of {len(value)}".encode()
             for item in value:

@@ -1,4 +1,4 @@
-"""What a run leaves: whether it can be written is tried before training, and where else when it no longer can."""
+"""Save the final model. Check before training that results can be written, and save the weights if a disk fails."""
 
 import math
 import os
@@ -18,20 +18,20 @@ from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.storage import WriteError
 
-RECORD = 100_000  # bytes that are spared for a run's record
-MODEL = "model"  # the final model, in the folder of a run's files
-CHECKPOINTS = "checkpoints"  # a folder for the weights of a run that had another place for them
+RECORD_BYTES = 100_000  # reserved for a run's record
+MODEL_FOLDER = "model"  # of the final model, in the run's folder
+CHECKPOINTS_FOLDER = "checkpoints"  # for the weights if the disk of `checkpoints_dir` fails
 
 
 @dataclass(frozen=True)
 class SpaceNeeded:
-    """What is about to be written into a folder of a local disk: bytes beyond those that are there now."""
+    """The additional bytes that a run needs in a folder of a local disk."""
 
     folder: str
     name: str  # of the folder, for users
-    words: str
-    most: int  # while it is written
-    last: int  # at the end, which is less where old files are removed
+    purpose: str
+    peak: int
+    final: int  # less than the peak if old files are removed
 
 
 def check(
@@ -41,13 +41,13 @@ def check(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Find out before training whether what a run leaves can be written. Leaves nothing.
+    """Check before training that the results of a run can be written. Leaves no files.
 
     Args:
-        needs: what is written before the final model.
-        folder: where the model is to be saved; None saves none.
-        name: the model's setting.
-        model: to be saved.
+        needs: of the files that are written before the final model.
+        folder: in which the model will be saved; None: it will not.
+        name: the setting `model`.
+        model: which will be saved.
         tokenizer: of the model.
 
     Raises:
@@ -56,17 +56,17 @@ def check(
     if folder is None:
         check_disks(needs)
         return
-    # A weight that two layers share is saved once.
+    # Layers may share a weight, which is saved once.
     size = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
-    for beside in (lambda: RECORD, lambda: _try_model(folder, name, model, tokenizer)):
-        size += beside()
+    for measure_files in (lambda: RECORD_BYTES, lambda: _try_model(folder, name, model, tokenizer)):
+        size += measure_files()
         check_disks([*needs, SpaceNeeded(folder, folder, "the final model", size, size)])
 
 
 def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Write what is saved beside a model's weights into a folder that is removed, and return its bytes."""
+    """Save all files of a model but its weights into a temporary folder, and return their bytes."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{MODEL}-", dir=folder) as trial:
+        with tempfile.TemporaryDirectory(prefix=f".{MODEL_FOLDER}-", dir=folder) as trial:
             model.config.save_pretrained(trial)
             if model.can_generate():
                 model.generation_config.save_pretrained(trial)
@@ -74,7 +74,7 @@ def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTra
             return sum(path.stat().st_size for path in Path(trial).rglob("*"))
     except OSError as error:
         raise ValueError(f"{folder}: expected a folder that can be written to, got {one_line(error)}") from error
-    except Exception as error:  # a configuration is refused with errors of many classes
+    except Exception as error:  # transformers refuses configurations with errors of many classes
         reason = one_line(error.__cause__ or error).rstrip(".")
         raise ValueError(
             f"model={name!r}: expected a configuration and a tokenizer that can be saved, got '{reason}'. "
@@ -83,65 +83,65 @@ def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTra
 
 
 def space_for_checkpoints(directory: str | None, size: int, num_rounds: int, keep: int | None) -> list[SpaceNeeded]:
-    """Return what checkpoints take; nothing where they are on no local disk.
+    """Return the space that checkpoints need on a local disk; an empty list for other file systems.
 
     Args:
         directory: of the checkpoints.
-        size: of one of them, in bytes.
-        num_rounds: that are still to be trained.
-        keep: how many checkpoints are kept; None keeps all.
+        size: of a checkpoint in bytes.
+        num_rounds: the rounds that remain.
+        keep: how many checkpoints to keep; None keeps all.
     """
     if directory is None or num_rounds == 0:
         return []
     filesystem, path = fsspec.core.url_to_fs(directory)
     if not isinstance(filesystem, LocalFileSystem):
         return []
-    last = most = num_rounds
+    final = peak = num_rounds
     if keep is not None:
-        before = checkpoint.count(directory)
-        last = min(before + num_rounds, keep) - before
-        most = min(num_rounds, max(keep - before, 0) + 1)  # an old one is removed after a new one is written
-    words = f"{most} more checkpoints" if most > 1 else "another checkpoint"
-    return [SpaceNeeded(path, f"checkpoints_dir={directory!r}", words, most * size, last * size)]
+        before = len(checkpoint.list_rounds(directory))
+        final = min(before + num_rounds, keep) - before
+        peak = min(num_rounds, max(keep - before, 0) + 1)  # an old one is removed after a new one is written
+    purpose = f"{peak} more checkpoints" if peak > 1 else "another checkpoint"
+    return [SpaceNeeded(path, f"checkpoints_dir={directory!r}", purpose, peak * size, final * size)]
 
 
 def check_disks(needs: Sequence[SpaceNeeded]) -> None:
-    """Find out whether each disk has the space for what is about to be written, one after the other.
+    """Check that each disk has the space for all of its needs, which are written in this order.
 
     Raises:
-        ValueError: it has not.
+        ValueError: a disk has too little space.
     """
     by_disk: dict[int, list[SpaceNeeded]] = {}
     for need in needs:
         by_disk.setdefault(os.stat(need.folder).st_dev, []).append(need)
-    for here in by_disk.values():
-        wanted = max(sum(before.last for before in here[:index]) + need.most for index, need in enumerate(here))
-        free = free_bytes(here[0].folder)
-        if wanted > free:
+    for group in by_disk.values():
+        peak = max(sum(before.final for before in group[:index]) + need.peak for index, need in enumerate(group))
+        free = free_bytes(group[0].folder)
+        if peak > free:
             raise ValueError(
-                f"{here[0].name}: expected {math.ceil(wanted * 1e-5) / 10:,} MB free for "
-                f"{' and '.join(need.words for need in here)}, got {math.floor(free * 1e-5) / 10:,} MB"
+                f"{group[0].name}: expected {math.ceil(peak * 1e-5) / 10:,} MB free for "
+                f"{' and '.join(need.purpose for need in group)}, got {math.floor(free * 1e-5) / 10:,} MB"
             )
 
 
 def free_bytes(folder: str) -> float:
-    """Return the free space of the disk that a folder is on; no end of it where a file system does not tell."""
+    """Return the free space of a folder's disk; infinity if the file system does not report it."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else math.inf
 
 
 def save_model(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write a model and its tokenizer into a folder, whole or not at all; return where they are.
+    """Save a model and its tokenizer into a folder, completely or not at all; return their path.
 
     Raises:
         WriteError: they cannot be written.
     """
-    path, part = os.path.join(folder, MODEL), os.path.join(folder, f".{MODEL}.part")
+    path, part = os.path.join(folder, MODEL_FOLDER), os.path.join(folder, f".{MODEL_FOLDER}.part")
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         os.rename(part, path)
-    except Exception as error:  # those of safetensors and tokenizers are no OSError
+    except Exception as error:  # the errors of safetensors and tokenizers are not OSErrors
         raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -149,38 +149,42 @@ def save_model(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def save_elsewhere(
-    saved: str | None, server: dict[str, Any], history: checkpoint.History, settings: dict[str, Any], folder: str | None
+    saved: str | None,
+    global_model: dict[str, Any],
+    history: checkpoint.History,
+    settings: dict[str, Any],
+    folder: str | None,
 ) -> str:
-    """Return in a sentence where the weights of a run are that has to end, after saving them where that is possible.
+    """Save the weights of a run whose disk failed on another disk, and return a sentence that names the place.
 
     Args:
-        saved: the directory that has them as a checkpoint already, if one has.
-        server: the state of the global model.
+        saved: the directory that already has these weights as a checkpoint, if there is one.
+        global_model: its state.
         history: the metrics of all rounds.
-        settings: what the weights depend on.
-        folder: of the run's files, which is tried before `checkpoints`, if that is there, and the temporary directory.
+        settings: on which the weights depend.
+        folder: of the run's files, which is tried before `checkpoints`, if that exists, and the temporary directory.
     """
     round_ = len(history) - 1
     if round_ < 1:
         return "No round is lost"
     if saved is not None:
-        return f"The weights of round {round_} are in {saved}/round-{round_}.pt: the same command goes on"
+        return f"The weights of round {round_} are in {saved}/round-{round_}.pt. Run the same command to resume"
     for place in _places(folder):
         with suppress(WriteError):
-            checkpoint.save(place, server, history, settings, keep=None)
+            checkpoint.save(place, global_model, history, settings, keep=None)
             return (
-                f"The weights of round {round_} are in {place}/round-{round_}.pt: the same command with "
-                f"checkpoints_dir={place} goes on"
+                f"The weights of round {round_} are in {place}/round-{round_}.pt. Run the same command with "
+                f"checkpoints_dir={place} to resume"
             )
         with suppress(OSError):
             os.rmdir(place)
-    return f"The weights of round {round_} could not be written anywhere else either"
+    return f"The weights of round {round_} could not be saved on another disk either"
 
 
 def _places(folder: str | None) -> Iterator[str]:
     if folder is not None:
-        yield os.path.join(folder, CHECKPOINTS)
-    # What a container has in its own temporary directory goes with it, but it is lent a folder of this name.
-    for parent in (CHECKPOINTS, None):
+        yield os.path.join(folder, CHECKPOINTS_FOLDER)
+    # A container's temporary directory is removed with it, but this folder is mounted.
+    for parent in (CHECKPOINTS_FOLDER, None):
         with suppress(OSError):
             yield tempfile.mkdtemp(prefix="scaling_fl-", dir=parent)

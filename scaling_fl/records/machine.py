@@ -1,4 +1,4 @@
-"""What a run ran on: hosts, devices, versions, state of the code."""
+"""Describe where a run runs: hosts, devices, versions, state of the code."""
 
 import hashlib
 import platform
@@ -12,12 +12,12 @@ import torch
 
 from scaling_fl.distributed.collectives import all_gather, rank
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
 def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:
-    """Return on rank 0, which keeps the record, what all ranks run on: hosts, devices, versions, state of the code."""
+    """Return on rank 0 the hosts and devices of all ranks, versions, and the state of the code; nothing on others."""
     names = [
         device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
         for device in devices
@@ -41,7 +41,7 @@ def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:
 
 
 def _git_state() -> str:
-    """Return the commit of this code, and whether it was changed since. A remote's URL may hold a password."""
+    """Return the commit of this code, and whether it was changed; not the remote's URL, which may hold a password."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -35,6 +35,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "round": Metric("", "0 is the model before training, and has no `train.*`, `site*` and `speed.*`"),
     "train.loss": Metric("nats", "mean over all examples that the sites trained on, in training mode", "train loss"),
     "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
     "validation.loss": Metric("nats", "of the global model, mean over the whole test set", "validation loss"),

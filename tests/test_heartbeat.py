@@ -1,4 +1,4 @@
-"""Ranks that fail, vanish, hang or are told to end: the others hear of it, soon and in its words."""
+"""When a rank fails, vanishes, hangs or is asked to end, the others end soon and name the cause."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from scaling_fl.distributed import collectives, heartbeat, signals
+from scaling_fl.distributed import heartbeat, signals
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.distributed.launch import run_program
-from scaling_fl.distributed.world import world
+from scaling_fl.distributed.world import _join, world
 
-SOON = 20.0  # seconds on a very busy machine; without the vigil a collective waits for 24 hours
+SOON = 20.0  # seconds on a very busy machine; without the heartbeat a collective waits for 24 hours
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def wait(process: int) -> int:
 
 
 def train_for_hours(*_: object) -> None:
-    """What other ranks do when one fails: nothing that a collective could tell."""
+    """Do what no collective interrupts."""
     for _ in range(360_000):
         time.sleep(0.01)
 
@@ -83,7 +83,7 @@ def meet(*_: object) -> None:
     ],
     ids=["refusal", "failure"],
 )
-def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
+def test_an_error_of_one_rank_soon_ends_the_others_with_its_message(
     start: Callable, capfd: pytest.CaptureFixture[str], others: Callable, number: int, error: Exception, heard: str
 ) -> None:
     def work() -> None:
@@ -102,21 +102,21 @@ def test_what_one_rank_raises_soon_ends_the_others_in_its_words(
     assert printed.count("Traceback") == (0 if isinstance(error, ValueError) else 1)
 
 
-def miss_the_news(*_: object) -> None:
-    """What a library does that catches everything."""
+def swallow_errors(*_: object) -> None:
+    """Do as a library that catches every error."""
     with contextlib.suppress(BaseException):
         train_for_hours()
 
 
 @pytest.mark.parametrize("then", [train_for_hours, meet, lambda: None], ids=["trains", "meets", "ends"])
-def test_news_that_a_library_swallows_ends_a_rank_nevertheless(
+def test_a_report_that_a_library_swallows_ends_a_rank_nevertheless(
     start: Callable, capfd: pytest.CaptureFixture[str], then: Callable
 ) -> None:
     def work() -> None:
         all_gather(None)
         if rank() == 1:
             raise KeyError("weight")
-        miss_the_news()
+        swallow_errors()
         then()
 
     began = time.monotonic()
@@ -126,33 +126,31 @@ def test_news_that_a_library_swallows_ends_a_rank_nevertheless(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_rank_that_waits_for_others_to_come_can_be_asked_to_end(
+def test_a_rank_that_waits_for_others_to_join_can_be_asked_to_end(
     start: Callable, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    join = collectives._join
-
     def join_and_ask(*args: object) -> object:
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-        return join(*args)
+        return _join(*args)
 
-    monkeypatch.setattr(collectives, "_join", join_and_ask)
+    monkeypatch.setattr("scaling_fl.distributed.world._join", join_and_ask)
     began = time.monotonic()
     (process,) = start(train_for_hours, without=(1,)).values()
     assert wait(process) == 128 + number
     assert time.monotonic() - began < SOON
 
 
-def test_a_rank_that_a_signal_reached_before_its_first_sign_of_life_is_not_lost(
+def test_a_rank_that_got_a_signal_before_its_first_heartbeat_is_not_lost(
     start: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = heartbeat.Heartbeat.kept
+    watch = heartbeat.Heartbeat.watch
 
     def leave_at_once(self: heartbeat.Heartbeat) -> contextlib.AbstractContextManager[None]:
         if self._rank == 1:
             raise signals.Interrupted(signal.SIGTERM)
-        return keep(self)
+        return watch(self)
 
-    monkeypatch.setattr(heartbeat.Heartbeat, "kept", leave_at_once)
+    monkeypatch.setattr(heartbeat.Heartbeat, "watch", leave_at_once)
 
     def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -162,7 +160,7 @@ def test_a_rank_that_a_signal_reached_before_its_first_sign_of_life_is_not_lost(
 
 @pytest.mark.parametrize("others", [train_for_hours, meet])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_rank_that_is_asked_to_end_takes_the_others_along(start: Callable, number: int, others: Callable) -> None:
+def test_a_signal_to_one_rank_ends_all_of_them(start: Callable, number: int, others: Callable) -> None:
     def work() -> None:
         all_gather(None)
         if rank() == 1:  # twice, as a launcher and a terminal do
@@ -195,13 +193,13 @@ def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
     os.kill(processes[number], signal.SIGKILL)
     wait(processes[number])
     printed = capfd.readouterr().err
-    assert f"error: rank {number} has given no sign of life for" in printed or (
-        number == 0 and "error: the store where ranks meet, on the node of rank 0, is gone" in printed
+    assert f"error: rank {number} has sent no heartbeat for" in printed or (
+        number == 0 and "error: the rendezvous store, on the node of rank 0, has ended" in printed
     ), printed
     assert "Traceback" not in printed
 
 
-def test_a_rank_that_only_needs_long_is_waited_for(start: Callable) -> None:
+def test_a_slow_rank_is_waited_for(start: Callable) -> None:
     def work() -> None:
         all_gather(None)
         if rank() == 1:
@@ -211,7 +209,7 @@ def test_a_rank_that_only_needs_long_is_waited_for(start: Callable) -> None:
     assert [wait(process) for process in start(work, LOST_AFTER="4").values()] == [0, 0]
 
 
-def test_ranks_that_all_raise_say_each_their_own(start: Callable, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_all_raise_print_each_their_own_error(start: Callable, capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise ValueError(f"no file on {rank()}")
 
@@ -225,7 +223,7 @@ def test_a_rank_that_does_not_react_is_ended(
     start: Callable, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the main thread is inside a kernel that waits for another GPU."""
-    monkeypatch.setattr(heartbeat, "STUBBORN", 1.0)
+    monkeypatch.setattr(heartbeat, "KILL_SECONDS", 1.0)
 
     def work() -> None:
         all_gather(None)

@@ -1,4 +1,4 @@
-"""What a run leaves is tried before training; a disk that fails later ends it in a sentence, and loses no weights."""
+"""Saving is tried before training; a disk that fails later ends the run with a sentence, and no weights are lost."""
 
 import contextlib
 import datetime
@@ -104,7 +104,7 @@ def test_the_space_for_checkpoints_is_what_they_come_to_take(tmp_path: Path, kee
                 most = max(most, files + 1)
                 files = min(files + 1, keep or 100)
             (need,) = export.space_for_checkpoints(str(tmp_path), 10, num_rounds, keep)
-            assert (need.most, need.last) == (10 * (most - num_before - 1), 10 * (files - num_before - 1))
+            assert (need.peak, need.final) == (10 * (most - num_before - 1), 10 * (files - num_before - 1))
 
 
 def test_checkpoints_that_are_not_to_be_written_or_on_no_disk_need_none(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_space_is_compared_disk_by_disk_and_what_is_removed_is_free_again(disk: 
     one, two = disk(1_000_000), disk(1_000_000)
     free = shutil.disk_usage(one).free
 
-    def need(place: Path, most: int, last: int) -> export.SpaceNeeded:
-        return export.SpaceNeeded(str(place), "somewhere", "something", most, last)
+    def need(place: Path, peak: int, final: int) -> export.SpaceNeeded:
+        return export.SpaceNeeded(str(place), "somewhere", "something", peak, final)
 
     export.check_disks([need(one, free, free), need(two, free, free)])
     export.check_disks([need(one, free, 10), need(one, free - 10, free - 10)])
@@ -187,8 +187,8 @@ def test_a_disk_that_is_full_at_a_checkpoint_loses_no_round(
         line = error_line(command(ranks=ranks, checkpoints_dir=folder))
     assert line == (
         f"error: {folder}/round-2.pt: expected a disk that can be written to, got [Errno 28] No space left on device. "
-        "The weights of round 2 are in runs/1/checkpoints/round-2.pt: the same command with "
-        "checkpoints_dir=runs/1/checkpoints goes on"
+        "The weights of round 2 are in runs/1/checkpoints/round-2.pt. Run the same command with "
+        "checkpoints_dir=runs/1/checkpoints to resume"
     )
     assert [path.name for path in folder.iterdir()] == ["round-1.pt"], "the last whole one, and no part"
     assert checkpoint.read(str(folder / "round-1.pt"))["round"] == 1
@@ -215,14 +215,16 @@ def test_a_disk_that_is_read_only_at_the_end_loses_no_weights(
 ) -> None:
     runs = disk(1_000_000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    settings: dict[str, Any] = {"checkpoints_dir": "lasting"} if failed == "rounds.jsonl" else {}
+    settings: dict[str, Any] = {"checkpoints_dir": "saved"} if failed == "rounds.jsonl" else {}
     with monkeypatch.context() as patch:
         before_call(patch, owner, name, number, lambda: make_read_only(runs))
         line = error_line(command(**settings, env={"SACRED_RUNS_DIR": str(runs)}))
     assert line.startswith(f"error: {runs}/1/{failed}: expected a disk that can be written to, got ")
-    found = re.search(r"The weights of round 2 are in (.*)/round-2.pt: the same command (with \S+ )?goes on$", line)
+    found = re.search(
+        r"The weights of round 2 are in (.*)/round-2.pt. Run the same command (with \S+ )?to resume$", line
+    )
     assert found, line
-    assert (found[1] == "lasting") == (failed == "rounds.jsonl")
+    assert (found[1] == "saved") == (failed == "rounds.jsonl")
     assert "model  " in succeed(command(checkpoints_dir=found[1]))
 
 
@@ -238,8 +240,10 @@ def test_a_record_that_cannot_be_kept_ends_a_run_and_one_that_cannot_be_closed_f
     with monkeypatch.context() as patch:
         patch.setattr(SETTINGS, "DEFAULT_BEAT_INTERVAL", 0.01)  # seconds
         before_call(patch, LocalFileSystem, "mv", 2, lambda: block(tmp_path / "runs/1/info.json"))
-        line = error_line(command(num_rounds=300, checkpoints_dir="lasting"))
-    assert re.search(r"error: runs/1: expected .* The weights of round \d+ are in lasting/round-\d+.pt: the same", line)
+        line = error_line(command(num_rounds=300, checkpoints_dir="saved"))
+    assert re.search(
+        r"error: runs/1: expected .* The weights of round \d+ are in saved/round-\d+.pt. Run the same", line
+    )
 
 
 def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
@@ -257,11 +261,15 @@ def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
             return export.save_elsewhere(saved, server.state_dict(), history(rounds), {"seed": 1}, str(folder))
 
         assert place(rounds=0) == "No round is lost"
-        assert "are in /a/b/round-3.pt: the same command goes on" in place(saved="/a/b")
-        assert "could not be written anywhere else either" in place()
+        assert "are in /a/b/round-3.pt. Run the same command to resume" in place(saved="/a/b")
+        assert "could not be saved on another disk either" in place()
         (lent / "checkpoints").mkdir()
-        names = [re.findall(r"are in (.*)/round-3.pt: the same command with checkpoints_dir=(.*) goes on", place())]
-        names.append(re.findall(r"are in (.*)/round-3.pt: the same command with checkpoints_dir=(.*) goes on", place()))
+        names = [
+            re.findall(r"are in (.*)/round-3.pt. Run the same command with checkpoints_dir=(.*) to resume", place())
+        ]
+        names.append(
+            re.findall(r"are in (.*)/round-3.pt. Run the same command with checkpoints_dir=(.*) to resume", place())
+        )
         ((first,), (second,)) = names
         assert first[0] == first[1] != second[0]
         for directory in (first[0], second[0]):

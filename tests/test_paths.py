@@ -13,13 +13,13 @@ DATA = "/proc/no/data"  # for /workspace/data, which is there where the tests ru
 
 @pytest.fixture(autouse=True)
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this machine that a container would have as its data, outside of which nothing is there."""
+    """A folder of this machine that a container would have as its data, with an empty working directory."""
     folder = tmp_path / "my disk"
     folder.mkdir()
     (folder / "there.csv").touch()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("scaling_fl.settings.CONTAINER_DATA", DATA)
+    monkeypatch.setattr("scaling_fl.storage.CONTAINER_DATA", DATA)
     monkeypatch.setenv("DATA_MOUNT_DIR", str(folder))
     return folder
 
@@ -42,12 +42,12 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("/data/there.csv", "/data/there.csv"),
     ],
 )
-def test_a_path_of_the_container_is_looked_up_in_what_is_mounted_there(path: str, found: str, mount: Path) -> None:
+def test_a_path_of_the_container_leads_to_the_mounted_folder(path: str, found: str, mount: Path) -> None:
     assert host_path(path) == found.format(mount=mount)
 
 
 @pytest.mark.parametrize(("given", "folder"), [("", "{here}/data"), ("../x", "{here}/../x"), ("~/x", "{home}/x")])
-def test_what_is_mounted_is_what_run_local_mounts(
+def test_the_folder_is_the_one_that_run_local_mounts(
     given: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATA_MOUNT_DIR", given)
@@ -55,15 +55,15 @@ def test_what_is_mounted_is_what_run_local_mounts(
     assert host_path("/proc/no/data/b.csv") == f"{expected}/b.csv"
 
 
-def test_a_folder_that_is_there_is_the_one_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_whose_folder_exists_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container."""
-    monkeypatch.setattr("scaling_fl.settings.CONTAINER_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("scaling_fl.storage.CONTAINER_DATA", str(tmp_path / "data"))
     for folder in (tmp_path / "data", Path("data")):
         folder.mkdir()
         assert host_path(f"{folder}/there.csv") == f"{folder}/there.csv"
 
 
-def test_a_run_takes_all_its_paths_from_there(
+def test_a_run_finds_all_its_paths_in_the_mounted_folder(
     command: Command, mount: Path, tiny_model: str, corpus: tuple[Path, Path]
 ) -> None:
     plain = succeed(command("--unobserved", num_rounds=1))
@@ -80,7 +80,7 @@ def test_a_run_takes_all_its_paths_from_there(
 
 
 @pytest.mark.parametrize("key", ["train_path", "site_paths", "checkpoints_dir", "model"])
-def test_an_error_names_what_was_given_and_where_that_is(command: Command, mount: Path, key: str) -> None:
+def test_an_error_names_the_given_path_and_the_path_on_this_machine(command: Command, mount: Path, key: str) -> None:
     (mount / "a file").touch()
     given = f"{DATA}/a file/none.csv"
     settings = {key: f"['{given}']" if key == "site_paths" else given}
