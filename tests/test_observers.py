@@ -216,7 +216,7 @@ def test_a_database_that_stays_away_is_filled_by_the_same_command(
     output = run.end()
     server.start()
     assert run.status == 0, output
-    assert "warning: MongoDB has not all of run 1: its files have." in output
+    assert "warning: the record of run 1 in MongoDB is incomplete; its files are complete." in output
     assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "COMPLETED"
     assert not list(tmp_path.rglob("*.pickle"))
     assert [entry["status"] for entry in database.runs.find()] == ["RUNNING"]
