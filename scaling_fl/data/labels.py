@@ -61,8 +61,8 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=Fraction) if all(map(NUMBER.fullmatch, names)) else names)
 
 
-def order_labels(names: Sequence[str], own: Sequence[object]) -> tuple[str, ...] | None:
-    """Return the labels in the order of a model's own head, None if that has other labels.
+def find_rows(names: Sequence[str], own: Sequence[object]) -> list[int] | None:
+    """Return the row of each label in a model's own head, None if the head has other labels.
 
     Names are compared as they stand, then without regard to case.
 
@@ -73,7 +73,7 @@ def order_labels(names: Sequence[str], own: Sequence[object]) -> tuple[str, ...]
     for form in (str, str.casefold):
         position = {form(label_name(label)): index for index, label in enumerate(own)}
         if len(position) == len(own) == len(names) and position.keys() == {form(name) for name in names}:
-            return tuple(sorted(names, key=lambda name: position[form(name)]))
+            return [position[form(name)] for name in names]
     return None
 
 

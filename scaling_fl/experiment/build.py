@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.labels import order_labels
+from scaling_fl.data.labels import find_rows
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.sites import Encode, OrderLabels, Part, SiteData, files_of, partition_corpus, read_site_files
 from scaling_fl.data.tasks import name_labels, read_task, sample
@@ -76,10 +76,9 @@ def build(settings: Settings) -> Job:
     pretrained = local_first(partial(load_pretrained, host_path(settings.model), settings.max_seq_len))
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
-    of_head = labels_of(pretrained.config)
-    data = read_data(settings, topology, encoder.encode, lambda names: order_labels(names, of_head) or names)
-    keeps_head = order_labels(data.label_names, of_head) == data.label_names
-    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, keeps_head))
+    data = read_data(settings, topology, encoder.encode, tuple)
+    rows = find_rows(data.label_names, labels_of(pretrained.config))
+    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, rows))
     identity |= identity_of_data(settings, data)
     check_equal(identity)
     device = data.topology.devices[0]
