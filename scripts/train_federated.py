@@ -320,8 +320,8 @@ def announce(config: SimpleNamespace, job: Job, run: Run) -> None:
     )
     run.info |= {
         "labels": list(job.held.label_names),
-        "sites": job.held.describe_sites(),
-        "machine": describe_machine(job.held.topology.devices),
+        "sites": job.held.describe_sites(job.topology),
+        "machine": describe_machine(job.topology.devices),
     }
 
 
@@ -330,9 +330,9 @@ def show_plan(config: SimpleNamespace) -> None:
     job = build(config)
     held, server = job.held, job.server
     check_saving(config, job, observers.runs_dir() if is_observed() else None)
-    memory = all_gather({str(device): estimate_memory(config, job, device) for device in held.topology.devices})
+    memory = all_gather({str(device): estimate_memory(config, job, device) for device in job.topology.devices})
     make_federation(config, job, console.Progress(0), console.Progress(0))  # which tries it out
-    sites = held.describe_sites()
+    sites = held.describe_sites(job.topology)
     console.print_once(
         *describe(config, job),
         f"round     {server.weights.numel():,} weights shared, {server.bytes_a_round * 1e-6:.1f} MB sent by all ranks",

@@ -335,7 +335,7 @@ class Play:
                         index,
                         device,
                         len(parts[index]),
-                        partial(self.batches, train, parts[index], index in self.broken),
+                        partial(self.batches, train.select(parts[index]), index in self.broken),
                     )
                     for index, device in topology.sites.items()
                 ],
@@ -343,7 +343,7 @@ class Play:
                 server,
                 make_optimiser=partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
                 score=score_classes,
-                test_batches=lambda device: map(test.batch, test_batches[topology.turn(device)]),
+                test_batches=lambda device: (part.batch() for part in test_batches[topology.turn(device)]),
                 seed=3,
                 proximal_mu=self.proximal_mu,
                 min_sites=self.min_sites,
@@ -359,9 +359,9 @@ class Play:
                 checkpoint.save(self.checkpoints_dir, server.state_dict(), history, settings, keep=None)
             return history, watched
 
-    def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:
+    def batches(self, train: Examples, is_broken: bool, seed: int) -> Iterator[Batch]:
         """A site's batches, until its disk fails."""
-        for batch in train.shuffled_batches(indices, self.batch_size, seed):
+        for batch in train.shuffled_batches(self.batch_size, seed):
             yield batch
             if is_broken:
                 raise OSError("disk failure")

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.examples import Examples
 from scaling_fl.data.labels import order_labels
 from scaling_fl.data.partition import PARTITIONERS
-from scaling_fl.data.sites import Encode, OrderLabels, Part, SiteData, files_of, partition_corpus, read_site_files
-from scaling_fl.data.tasks import name_labels, read_task, sample
+from scaling_fl.data.reader import SPLITS, GivenColumns, read_task, sample
+from scaling_fl.data.sites import Encode, OrderLabels, SiteData, files_of, partition_examples, read_site_files
 from scaling_fl.distributed.collectives import check_equal, local_first, rank, world_size
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
@@ -46,6 +47,7 @@ class Job:
     """What a run is made of."""
 
     held: SiteData
+    topology: Topology
     tokenizer: PreTrainedTokenizerBase
     classifier: Classifier
     server: GlobalModel
@@ -67,12 +69,12 @@ def build(config: SimpleNamespace) -> Job:
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, config.max_seq_len, *limits)
     of_head = labels_of(pretrained.config)
-    held = read_data(config, topology, encoder.encode, lambda names: order_labels(names, of_head) or names)
+    held, topology = read_data(config, topology, encoder.encode, lambda names: order_labels(names, of_head) or names)
     keeps_head = order_labels(held.label_names, of_head) == held.label_names
     classifier = local_first(partial(make_classifier, pretrained, held.label_names, config.seed, keeps_head))
-    settings |= resume_data(config, held)
+    settings |= resume_data(config, held, topology)
     check_equal(settings)
-    server = GlobalModel(classifier.model, server_optimiser(config), config.comm_dtype, held.topology.devices[0])
+    server = GlobalModel(classifier.model, server_optimiser(config), config.comm_dtype, topology.devices[0])
     history: checkpoint.History = []
     if (state := checkpoint.restore(checkpoints_dir, settings)) is not None:
         server.load_state_dict(state["server"])
@@ -81,46 +83,50 @@ def build(config: SimpleNamespace) -> Job:
         raise ValueError(
             f"num_rounds={config.num_rounds} was given, but {len(history) - 1} rounds are done: more would do"
         )
-    return Job(held, pretrained.tokenizer, classifier, server, history, settings, checkpoints_dir)
+    return Job(held, topology, pretrained.tokenizer, classifier, server, history, settings, checkpoints_dir)
 
 
-def read_data(config: SimpleNamespace, topology: Topology, encode: Encode, order_labels: OrderLabels) -> SiteData:
-    """Read the data of the sites, which is dealt to them or their own."""
+def read_data(
+    config: SimpleNamespace, topology: Topology, encode: Encode, order_labels: OrderLabels
+) -> tuple[SiteData, Topology]:
+    """Read the data of the sites: of one data set that is partitioned, or of files of each site.
+
+    The topology returned numbers the sites as the data does.
+    """
     columns = config.text_column, config.label_column
     if config.site_paths is None:
-        return local_first(partial(read_partitioned, config, columns, topology, encode, order_labels))
+        read = partial(read_partitioned, config, columns, topology, encode, order_labels)
+        return local_first(read), topology
     if config.num_sites not in (None, topology.num_slots):
         raise ValueError(
-            f"num_sites={config.num_sites} was given, but the nodes that are here have the data of "
-            f"{topology.num_slots} sites (site_paths), and a site's data stays where it is: all its nodes would do"
+            f"num_sites: expected {topology.num_slots}, the number of sites in the site_paths of all nodes, got "
+            f"{config.num_sites}. A site's data stays on its node, so start all nodes"
         )
-    known = name_labels(config.task_name, config.labels)
     site_paths = [list(map(host_path, files_of(entry))) for entry in config.site_paths]
-    held = read_site_files(
-        config.task_name, site_paths, columns, known, topology, encode, order_labels, config.val_batch_size
+    data, topology = read_site_files(
+        config.task_name, site_paths, columns, config.labels, topology, encode, order_labels, config.val_batch_size
     )
-    for site, entry in sorted(held.topology.entries.items()):
-        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {held.extents[site].num_examples:,} examples")
-    return held
+    for site, entry in sorted(topology.entries.items()):
+        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.extents[site].num_examples:,} examples")
+    return data, topology
 
 
 def read_partitioned(
-    config: SimpleNamespace,
-    columns: tuple[str | None, str | None],
-    topology: Topology,
-    encode: Encode,
-    order_labels: OrderLabels,
+    config: SimpleNamespace, columns: GivenColumns, topology: Topology, encode: Encode, order_labels: OrderLabels
 ) -> SiteData:
-    """Read the task's data set, and deal it to the sites."""
+    """Read the task's data set, and partition it over the sites."""
     train_path, test_path = (path and host_path(path) for path in (config.train_path, config.test_path))
-    corpus = read_task(config.task_name, train_path, test_path, *columns, config.labels)
-    corpus = sample(corpus, config.max_train_examples, config.max_test_examples, config.data_seed)
+    rows, names = read_task(config.task_name, train_path, test_path, columns, config.labels)
+    names = order_labels(names)
+    max_examples = config.max_train_examples, config.max_test_examples
+    train, test = (
+        encode(sample(rows[split], count, config.data_seed), names)
+        for split, count in zip(SPLITS, max_examples, strict=True)
+    )
     partitioner = PARTITIONERS[config.partition]
     if config.partition == "dirichlet":
         partitioner = partial(partitioner, alpha=config.dirichlet_alpha)
-    return partition_corpus(
-        corpus, topology, encode, order_labels, partitioner, config.data_seed, config.val_batch_size
-    )
+    return partition_examples(train, test, names, topology, partitioner, config.data_seed, config.val_batch_size)
 
 
 def make_federation(config: SimpleNamespace, job: Job, training: Progress, testing: Progress) -> Federation:
@@ -131,14 +137,14 @@ def make_federation(config: SimpleNamespace, job: Job, training: Progress, testi
     """
     held = job.held
 
-    def site_batches(part: Part, seed: int) -> Iterator[Batch]:
-        return training.watch(part.shuffled_batches(config.batch_size, seed))
+    def site_batches(examples: Examples, seed: int) -> Iterator[Batch]:
+        return training.watch(examples.shuffled_batches(config.batch_size, seed))
 
     federation = Federation(
-        held.topology,
+        job.topology,
         [
             Site(index, device, len(held.train[index]), partial(site_batches, held.train[index]))
-            for index, device in held.topology.sites.items()
+            for index, device in job.topology.sites.items()
         ],
         job.classifier.model,
         job.server,
@@ -149,7 +155,7 @@ def make_federation(config: SimpleNamespace, job: Job, training: Progress, testi
         proximal_mu=config.proximal_mu,
         min_sites=config.min_sites if config.on_site_failure == "skip" else None,
     )
-    largest = {device: _largest(_training_batches(config, held, device)) for device in held.topology.devices}
+    largest = {device: _largest(_training_batches(config, job, device)) for device in job.topology.devices}
     try:
         federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
     except ValueError as error:
@@ -179,34 +185,34 @@ def resume_settings(config: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-def resume_data(config: SimpleNamespace, held: SiteData) -> dict[str, Any]:
+def resume_data(config: SimpleNamespace, held: SiteData, topology: Topology) -> dict[str, Any]:
     """Return what the weights of a round depend on besides: a resumed run must have the same."""
     return held.sha256 | {
-        "number of sites": held.topology.num_sites,
-        "kind of device": held.topology.devices[0].type,
-        "number of devices": "any" if config.comm_dtype == "exact" else held.topology.num_devices,
+        "number of sites": topology.num_sites,
+        "kind of device": topology.devices[0].type,
+        "number of devices": "any" if config.comm_dtype == "exact" else topology.num_devices,
     }
 
 
 def estimate_memory(config: SimpleNamespace, job: Job, device: torch.device) -> int | None:
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
     held = job.held
-    training = _largest(_training_batches(config, held, device))
+    training = _largest(_training_batches(config, job, device))
     testing = _largest(part.batch() for part in held.test[device])
     try:
         num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(config))
     except Exception:  # some models look at the values of their tensors, and there are none
         return None
-    if device == held.topology.devices[0]:
+    if device == job.topology.devices[0]:
         num_bytes += job.server.nbytes + state_bytes(server_optimiser(config), job.server.weights.numel())
     return num_bytes
 
 
-def _training_batches(config: SimpleNamespace, held: SiteData, device: torch.device) -> Iterator[Batch]:
+def _training_batches(config: SimpleNamespace, job: Job, device: torch.device) -> Iterator[Batch]:
     """Yield for each site of a device the batch with its longest texts."""
-    for site, where in held.topology.sites.items():
+    for site, where in job.topology.sites.items():
         if where == device:
-            yield held.train[site].longest_batch(config.batch_size)
+            yield job.held.train[site].longest_batch(config.batch_size)
 
 
 def _largest(batches: Iterable[Batch]) -> Batch | None:
@@ -244,7 +250,7 @@ def count_round(config: SimpleNamespace, held: SiteData, server: GlobalModel, me
 
 def describe(config: SimpleNamespace, job: Job) -> list[str]:
     """Return what is about to run, in words."""
-    held, topology = job.held, job.held.topology
+    held, topology = job.held, job.topology
     num_weights = sum(weight.numel() for weight in trained_weights(job.classifier.model).values())
     sizes = [extent.num_examples for extent in held.extents]
     how = config.partition if config.site_paths is None else "of their own"
