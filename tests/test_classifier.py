@@ -220,8 +220,8 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
     classifier = make_classifier(pretrained, ["a", "b"], 1, rows=None).model
     for weight in classifier.parameters():
         weight.data += 0.2 * (weight.dim() > 1) * torch.randn_like(weight)  # so that what differs is seen
-    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}))
-    together = logits(classifier, examples.batch(np.arange(len(texts))))
+    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": ["0"] * len(texts)}), ["0"])
+    together = logits(classifier, examples.batch())
     assert len({tuple(row.tolist()) for row in together}) == len(texts)
     classifier.save_pretrained(folder)
     pretrained.tokenizer.save_pretrained(folder)
@@ -231,7 +231,7 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
     )
     padding = {"padding": "max_length", "max_length": 32} if pretrained.width else {"padding": True}
     tokens = [tokenizer(each, return_tensors="pt", **padding) for each in (texts, *([text] for text in texts))]
-    alone = [examples.batch(np.array([i])) for i in range(len(texts))]
+    alone = [examples.select(np.array([i])).batch() for i in range(len(texts))]
     for other in (
         logits(classifier, *alone),
         logits(reloaded, *alone),
