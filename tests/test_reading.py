@@ -599,7 +599,8 @@ def test_a_label_of_one_site_alone_is_refused_unless_it_is_named() -> None:
     assert settle_labels(of_all, None) == ("a", "b")
     alone = [("s", "train", ["a"]), ("s", "test", ["a"]), ("t", "train", ["a"])]
     for known in (None, {"a": "a", "b": "b"}):
-        assert "expected two or more in the training data, got a" in refusal(lambda known=known: settle_labels(alone, known))
+        sentence = refusal(lambda known=known: settle_labels(alone, known))
+        assert "expected two or more in the training data, got a" in sentence
     assert settle_labels(alone, {"a": "a", "b": "b"}, may_lack=True) == ("a", "b")
 
 
