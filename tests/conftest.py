@@ -119,37 +119,47 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
     }
 
 
+def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Path, env: dict[str, str]) -> int:
+    """Start a script in a fork of this process, which has imported all that takes long. Returns its process id."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            os.chdir(folder)
+            os.environ.update(env)
+            sys.argv = [str(script), *arguments]
+            runpy.run_path(str(script), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            os._exit(status)
+    os.close(file)
+    return pid
+
+
+def wait_for_exit(pid: int) -> int:
+    """Return the exit status of a child."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 @pytest.fixture
 def start(tmp_path: Path, small_run: dict[str, object]) -> Callable[..., tuple[int, Path]]:
-    """Starts the script with settings, in a fork of this process, which has imported all that takes long."""
+    """Starts the command with settings, in a fork."""
 
     def start(
         *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
     ) -> tuple[int, Path]:
         output = folder / "output.txt"
         arguments = [*options, "with", *(f"{key}={value}" for key, value in {**small_run, **settings}.items())]
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-                sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-                os.chdir(folder)
-                os.environ.update({"RANKS": str(ranks), **(env or {})})
-                sys.argv = [str(SCRIPT), *arguments]
-                runpy.run_path(str(SCRIPT), run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            finally:
-                os._exit(status)
-        os.close(file)
-        return pid, output
+        return fork_script(SCRIPT, arguments, output, folder, {"RANKS": str(ranks), **(env or {})}), output
 
     return start
 
@@ -160,8 +170,7 @@ def command(start: Callable[..., tuple[int, Path]]) -> Command:
 
     def run(*options: str, **settings: Any) -> tuple[int, str]:
         pid, output = start(*options, **settings)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return status, output.read_text()
+        return wait_for_exit(pid), output.read_text()
 
     return run
 

@@ -32,6 +32,7 @@ from chaos import (
 )
 from conftest import Command, succeed, weights_hash
 
+pytestmark = pytest.mark.long
 SEED = 5
 NUM_KILLS = 7  # of each strategy: one at each aim
 torch.set_num_threads(1)

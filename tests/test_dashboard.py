@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import PASSWORD, ROOT, Command, succeed
 
+pytestmark = pytest.mark.long
 PATIENCE = 60.0  # seconds on a busy machine
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 JOB = "a-job-to-be-seen"

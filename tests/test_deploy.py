@@ -255,6 +255,7 @@ def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
     check(outputs, tmp_path, weights_of_one(command, num_sites))
 
 
+@pytest.mark.long
 def test_the_pods_of_the_pytorchjob_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:
@@ -318,6 +319,7 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
+@pytest.mark.long
 def test_the_nodes_of_the_batch_file_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:

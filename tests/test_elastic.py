@@ -16,6 +16,7 @@ from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
 
 from scaling_fl.records import checkpoint
 
+pytestmark = pytest.mark.long
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
 PATIENCE = 150.0  # seconds after which torchrun hangs
 SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}

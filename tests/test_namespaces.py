@@ -242,6 +242,7 @@ def test_three_nodes_with_the_bare_variables_of_kubeflow_end_as_one_process(
     assert Job(network, folders(tmp_path, 3)).start_bare(settings, [3, 2, 1]).weights() == alone
 
 
+@pytest.mark.long
 def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
     assert not (tmp_path / "node-1/checkpoints").exists(), "the disks are not shared"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_cut_link_soon_ends_all_ranks_and_they_go_on_when_it_is_healed(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path, lost: int

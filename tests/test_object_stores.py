@@ -316,6 +316,7 @@ def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: St
     process.join()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_100_megabytes_is_restored(store: Store, bucket: str) -> None:
     def there_and_back() -> tuple[str, str, float, float]:
         url, saved, found = store.url(bucket, "runs/a"), make_server(LARGE), make_server(LARGE, seed=1)
@@ -338,6 +339,7 @@ def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
     return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["soon", "when it is aside", "when it is there"])
 def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
     store: Store, bucket: str, tmp_path: Path, moment: str
@@ -382,6 +384,7 @@ def test_a_damaged_object_is_skipped_with_a_warning(
     assert weights_hash(resumed) == weights_hash(whole)
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_store(
     store: Store,
     bucket: str,
@@ -423,6 +426,7 @@ def test_a_run_outlives_its_store(
     assert SECRET not in resumed
 
 
+@pytest.mark.long
 def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
     store: Store,
     bucket: str,

@@ -4,11 +4,9 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote_plus
@@ -16,9 +14,9 @@ from urllib.parse import quote_plus
 import gridfs
 import pymongo
 import pytest
-from conftest import PASSWORD, SCRIPT, USER, Command, Mongod, accuracies, succeed
+from conftest import PASSWORD, USER, Command, Mongod, accuracies, succeed, wait_for_exit
 
-from scaling_fl.records import mongo as mongo_module
+from scaling_fl.records import mongo as records
 from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 
@@ -43,32 +41,33 @@ def environment(mongo: dict[str, str], database: pymongo.database.Database) -> d
 
 
 class Background:
-    """The command in a process of its own, whose lines can be waited for."""
+    """The command under way, whose lines can be waited for."""
 
-    def __init__(self, folder: Path, env: dict[str, str], **settings: object) -> None:
-        arguments = [f"{key}={value}" for key, value in settings.items()]
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", SCRIPT, "with", *arguments],
-            cwd=folder,
-            env={**os.environ, "RANKS": "1", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.output = ""
+    def __init__(self, pid: int, file: Path) -> None:
+        self.pid, self.file = pid, file
+        self.status: int | None = None
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text()
 
     def wait_for(self, pattern: str) -> None:
         """Wait for a line."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if re.match(pattern, line):
-                return
-        raise AssertionError(self.output)
+        while not re.search(f"^{pattern}", self.output, re.MULTILINE):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            assert not pid, (status, self.output)
+            time.sleep(0.02)
 
     def end(self) -> str:
-        self.output += self.process.communicate(timeout=120)[0]
+        """Wait for its end, and return what it printed."""
+        self.status = wait_for_exit(self.pid)
         return self.output
+
+
+@pytest.fixture
+def background(start: Callable[..., tuple[int, Path]]) -> Callable[..., Background]:
+    """Starts the command with an environment and settings."""
+    return lambda env, **settings: Background(*start(env=env, **settings))
 
 
 def metric(database: pymongo.database.Database, name: str) -> dict:
@@ -174,18 +173,19 @@ def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_a_database_that_goes_away_stops_no_training_and_has_all_when_it_is_back(
-    mortal: tuple[Mongod, pymongo.database.Database], small_run: dict[str, object], tmp_path: Path
+    mortal: tuple[Mongod, pymongo.database.Database], background: Callable[..., Background], tmp_path: Path
 ) -> None:
     server, database = mortal
-    settings = {**small_run, "num_rounds": 16, "num_local_epochs": 12}
-    run = Background(tmp_path, environment(server.environment, database), **settings)
+    settings = {"num_rounds": 16, "num_local_epochs": 12}
+    run = background(environment(server.environment, database), **settings)
     run.wait_for(r" +2 \|")
     server.stop()
     run.wait_for("warning: MongoDB does not answer ")
     server.start()
     output = run.end()
-    assert run.process.returncode == 0, output
+    assert run.status == 0, output
     assert len(accuracies(output)) == 17
     (entry,) = database.runs.find()
     assert entry["status"] == "COMPLETED"
@@ -198,18 +198,22 @@ def test_a_database_that_goes_away_stops_no_training_and_has_all_when_it_is_back
         assert (kept["steps"], kept["values"]) == (written["steps"], written["values"])
 
 
+@pytest.mark.long
 def test_a_database_that_stays_away_is_filled_by_the_same_command(
-    mortal: tuple[Mongod, pymongo.database.Database], command: Command, small_run: dict[str, object], tmp_path: Path
+    mortal: tuple[Mongod, pymongo.database.Database],
+    command: Command,
+    background: Callable[..., Background],
+    tmp_path: Path,
 ) -> None:
     server, database = mortal
     env = environment(server.environment, database)
     settings = {"job_name": "lonely", "checkpoints_dir": tmp_path / "checkpoints", "num_local_epochs": 6}
-    run = Background(tmp_path, env, **{**small_run, **settings})
+    run = background(env, **settings)
     run.wait_for(r" +0 \|")
     server.stop()
     output = run.end()
     server.start()
-    assert run.process.returncode == 0, output
+    assert run.status == 0, output
     assert "warning: the record of run 1 in MongoDB is incomplete; its files are complete." in output
     assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "COMPLETED"
     assert not list(tmp_path.rglob("*.pickle"))
@@ -240,15 +244,19 @@ def test_of_two_starts_that_take_over_a_dead_run_one_does(
 
 
 def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
-    server: Mongod, command: Command, small_run: dict[str, object], database: pymongo.database.Database, tmp_path: Path
+    server: Mongod,
+    command: Command,
+    background: Callable[..., Background],
+    database: pymongo.database.Database,
+    tmp_path: Path,
 ) -> None:
     env = environment(server.environment, database)
-    settings = {**small_run, "job_name": "alive", "checkpoints_dir": tmp_path / "checkpoints", "keep_checkpoints": 1}
-    run = Background(tmp_path, env, **{**settings, "num_rounds": 100_000})
+    settings = {"job_name": "alive", "checkpoints_dir": tmp_path / "checkpoints", "keep_checkpoints": 1}
+    run = background(env, **{**settings, "num_rounds": 100_000})
     run.wait_for(r" +1 \|")
     status, output = command(env=env, **settings)
     assert (status, "got 'alive' of run 1, which is running on " in output) == (1, True)
-    run.process.send_signal(signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)
     run.end()
     (entry,) = database.runs.find()
     assert entry["status"] == "INTERRUPTED"
@@ -263,7 +271,7 @@ def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
 def test_a_run_is_alive_if_its_heartbeat_moves(
     database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool
 ) -> None:
-    monkeypatch.setattr(mongo_module, "BEAT_S", 1)
+    monkeypatch.setattr(records, "BEAT_S", 1)
     now = datetime.now(UTC).replace(microsecond=0, tzinfo=None)
     run = {"_id": what, "status": "RUNNING", "heartbeat": now, "start_time": now, "host": {"hostname": "north"}}
     database.runs.insert_one({**run, "config": {"job_name": "a"}})
@@ -279,17 +287,17 @@ def test_a_run_is_alive_if_its_heartbeat_moves(
 
 
 def test_two_runs_at_once_have_an_entry_each(
-    server: Mongod, small_run: dict[str, object], database: pymongo.database.Database, tmp_path: Path
+    server: Mongod, background: Callable[..., Background], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     names = ("north", "south")
     runs = []
     for name in names:
         (tmp_path / name).mkdir()
         env = environment(server.environment, database)
-        runs.append(Background(tmp_path / name, env, **{**small_run, "job_name": name, "seed": len(name) + len(runs)}))
+        runs.append(background(env, folder=tmp_path / name, job_name=name, seed=len(name) + len(runs)))
     for run in runs:
         assert run.end()
-        assert run.process.returncode == 0, run.output
+        assert run.status == 0, run.output
     entries = list(database.runs.find())
     assert sorted(entry["config"]["job_name"] for entry in entries) == sorted(names)
     for entry in entries:

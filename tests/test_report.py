@@ -419,6 +419,7 @@ def view(browser: str, path: Path, folder: Path, width: int, *flags: str) -> Vie
     return View(Image.open(picture).convert("RGB"), done.stdout, console)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "scheme", "blue", "background"),
     [(360, 1, "#0072b2", "#f6f7f9"), (1280, 1, "#0072b2", "#f6f7f9"), (1280, 0, "#4ba6e8", "#12151a")],
@@ -437,6 +438,7 @@ def test_a_browser_shows_the_page(
     assert colours.get(ImageColor.getrgb(blue), 0) > 50, "no curve of the first run"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_is_no_wider_than_the_window(browser: str, written: list[Path], tmp_path: Path, width: int) -> None:
     text = written[0].read_text()
@@ -449,6 +451,7 @@ def test_the_page_is_no_wider_than_the_window(browser: str, written: list[Path],
     assert f'"{width} of {width} px"' in line
 
 
+@pytest.mark.long
 def test_the_page_lets_no_script_run(browser: str, written: list[Path], tmp_path: Path) -> None:
     text = written[0].read_text().replace("</body>", "<script>document.title = 'changed'</script></body>")
     (tmp_path / "attacked.html").write_text(text)
