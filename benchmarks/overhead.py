@@ -162,7 +162,7 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
         server = GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
 
         def batches(site: int, seed: int) -> Iterator[Batch]:
-            return map(examples.batch, case.batches(site))
+            return (examples.select(indices).batch() for indices in case.batches(site))
 
         federation = Federation(
             topology,

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterable
 
+LONGEST_LINE = 200  # characters
+
 
 def whole_number_from_environment(name: str, default: str, least: int = 1) -> int:
     """Return a variable of the environment that is a whole number.
@@ -17,8 +19,11 @@ def whole_number_from_environment(name: str, default: str, least: int = 1) -> in
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says, cut to 200 characters, or its name where it says nothing."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Return the message of an exception, cut to 200 characters, or its name if it has none or only a key."""
+    message = " ".join(str(error).split())
+    if len(message) > LONGEST_LINE:
+        message = f"{message[: LONGEST_LINE - 4]} ..."
+    return f"KeyError: {message}" if isinstance(error, KeyError) else message or type(error).__name__
 
 
 def printable(name: str) -> str:

@@ -53,6 +53,8 @@ def naming_place(place: str) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError as error:
+        raise WriteError(f"{place}: expected a reader, got one that has closed it") from error
     except OSError as error:
         raise WriteError(f"{place}: expected a disk that can be written to, got {one_line(error)}") from error
 

@@ -345,7 +345,7 @@ class Play:
                         index,
                         device,
                         len(parts[index]),
-                        partial(self.batches, train, parts[index], index in self.broken),
+                        partial(self.batches, train.select(parts[index]), index in self.broken),
                     )
                     for index, device in topology.sites.items()
                 ],
@@ -369,9 +369,9 @@ class Play:
                 checkpoint.save(self.checkpoints_dir, server.state_dict(), history, settings, keep=None)
             return history, watched
 
-    def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:
+    def batches(self, train: Examples, is_broken: bool, seed: int) -> Iterator[Batch]:
         """A site's batches, until its disk fails."""
-        for batch in train.shuffled_batches(indices, self.batch_size, seed):
+        for batch in train.shuffled_batches(self.batch_size, seed):
             yield batch
             if is_broken:
                 raise OSError("disk failure")

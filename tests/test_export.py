@@ -28,7 +28,7 @@ from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.records import checkpoint, console, export, observers
-from scaling_fl.records.rounds import write_round
+from scaling_fl.records.rounds import Record
 from scaling_fl.storage import WriteError
 
 Disk = Callable[[int], Path]  # bytes -> where a disk of so many is mounted
@@ -310,7 +310,7 @@ def test_a_round_is_written_as_a_whole_line_or_not_at_all(disk: Disk) -> None:
 
     def write_rounds() -> None:
         for round_ in range(100):
-            write_round(str(place), round_, metrics)
+            Record(str(place)).add_round(round_, metrics)
 
     with pytest.raises(WriteError, match=r"rounds.jsonl: expected a disk that can be written to"):
         write_rounds()

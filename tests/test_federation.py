@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Play, make_bert
@@ -30,9 +29,9 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
 class Endless(Play):
     """A site that is not broken never ends."""
 
-    def batches(self, train: Examples, indices: np.ndarray, is_broken: bool, seed: int) -> Iterator[Batch]:
+    def batches(self, train: Examples, is_broken: bool, seed: int) -> Iterator[Batch]:
         while True:
-            yield from super().batches(train, indices, is_broken, seed)
+            yield from super().batches(train, is_broken, seed)
 
 
 @pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])

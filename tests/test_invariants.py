@@ -70,7 +70,7 @@ def train_plainly(play: Play, model: nn.Module) -> nn.Module:
             torch.manual_seed(derive_seed(3, "dropout", round_, 0))
             for epoch in range(play.num_epochs):
                 seed = derive_seed(3, "order", round_, 0, epoch)
-                for batch in examples.shuffled_batches(indices, play.batch_size, seed):
+                for batch in examples.select(indices).shuffled_batches(play.batch_size, seed):
                     optimiser.zero_grad()
                     model(**batch).loss.backward()
                     optimiser.step()
@@ -98,7 +98,7 @@ def test_a_full_batch_step_of_many_sites_is_the_centralised_step() -> None:
     model = QUIET()
     examples = make_examples(play.num_examples)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(**examples.batch(range(play.num_examples))).loss.backward()
+    model(**examples.batch()).loss.backward()
     optimiser.step()
     expected = torch.cat([weight.detach().reshape(-1) for weight in model.parameters()])
     assert (after - before).abs().max() > 1e-3
@@ -111,7 +111,7 @@ def test_evaluation_does_not_depend_on_how_the_test_set_is_dealt() -> None:
     assert [play.on_ranks(num_ranks)[0][0] for num_ranks in (2, 3)] == [whole, whole]
     model, test = make_bert().eval(), make_examples(23, seed=1)
     with torch.inference_mode():
-        output = model(**test.batch(range(23)))
+        output = model(**test.batch())
     assert whole["validation.loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     right = (output.logits.argmax(-1) == torch.tensor(test.labels)).double().mean()
     assert whole["validation.accuracy"] == pytest.approx(right.item())

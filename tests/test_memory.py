@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from conftest import LABELS, make_bert, make_examples
@@ -38,7 +37,7 @@ def make_llama() -> nn.Module:
 @pytest.mark.parametrize("make_model", [make_bert, make_llama])
 def test_what_a_batch_is_said_to_take_is_what_it_takes(make_model: Callable[[], nn.Module], is_training: bool) -> None:
     model = make_model().train(is_training)
-    batch = make_examples(7).batch(np.arange(7))
+    batch = make_examples(7).batch()
     with Meter([*model.parameters(), *model.buffers(), *batch.values()]) as meter, torch.set_grad_enabled(is_training):
         output = model(**batch)
         if is_training:
@@ -72,7 +71,7 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> None:
-    model, batch = make_bert(), make_examples(7).batch(np.arange(7))
+    model, batch = make_bert(), make_examples(7).batch()
     make_optimiser = partial(OPTIMISERS[name], lr=1e-3)
     said = estimate_bytes(model, batch, None, make_optimiser)
     weights = [*model.parameters(), *model.buffers()]

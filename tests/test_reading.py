@@ -24,11 +24,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.data.corpus import agree_on_labels, label_names_of, make_corpus, pick, read_labelled
 from scaling_fl.data.csv_rows import read_csv
 from scaling_fl.data.files import read_folders, read_table
 from scaling_fl.data.json_rows import read_json
-from scaling_fl.data.labels import label_name, sort_labels
+from scaling_fl.data.labels import label_name, settle_labels, sort_labels
+from scaling_fl.data.reader import pick, read_file
 from scaling_fl.errors import printable
 
 # Each is a text that some reader takes for something else.
@@ -223,11 +223,10 @@ def test_a_folder_without_texts_of_a_label_is_refused(tmp_path: Path) -> None:
     assert "a folder of .txt files for each label would do" in refusal(lambda: read_folders(str(tmp_path / "pos")))
 
 
-def texts_and_labels(path: str, *columns: str) -> tuple[list[str], list[str]]:
+def texts_and_labels(path: str, columns: tuple[str | None, str | None] = (None, None)) -> tuple[list[str], list[str]]:
     """The texts of a file, and the names of their labels."""
-    rows = read_labelled(path, *(columns or ("text", "label")))
-    names = label_names_of(rows)
-    return rows["text"][:], [names[label] for label in rows["label"]]
+    rows = read_file("text", path, "train", columns)
+    return rows["text"][:], rows["label"][:]
 
 
 @pytest.mark.parametrize(
@@ -256,14 +255,14 @@ def texts_and_labels(path: str, *columns: str) -> tuple[list[str], list[str]]:
     ],
 )
 def test_only_the_columns_in_use_are_looked_at(name: str, content: str | bytes, tmp_path: Path) -> None:
-    assert texts_and_labels(put(tmp_path / name, content), "v2", "v1") == (["a", "b"], ["x", "y"])
+    assert texts_and_labels(put(tmp_path / name, content), ("v2", "v1")) == (["a", "b"], ["x", "y"])
 
 
 def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Path) -> None:
     odd = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
     table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *odd], names=["v2", "v1", *"nnmm"])
     pq.write_table(table, tmp_path / "t.parquet")
-    assert texts_and_labels(str(tmp_path / "t.parquet"), "v2", "v1") == (["a", "b"], ["x", "y"])
+    assert texts_and_labels(str(tmp_path / "t.parquet"), ("v2", "v1")) == (["a", "b"], ["x", "y"])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +290,7 @@ def test_what_is_wrong_in_the_columns_in_use_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path / name, content)
-    assert says in refusal(lambda: read_labelled(name, "text", "label"))
+    assert says in refusal(lambda: read_file("text", name, "train"))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +341,7 @@ RECORDS = st.fixed_dictionaries({"text": st.text(), "label": st.text(), "more": 
 def test_json_comes_back_as_python_wrote_it_in_pieces_of_any_size(
     records: list[dict], chunk: int, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaling_fl.tasks.json_rows.CHUNK", chunk)
+    monkeypatch.setattr("scaling_fl.data.json_rows.CHUNK", chunk)
     content = {
         "[": json.dumps(records),
         "i": json.dumps(records, indent=2, ensure_ascii=False),
@@ -357,13 +356,13 @@ def test_json_comes_back_as_python_wrote_it_in_pieces_of_any_size(
 def test_reading_does_not_take_the_size_of_the_file(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaling_fl.tasks.json_rows.CHUNK", 2**16)
+    monkeypatch.setattr("scaling_fl.data.json_rows.CHUNK", 2**16)
     columns = {"text": ["goal match team " * 50] * 12_000, "label": [1, 2] * 6_000}
     path = put(tmp_path / f"t{suffix}", as_bytes(suffix, columns))
     del columns
     tracemalloc.start()
     try:
-        assert len(read_labelled(path, "text", "label")) == 12_000
+        assert len(read_file("text", path, "train")) == 12_000
         assert tracemalloc.get_traced_memory()[1] < 0.6 * Path(path).stat().st_size
     finally:
         tracemalloc.stop()
@@ -443,7 +442,7 @@ def test_parquet_without_labels_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"text": ["a", "b"], "label": labels}), "t.parquet")
-    assert says in refusal(lambda: read_labelled("t.parquet", "text", "label"))
+    assert says in refusal(lambda: read_file("text", "t.parquet", "train"))
 
 
 @pytest.mark.parametrize(
@@ -507,10 +506,21 @@ def table(labels: list, texts: Sequence[object] = ("a", "b", "c"), classes: Sequ
     ],
 )
 def test_a_table_without_texts_or_labels_is_refused(rows: Dataset, columns: tuple[str, str], says: str) -> None:
-    assert says in refusal(lambda: pick(rows, "t.csv", *columns))
+    assert says in refusal(lambda: pick(rows, "t.csv", columns))
 
 
 KNOWN = {"1": "World", "2": "Sports"}
+
+
+def settle(
+    train: Dataset, test: Dataset, known: dict[str, str] | None = None, named: Sequence[str] = ()
+) -> tuple[tuple[str, ...], list[str], list[str]]:
+    """The names of the labels of a training and a test set, and the label of each row."""
+    known = {name: name for name in named} if named else known
+    rows = {split: pick(of, "t.csv", ("text", "label"), known) for split, of in (("train", train), ("test", test))}
+    found = [(split, split, of_split.unique("label")) for split, of_split in rows.items()]
+    names = settle_labels(found, known, may_lack=bool(named))
+    return names, rows["train"]["label"][:], rows["test"]["label"][:]
 
 
 @pytest.mark.parametrize(
@@ -527,12 +537,12 @@ KNOWN = {"1": "World", "2": "Sports"}
     ],
 )
 def test_labels_that_do_not_fit_are_refused(train: list, test: list, known: dict | None, says: str) -> None:
-    assert says in refusal(lambda: make_corpus(table(train), table(test), known))
+    assert says in refusal(lambda: settle(table(train), table(test), known))
 
 
 def test_a_thousand_labels_that_differ_are_not_all_listed() -> None:
     many = Dataset.from_dict({"text": ["a"] * 1000, "label": [f"label {i}" for i in range(1000)]})
-    assert "..." in refusal(lambda: make_corpus(many, table(["x", "y"])))
+    assert "..." in refusal(lambda: settle(many, table(["x", "y"])))
 
 
 @pytest.mark.parametrize(
@@ -547,15 +557,12 @@ def test_a_thousand_labels_that_differ_are_not_all_listed() -> None:
         (table([2, 1]), table([2]), KNOWN, ("World", "Sports"), [1, 0], [1]),
     ],
 )
-def test_labels_become_indices_into_their_names(
+def test_labels_are_known_by_their_names(
     train: Dataset, test: Dataset, known: dict | None, names: tuple[str, ...], in_train: list, in_test: list
 ) -> None:
-    corpus = make_corpus(train, test, known)
-    assert corpus.label_names == names
-    assert corpus.train["label"][:] == in_train
-    assert corpus.test["label"][:] == in_test
-    assert corpus.train.features["label"] == Value("int64")
-    assert re.sub("large_", "", corpus.train.features["text"].dtype) == "string"
+    found, *labels = settle(train, test, known)
+    assert found == names
+    assert [[names.index(label) for label in of_split] for of_split in labels] == [in_train, in_test]
 
 
 @pytest.mark.parametrize("other", ["x\u200dy", "x\u200cy", "xy\ufe0f"])
@@ -564,9 +571,9 @@ def test_labels_that_differ_in_what_may_not_be_seen_are_refused_with_their_code_
     other: str, known: dict | None
 ) -> None:
     for refused in (
-        lambda: make_corpus(table(["xy", other, "b"]), table(["xy", other, "b"]), known),
-        lambda: make_corpus(table(["xy", "b"]), table([other, "b"]), known),
-        lambda: agree_on_labels({"s": {"train": ["xy", "b"], "test": ["b"]}, "t": {"train": ["b", other]}}, known),
+        lambda: settle(table(["xy", other, "b"]), table(["xy", other, "b"]), known),
+        lambda: settle(table(["xy", "b"]), table([other, "b"]), known),
+        lambda: settle_labels([("s", "train", ["xy", "b"]), ("s", "test", ["b"]), ("t", "train", ["b", other])], known),
     ):
         assert " ".join(f"U+{ord(character):04X}" for character in other) in refusal(refused)
 
@@ -576,22 +583,30 @@ def test_a_name_is_shown_in_one_line() -> None:
 
 
 def test_labels_that_the_setting_names_are_the_classes_in_its_order() -> None:
-    corpus = make_corpus(table(["a", "a"]), table(["b", "1"]), named=["b", "c", "a", "1"])
-    assert corpus.label_names == ("b", "c", "a", "1")
-    assert (corpus.train["label"][:], corpus.test["label"][:]) == ([2, 2], [0, 3])
+    found = settle(table(["a", "a"]), table(["b", "1"]), named=["b", "c", "a", "1"])
+    assert found == (("b", "c", "a", "1"), ["a", "a"], ["b", "1"])
     assert "there are unknown labels, b: a, c would do" in refusal(
-        lambda: make_corpus(table(["a", "a"]), table(["b"]), named=["a", "c"])
+        lambda: settle(table(["a", "a"]), table(["b"]), named=["a", "c"])
     )
 
 
-ONE_EACH = {"s": {"train": ["a"], "test": ["a", "b"]}, "t": {"train": ["b"]}}
+def test_a_label_of_one_site_alone_is_refused_unless_it_is_named() -> None:
+    one_each = [("s", "train", ["a"]), ("s", "test", ["a"]), ("t", "train", ["b"])]
+    assert "at two sites or more, got a (only in s), b (only in t)" in refusal(lambda: settle_labels(one_each, None))
+    for may_lack in (False, True):
+        assert settle_labels(one_each, {"b": "b", "a": "a"}, may_lack=may_lack) == ("b", "a")
+    of_all = [(site, split, ["a", "b"]) for site in "st" for split in ("train", "test")]
+    assert settle_labels(of_all, None) == ("a", "b")
+    alone = [("s", "train", ["a"]), ("s", "test", ["a"]), ("t", "train", ["a"])]
+    for known in (None, {"a": "a", "b": "b"}):
+        sentence = refusal(lambda known=known: settle_labels(alone, known))
+        assert "expected two or more in the training data, got a" in sentence
+    assert settle_labels(alone, {"a": "a", "b": "b"}, may_lack=True) == ("a", "b")
 
 
-def test_a_label_of_one_site_is_a_slip_unless_it_is_named() -> None:
-    assert "at two sites or more, got a (of s), b (of t)" in refusal(
-        lambda: agree_on_labels({"s": {"train": ["a"], "test": ["a"]}, "t": {"train": ["b"]}}, None)
-    )
-    assert agree_on_labels(ONE_EACH, {"b": "b", "a": "a"}) == ("b", "a")
-    alone = {"s": {"train": ["a"], "test": ["a"]}, "t": {"train": ["a"]}}
-    assert "there is one label only, a" in refusal(lambda: agree_on_labels(alone, None))
-    assert agree_on_labels(alone, {"a": "a", "b": "b"}) == ("a", "b")
+def test_a_label_of_test_files_alone_is_refused_wherever_the_files_are() -> None:
+    of_sites = [(site, split, ["a", "b", *("c" * (split == "test"))]) for site in "st" for split in ("train", "test")]
+    assert "got also c" in refusal(lambda: settle_labels(of_sites, None))
+    of_one = [("s", "train", ["a", "b"]), ("s", "test", ["b", "c"])]
+    assert "got also c" in refusal(lambda: settle_labels(of_one, None))
+    assert settle_labels([("s", "train", ["a", "b"]), ("s", "test", ["b"])], None) == ("a", "b")

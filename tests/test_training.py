@@ -16,7 +16,7 @@ from scaling_fl.training.scores import score_classes
 
 
 def one_batch() -> list[dict[str, torch.Tensor]]:
-    return [make_examples(8).batch(range(8))]
+    return [make_examples(8).batch()]
 
 
 def test_training_scores_what_it_trained_on_and_evaluation_turns_dropout_off() -> None:

@@ -1,5 +1,6 @@
 """How texts become tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,12 @@ class TextEncoder:
         # Once for all files: to pickle a tokenizer takes datasets a third of a second.
         object.__setattr__(self, "fingerprint", Hasher.hash((VERSION, self.tokenizer, self.max_seq_len)))
 
-    def encode(self, texts: Dataset) -> Examples:
-        """Tokenise `texts` once (datasets caches the result on disk).
+    def encode(self, texts: Dataset, label_names: Sequence[str]) -> Examples:
+        """Tokenise texts once (datasets caches the result on disk), and number their labels.
+
+        Args:
+            texts: rows of `text` and `label`.
+            label_names: in the order of the classes.
 
         Raises:
             ValueError: a text has no token at all, or tokens that the model does not take.
@@ -58,10 +63,12 @@ class TextEncoder:
         lengths = ragged[names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
         self._check(texts, columns[names[0]], lengths)
+        labels = _column(texts, "label").dictionary_encode()
+        numbers = np.array([label_names.index(label) for label in labels.dictionary.to_pylist()], np.int64)
         return Examples(
             columns=columns,
             lengths=lengths,
-            labels=_column(texts, "label").to_numpy(zero_copy_only=False).astype(np.int64),
+            labels=numbers[labels.indices.to_numpy(zero_copy_only=False)],
             padding={name: self._padding(name) for name in names},
             pad_left=self.tokenizer.padding_side == "left",
             width=self.width,

@@ -1,13 +1,22 @@
 """Tokenised texts, and the batches made of them."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from scaling_fl.training.loop import Batch
+
+
+@dataclass(frozen=True)
+class SiteSize:
+    """How much a site trains on."""
+
+    num_examples: int
+    num_tokens: int
+    label_counts: tuple[int, ...]  # how many examples each class has
 
 
 @dataclass(frozen=True)
@@ -29,36 +38,49 @@ class Examples:
         return len(self.labels)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of all tokens, lengths and labels."""
+        """Return the SHA-256 of all tokens, lengths and labels. A selection has all tokens, so ask the whole."""
         digest = hashlib.sha256()
         for array in (*self.columns.values(), self.lengths, self.labels):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def with_labels(self, names: Sequence[str], new_names: Sequence[str]) -> "Examples":
-        """Return the examples with labels that are indices into `new_names`, the same names in another order."""
-        return replace(self, labels=np.array([new_names.index(name) for name in names])[self.labels])
+    def select(self, indices: np.ndarray) -> "Examples":
+        """Return some of the examples, which share the columns with the others."""
+        view = replace(self, lengths=self.lengths[indices], labels=self.labels[indices])
+        object.__setattr__(view, "starts", self.starts[indices])
+        return view
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        """Return the examples as one batch, padded to `width` or the longest of them, attention mask included."""
-        lengths = self.lengths[indices][:, None]
+    def size(self, num_labels: int) -> SiteSize:
+        """Return how many examples, tokens and examples of each label there are."""
+        counts = np.bincount(self.labels, minlength=num_labels)
+        return SiteSize(len(self), int(self.lengths.sum()), tuple(counts.tolist()))
+
+    def batch(self) -> Batch:
+        """Return all examples as one batch, padded to `width` or the longest of them, attention mask included."""
+        lengths = self.lengths[:, None]
         width = self.width or lengths.max()
         position = np.arange(width)[None, :]
         if self.pad_left:
             position = position - (width - lengths)
         is_token = (position >= 0) & (position < lengths)
-        where = np.where(is_token, self.starts[indices][:, None] + position, 0)
+        where = np.where(is_token, self.starts[:, None] + position, 0)
         arrays = {name: np.where(is_token, column[where], self.padding[name]) for name, column in self.columns.items()}
-        arrays |= {"attention_mask": is_token, "labels": self.labels[indices]}
+        arrays |= {"attention_mask": is_token, "labels": self.labels}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
-    def shuffled_batches(self, indices: np.ndarray, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield one epoch over `indices` in the order of `seed`; the last batch may be smaller."""
-        order = np.random.default_rng(seed).permutation(indices)
+    def shuffled_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yield one epoch in the order of `seed`; the last batch may be smaller."""
+        order = np.random.default_rng(seed).permutation(len(self))
         for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+            yield self.select(order[start : start + batch_size]).batch()
 
-    def fixed_batches(self, batch_size: int) -> Sequence[np.ndarray]:
-        """Return the indices of batches over all examples, of even sizes up to `batch_size`, longest first."""
-        longest_first = np.argsort(-self.lengths, kind="stable")
-        return np.array_split(longest_first, -(-len(self) // batch_size))
+    def fixed_batches(self, batch_size: int) -> list["Examples"]:
+        """Return the examples of batches of even sizes up to `batch_size`, the longest first."""
+        return [self.select(indices) for indices in np.array_split(self._longest_first(), -(-len(self) // batch_size))]
+
+    def longest_batch(self, batch_size: int) -> Batch:
+        """Return the batch that takes the most memory."""
+        return self.select(self._longest_first()[:batch_size]).batch()
+
+    def _longest_first(self) -> np.ndarray:
+        return np.argsort(-self.lengths, kind="stable")

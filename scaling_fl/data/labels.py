@@ -2,11 +2,12 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
-from scaling_fl.errors import printable
+from scaling_fl.errors import preview, printable
 
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 NEW_LINE = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
@@ -61,8 +62,8 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=Fraction) if all(map(NUMBER.fullmatch, names)) else names)
 
 
-def order_labels(names: Sequence[str], own: Sequence[object]) -> tuple[str, ...] | None:
-    """Return the labels in the order of a model's own head, None if that has other labels.
+def find_rows(names: Sequence[str], own: Sequence[object]) -> list[int] | None:
+    """Return the row of each label in a model's own head, None if the head has other labels.
 
     Names are compared as they stand, then without regard to case.
 
@@ -73,8 +74,48 @@ def order_labels(names: Sequence[str], own: Sequence[object]) -> tuple[str, ...]
     for form in (str, str.casefold):
         position = {form(label_name(label)): index for index, label in enumerate(own)}
         if len(position) == len(own) == len(names) and position.keys() == {form(name) for name in names}:
-            return tuple(sorted(names, key=lambda name: position[form(name)]))
+            return [position[form(name)] for name in names]
     return None
+
+
+def settle_labels(
+    found: Iterable[tuple[str, str, Collection[str]]], known: Mapping[str, str] | None, *, may_lack: bool = False
+) -> tuple[str, ...]:
+    """Return the names of the labels of several files, in the order of the classes.
+
+    Args:
+        found: of each file to whom it belongs, whether it is for "train" or "test", and its labels.
+        known: each label that there may be -> its name; None takes those that are trained on, sorted.
+        may_lack: whether the training files may lack labels that are known.
+
+    Raises:
+        ValueError: labels print alike, or there is one only, or one is in the files of one owner only, or in test files
+            only.
+    """
+    owners: defaultdict[str, set[str]] = defaultdict(set)
+    in_split: dict[str, set[str]] = {"train": set(), "test": set()}
+    all_owners = set()
+    for owner, split, labels in found:
+        all_owners.add(owner)
+        in_split[split].update(labels)
+        for label in labels:
+            owners[label].add(owner)
+    check_alike([*owners, *(known or {}), *(known or {}).values()])
+    if len(in_split["train"]) < 2 and not may_lack:
+        raise ValueError(f"labels: expected two or more in the training data, got {preview(in_split['train'])}")
+    lonely = [label for label in sort_labels(owners) if len(owners[label]) == 1 < len(all_owners)]
+    if known is None and lonely:
+        shown = ", ".join(f"{preview([label])} (only in {min(owners[label])})" for label in lonely[:8])
+        raise ValueError(
+            "labels: expected the same in train and test, or each at two sites or more, got "
+            f"{shown}. The setting labels can name those that there may be"
+        )
+    only_test = sort_labels(in_split["test"] - in_split["train"])
+    if only_test and not may_lack:
+        raise ValueError(
+            f"labels: expected labels of the training data in the test data, got also {preview(only_test)}"
+        )
+    return tuple(dict.fromkeys(known.values())) if known is not None else sort_labels(in_split["train"])
 
 
 def as_text(value: object) -> str | None:

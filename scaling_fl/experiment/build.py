@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.labels import order_labels
+from scaling_fl.data.examples import Examples
+from scaling_fl.data.labels import find_rows
 from scaling_fl.data.partition import PARTITIONERS
-from scaling_fl.data.sites import Encode, OrderLabels, Part, SiteData, files_of, partition_corpus, read_site_files
-from scaling_fl.data.tasks import name_labels, read_task, sample
+from scaling_fl.data.reader import SPLITS, read_task, sample
+from scaling_fl.data.sites import SiteData, files_of, partition_examples, read_site_files
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
@@ -39,17 +40,13 @@ class Job:
     """What a run is made of."""
 
     data: SiteData
+    topology: Topology
     tokenizer: PreTrainedTokenizerBase
     classifier: Classifier
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
-
-    @property
-    def topology(self) -> Topology:
-        """Where the sites run."""
-        return self.data.topology
 
     def make_progress(self, num_epochs: int) -> tuple[Progress, Progress]:
         """Return progress bars of a round's training and of its evaluation on this rank."""
@@ -76,13 +73,12 @@ def build(settings: Settings) -> Job:
     pretrained = local_first(partial(load_pretrained, host_path(settings.model), settings.max_seq_len))
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
-    of_head = labels_of(pretrained.config)
-    data = read_data(settings, topology, encoder.encode, lambda names: order_labels(names, of_head) or names)
-    keeps_head = order_labels(data.label_names, of_head) == data.label_names
-    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, keeps_head))
-    identity |= identity_of_data(settings, data)
+    data, topology = read_data(settings, topology, encoder)
+    rows = find_rows(data.label_names, labels_of(pretrained.config))
+    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, rows))
+    identity |= identity_of_data(settings, data, topology)
     check_equal(identity)
-    device = data.topology.devices[0]
+    device = topology.devices[0]
     global_model = GlobalModel(classifier.model, server_optimiser(settings), settings.comm_dtype, device)
     history: checkpoint.History = []
     if (state := checkpoint.restore(checkpoints_dir, identity)) is not None:
@@ -90,46 +86,45 @@ def build(settings: Settings) -> Job:
         history = state["history"]
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")
-    return Job(data, pretrained.tokenizer, classifier, global_model, history, identity, checkpoints_dir)
+    return Job(data, topology, pretrained.tokenizer, classifier, global_model, history, identity, checkpoints_dir)
 
 
-def read_data(settings: Settings, topology: Topology, encode: Encode, order_labels: OrderLabels) -> SiteData:
-    """Read the data of the sites, which is dealt to them or their own."""
-    columns = settings.text_column, settings.label_column
+def read_data(settings: Settings, topology: Topology, encoder: TextEncoder) -> tuple[SiteData, Topology]:
+    """Read the data of the sites: of one data set that is partitioned, or of files of each site.
+
+    The topology returned numbers the sites as the data does.
+    """
     if settings.site_paths is None:
-        return local_first(partial(read_partitioned, settings, columns, topology, encode, order_labels))
+        return local_first(partial(read_partitioned, settings, topology, encoder)), topology
     if settings.num_sites not in (None, topology.num_entries):
         raise ValueError(
-            f"num_sites={settings.num_sites} was given, but the nodes that are here have the data of "
-            f"{topology.num_entries} sites (site_paths), and a site's data stays where it is: all its nodes would do"
+            f"num_sites: expected {topology.num_entries}, the number of sites in the site_paths of all nodes, got "
+            f"{settings.num_sites}. A site's data stays on its node, so start all nodes"
         )
-    known = name_labels(settings.task_name, settings.labels)
     site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths]
-    held = read_site_files(
-        settings.task_name, site_paths, columns, known, topology, encode, order_labels, settings.val_batch_size
+    columns = settings.text_column, settings.label_column
+    data, topology = read_site_files(
+        settings.task_name, site_paths, columns, settings.labels, topology, encoder.encode, settings.val_batch_size
     )
-    for site, entry in sorted(held.topology.entries.items()):
-        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {held.extents[site].num_examples:,} examples")
-    return held
+    for site, entry in sorted(topology.entries.items()):
+        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.extents[site].num_examples:,} examples")
+    return data, topology
 
 
-def read_partitioned(
-    settings: Settings,
-    columns: tuple[str | None, str | None],
-    topology: Topology,
-    encode: Encode,
-    order_labels: OrderLabels,
-) -> SiteData:
-    """Read the task's data set, and deal it to the sites."""
+def read_partitioned(settings: Settings, topology: Topology, encoder: TextEncoder) -> SiteData:
+    """Read the task's data set, and partition it over the sites."""
     train_path, test_path = (path and host_path(path) for path in (settings.train_path, settings.test_path))
-    corpus = read_task(settings.task_name, train_path, test_path, *columns, settings.labels)
-    corpus = sample(corpus, settings.max_train_examples, settings.max_test_examples, settings.data_seed)
+    columns = settings.text_column, settings.label_column
+    rows, names = read_task(settings.task_name, train_path, test_path, columns, settings.labels)
+    max_examples = settings.max_train_examples, settings.max_test_examples
+    train, test = (
+        encoder.encode(sample(rows[split], count, settings.data_seed), names)
+        for split, count in zip(SPLITS, max_examples, strict=True)
+    )
     partitioner = PARTITIONERS[settings.partition]
     if settings.partition == "dirichlet":
         partitioner = partial(partitioner, alpha=settings.dirichlet_alpha)
-    return partition_corpus(
-        corpus, topology, encode, order_labels, partitioner, settings.data_seed, settings.val_batch_size
-    )
+    return partition_examples(train, test, names, topology, partitioner, settings.data_seed, settings.val_batch_size)
 
 
 def make_federation(settings: Settings, job: Job, training: Progress, testing: Progress) -> Federation:
@@ -140,14 +135,14 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
     """
     data = job.data
 
-    def site_batches(part: Part, seed: int) -> Iterator[Batch]:
-        return training.watch(part.shuffled_batches(settings.batch_size, seed))
+    def site_batches(examples: Examples, seed: int) -> Iterator[Batch]:
+        return training.watch(examples.shuffled_batches(settings.batch_size, seed))
 
     federation = Federation(
-        data.topology,
+        job.topology,
         [
             Site(index, device, len(data.train[index]), partial(site_batches, data.train[index]))
-            for index, device in data.topology.sites.items()
+            for index, device in job.topology.sites.items()
         ],
         job.classifier.model,
         job.global_model,
@@ -158,7 +153,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
         proximal_mu=settings.proximal_mu,
         min_sites=settings.min_sites if settings.on_site_failure == "skip" else None,
     )
-    largest = {device: find_largest(training_batches(settings, data, device)) for device in data.topology.devices}
+    largest = {device: find_largest(training_batches(settings, job, device)) for device in job.topology.devices}
     try:
         federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
     except ValueError as error:
@@ -176,11 +171,11 @@ def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimiz
     return make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum)
 
 
-def training_batches(settings: Settings, data: SiteData, device: torch.device) -> Iterator[Batch]:
+def training_batches(settings: Settings, job: Job, device: torch.device) -> Iterator[Batch]:
     """Yield for each site of a device the batch with its longest texts."""
-    for site, where in data.topology.sites.items():
+    for site, where in job.topology.sites.items():
         if where == device:
-            yield data.train[site].longest_batch(settings.batch_size)
+            yield job.data.train[site].longest_batch(settings.batch_size)
 
 
 def find_largest(batches: Iterable[Batch]) -> Batch | None:
@@ -199,10 +194,10 @@ def identity_of_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def identity_of_data(settings: Settings, data: SiteData) -> dict[str, Any]:
+def identity_of_data(settings: Settings, data: SiteData, topology: Topology) -> dict[str, Any]:
     """Return what else the weights of a round depend on: the data, and where it is trained on."""
     return data.sha256 | {
-        "number of sites": data.topology.num_sites,
-        "kind of device": data.topology.devices[0].type,
-        "number of devices": "any" if settings.comm_dtype == "exact" else data.topology.num_devices,
+        "number of sites": topology.num_sites,
+        "kind of device": topology.devices[0].type,
+        "number of devices": "any" if settings.comm_dtype == "exact" else topology.num_devices,
     }

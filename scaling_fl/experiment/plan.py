@@ -37,7 +37,7 @@ def plan(settings: Settings, folder: str | None = None) -> None:
         *describe(settings, job),
         f"round     {num_weights:,} weights shared, {num_bytes * 1e-6:.1f} MB sent by all ranks",
         *console.site_table(
-            job.data.describe_sites(), job.data.label_names, settings.batch_size, settings.num_local_epochs
+            job.data.describe_sites(job.topology), job.data.label_names, settings.batch_size, settings.num_local_epochs
         ),
         *console.device_table(memory),
         "the plan holds: nothing of it would be refused",
@@ -46,7 +46,7 @@ def plan(settings: Settings, folder: str | None = None) -> None:
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
-    training = find_largest(training_batches(settings, job.data, device))
+    training = find_largest(training_batches(settings, job, device))
     testing = find_largest(part.batch() for part in job.data.test[device])
     try:
         num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(settings))

@@ -40,7 +40,7 @@ def train(settings: Settings, record: Record | None = None) -> float:
         record.add_info(
             {
                 "labels": list(job.data.label_names),
-                "sites": job.data.describe_sites(),
+                "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
             }
         )

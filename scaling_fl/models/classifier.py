@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from scaling_fl.models.loading import load
 from scaling_fl.models.pretrained import Pretrained
@@ -42,7 +42,9 @@ def labels_of(config: PreTrainedConfig) -> list[str]:
     return [re.sub(r"^LABEL_(?=[0-9]+$)", "", str(names[index])) for index in sorted(names)]
 
 
-def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: int, keeps_head: bool) -> Classifier:
+def make_classifier(
+    pretrained: Pretrained, label_names: Sequence[str], seed: int, rows: Sequence[int] | None
+) -> Classifier:
     """Load a pretrained model in float32, with a head for the labels.
 
     The weights of the head that the model does not have are newly initialised.
@@ -51,8 +53,8 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
         pretrained: the model.
         label_names: of the classes, in order.
         seed: of the newly initialised weights.
-        keeps_head: keep the pretrained head, as it has these labels in this order. Otherwise its last layer is newly
-            initialised.
+        rows: the row of each label in the pretrained head, which is then kept in the order of `label_names`. None: its
+            last layer is newly initialised.
 
     Raises:
         ValueError: the model cannot be found, or its files lack weights other than the head's.
@@ -75,7 +77,13 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     _check_backbone(pretrained, model, info, new)
     unused = _unused_layers(model, info)
     output_layer = _output_layer(config)
-    if keeps_head or new & output_layer:
+    if new & output_layer.keys():
+        return Classifier(model, sorted(new), unused)
+    if rows is not None:
+        with torch.no_grad():
+            for name, dimension in output_layer.items():
+                weight = model.state_dict()[name]
+                weight.copy_(weight.index_select(dimension, torch.tensor(rows)))
         return Classifier(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
     model, info = type(model).from_pretrained(
@@ -86,13 +94,18 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
     return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
 
 
-def _output_layer(config: PreTrainedConfig) -> set[str]:
-    """Return the names of the weights whose shape depends on the number of labels."""
+def _output_layer(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the weights whose shape depends on the number of labels, and in which dimension."""
     wider = deepcopy(config)
     wider.id2label = dict(enumerate(map(str, range(config.num_labels + 1))))
     with torch.device("meta"):
         states = [AutoModelForSequenceClassification.from_config(each).state_dict() for each in (config, wider)]
-    return {name for name, tensor in states[0].items() if tensor.shape != states[1][name].shape}
+    return {
+        name: dimension
+        for name, tensor in states[0].items()
+        for dimension, size in enumerate(tensor.shape)
+        if size != states[1][name].shape[dimension]
+    }
 
 
 def _check_backbone(pretrained: Pretrained, model: PreTrainedModel, info: dict[str, Any], new: set[str]) -> None:
@@ -133,6 +146,8 @@ def _find_reason(missing: Sequence[str], prefix: str, info: dict[str, Any]) -> s
         stem = name.removeprefix(prefix)
         for other in sorted(info["unexpected_keys"]):
             wrapper = other.removesuffix(stem).removesuffix(prefix)
+            if other.endswith(stem) and wrapper.rstrip(".") in CONFIG_MAPPING:
+                return f"the weights are of the family {wrapper.rstrip('.')!r}, which model_type in config.json is not"
             if other.endswith(stem) and wrapper:
                 made_by = f", as {WRAPPERS[wrapper]} leaves them" if wrapper in WRAPPERS else ""
                 return f"names in the file begin with {wrapper!r}{made_by}. Remove the prefix from the names"

@@ -66,7 +66,7 @@ def load_config(model: str) -> PreTrainedConfig:
         ValueError: the model cannot be found, or its family is unknown.
     """
     found, _ = load(model, PreTrainedConfig.get_config_dict)
-    if "model_type" in found or not found:
+    if found.get("model_type") or not found:
         return load(model, AutoConfig.from_pretrained)
     classes = (getattr(transformers, name, None) for name in found.get("architectures") or ())
     configs = (getattr(kind, "config_class", None) for kind in classes)
@@ -78,7 +78,7 @@ def load_config(model: str) -> PreTrainedConfig:
             f"model={model!r}: expected the family of the model as model_type in its config.json, such as "
             '"model_type": "bert", got none, and the names of its weights do not tell it'
         )
-    return AutoConfig.for_model(kinds[0], **found)
+    return AutoConfig.for_model(**found | {"model_type": kinds[0]})
 
 
 def _weight_names(path: str, **options: Any) -> Iterable[str]:

@@ -15,6 +15,7 @@ PADDED_LEFT = {"xlnet"}
 # Families that do not mask padding everywhere, so that a text's result depends on its padding, and families that
 # train only on multiples of some width. All their batches have one width, max_seq_len.
 PADDED_TO_MAX = {"canine", "convbert", "fnet", "funnel", "mobilebert", "mra", "nystromformer", "reformer", "yoso"}
+PADDED_TO_MAX |= {"big_bird", "bigbird_pegasus"}  # whose attention is another one for narrow batches
 # Families whose classifier reads the last end token, and refuses batches of texts with different numbers of it.
 READ_AT_END = {"bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5"}
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model", "source.spm")

