@@ -181,7 +181,7 @@ def read_object(path: str) -> dict[str, Any]:
         try:
             value = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path!r}: expected JSON, got {error}") from None
+            raise ValueError(f"{path!r}: expected JSON, got other text ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path!r}: expected a JSON object, got a {type(value).__name__}")
     return value
@@ -203,7 +203,7 @@ def read_rounds(path: str) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path!r}, line {number}: expected JSON, got {error}") from None
+            raise ValueError(f"{path!r}, line {number}: expected JSON, got other text ({error})") from None
         if round_ is not None:
             if not isinstance(round_, dict) or not isinstance(round_.get("round"), int):
                 raise ValueError(f"{path!r}, line {number}: expected an object with the number of a round, got none")
