@@ -19,7 +19,8 @@ from conftest import ROOT, refusal
 from PIL import Image, ImageColor
 
 from scaling_fl import report
-from scaling_fl.report.charts import PLOTS, draw_plot, label_plots, spread
+from scaling_fl.report.charts import PLOTS, draw_plot, label_plots
+from scaling_fl.report.drawings import spread
 from scaling_fl.report.findings import findings
 from scaling_fl.report.page import page
 from scaling_fl.report.runs import Run, read

@@ -191,10 +191,12 @@ def check_record(run: Run) -> None:
 
 def results(run: Run, checkpoints_dir: str | None) -> list[str]:
     """Return the places of a run's results, without credentials."""
-    places = [observer.dir for observer in run.observers if isinstance(observer, Files)]
-    for observer in run.observers:
-        if isinstance(observer, Mongo):
-            places.append(f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})")
+    places = [
+        observer.dir
+        if isinstance(observer, Files)
+        else f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})"
+        for observer in run.observers
+    ]
     return places + ([f"checkpoints in {checkpoints_dir}"] if checkpoints_dir is not None else [])
 
 
