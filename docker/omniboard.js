@@ -1,5 +1,5 @@
-// Omniboard's configuration: the database that the SACRED_ variables name (.env.template explains them). So no password
-// stands on a command line, where all users of the machine could read it.
+// Omniboard's configuration: the database of the SACRED_ variables (see .env.template). All users of the machine can read
+// command lines, so the password is not on one.
 const {SACRED_HOST: host, SACRED_USER: user, SACRED_PASSWORD: password, SACRED_DATABASE, DASHBOARD_HOST} = process.env;
 
 const [, scheme, login, servers, path, options] = host.match(/^(mongodb[^:]*:\/\/)?(.*@)?([^/?]*)\/?([^?]*)\??(.*)$/);
@@ -8,7 +8,7 @@ const query = new URLSearchParams({authSource: path || "admin"});
 new URLSearchParams(options).forEach((value, name) => query.set(name, value));
 const uri = `${scheme || "mongodb://"}${credentials}${servers}/${SACRED_DATABASE || "sacred"}?${query}`;
 
-// It has no option for its address, and listens on all of them: here on that of this machine alone.
+// Omniboard listens on all addresses and has no option for it: here it listens on this machine only.
 const {Server} = require("net");
 const {listen} = Server.prototype;
 Server.prototype.listen = function (port, ...rest) {

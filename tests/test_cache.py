@@ -34,7 +34,7 @@ ROWS = "stars,text\n" + "".join(f'{i % 2 + 1},"goal match team {i}\\nchip"\n' fo
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_has_warned", False)
+    monkeypatch.setattr(hub, "_has_warned", False)
     hub._find_problem.cache_clear()
     datasets.disable_progress_bars()  # which are written to a file here, and a full disk takes no bar
     return tmp_path / "cache"

@@ -1,7 +1,4 @@
-"""Ranks that are killed at random moments, on numbers of ranks that change, change nothing.
-
-How it is done is in benchmarks/chaos.py, which kills for as long as you like.
-"""
+"""Killing ranks at random moments and resuming on other numbers of ranks changes no bit; see benchmarks/chaos.py."""
 
 import multiprocessing
 import os
@@ -16,15 +13,15 @@ from random import Random
 import pytest
 import torch
 from chaos import (
+    END_SECONDS,
     NUM_ROUNDS,
     PHASES,
     SCRIPT,
-    SOON,
     STRATEGIES,
     Board,
     Result,
     campaign,
-    family,
+    descendants,
     finish,
     interruptions,
     start,
@@ -49,7 +46,7 @@ def settings(small_run: dict[str, object]) -> dict[str, object]:
 
 
 def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:
-    """A run that is left alone, and one that is not."""
+    """A run without interruption, and one with kills."""
     (folder / "alone").mkdir()
     alone = finish(settings, folder / "alone", num_ranks=2)
     return alone, campaign(settings, folder, NUM_KILLS, Random(seed))
@@ -83,8 +80,8 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
 def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result, Result]]) -> None:
     kills = [kill for _, killed in results.values() for kill in killed.kills]
     assert len(kills) >= 20
-    # Where exactly a strike lands depends on the machine: one at a server's step may find it in its collective.
-    assert len({kill.phase for kill in kills} & set(PHASES) - {"elsewhere"}) >= 5
+    # The phase depends on the machine: a kill planned for the optimiser's step may come in a collective.
+    assert len({kill.phase for kill in kills} & set(PHASES) - {"other"}) >= 5
     assert {kill.num_ranks for kill in kills} == {1, 2, 3}
     assert any(kill.rank > 0 for kill in kills)
     assert sum(kill.next_ranks != kill.num_ranks for kill in kills) >= 5
@@ -117,14 +114,14 @@ def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, 
     def starter() -> int | None:
         if not (tmp_path / "checkpoints/round-1.pt").exists() or 0 in [row.process for row in board.rows]:
             return None
-        ranks.extend(set(family(pid)) & {row.process for row in board.rows})
+        ranks.extend(set(descendants(pid)) & {row.process for row in board.rows})
         return pid
 
     assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
     assert len(ranks) == 3, "these are its own"
     began = time.monotonic()
     while any(is_running(rank) for rank in ranks):
-        assert time.monotonic() - began < SOON
+        assert time.monotonic() - began < END_SECONDS
         time.sleep(0.05)
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_erro
     assert server.sha256() == make_server(rounds=1).sha256()
     (tmp_path / "round-1.pt").unlink()
     with pytest.raises(
-        ValueError, match=r"^checkpoints_dir: expected a checkpoint .* got damaged files only in .* round 1\."
+        ValueError, match=r"^checkpoints_dir: expected a checkpoint .* got damaged files only in .* round 2\."
     ):
         restore_into(str(tmp_path), make_server(), SETTINGS)
     assert "sprung" not in capsys.readouterr().out

@@ -19,7 +19,8 @@ from conftest import ROOT, refusal
 from PIL import Image, ImageColor
 
 from scaling_fl import report
-from scaling_fl.report.charts import PLOTS, draw_plot, label_plots, spread
+from scaling_fl.report.charts import PLOTS, draw_plot, label_plots
+from scaling_fl.report.drawings import spread
 from scaling_fl.report.findings import findings
 from scaling_fl.report.page import page
 from scaling_fl.report.runs import Run, read
@@ -188,6 +189,18 @@ def test_sites_by_the_thousand_take_no_more_room_than_a_few(tmp_path: Path) -> N
     assert sizes[1] < 1.5 * sizes[0]
 
 
+def test_a_legend_names_each_style_of_line(tmp_path: Path) -> None:
+    runs = read([write_run(tmp_path / "run", num_rounds=3)])
+    expected = {
+        "accuracy": ["validation", "training", "best round"],
+        "site-loss": ["median site", "worst site", "middle half", "all sites"],
+        "bytes": ["sent", "expected"],
+        "speed": [],
+    }
+    charts = [draw_plot(plot, runs) for plot in PLOTS if plot.name in expected]
+    assert {chart.name: [text for _, _, text in chart.legend] for chart in charts if chart} == expected
+
+
 def test_drawing_leaves_matplotlib_as_it_was_and_is_not_paid_for_before(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_rounds=0)
     code = f"""
@@ -209,7 +222,7 @@ def only(folder: str) -> Run:
     return run
 
 
-def test_a_calm_run_has_nothing_that_stands_out(tmp_path: Path) -> None:
+def test_a_run_without_problems_has_no_findings(tmp_path: Path) -> None:
     assert findings(only(write_run(tmp_path / "run", alpha=1e3))) == []
 
 
@@ -224,29 +237,38 @@ def leave_site_one_behind(round_: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("oddity", "sentence"),
+    ("problem", "sentence"),
     [
-        ({"straggler": 3}, r"Site 3 \(rank 1, cpu\) takes [23]\.\d times .* and [23]\.\d times as long for an example"),
-        ({"straggler": 3}, r"Rank 1 \(cpu\) trains [\d.]+ s a round where the mean is [\d.]+ s"),
-        ({"change": fail_site_two}, r"Sites failed, in so many rounds: site 2 \(rank 0, cpu\) in 2\.$"),
+        (
+            {"straggler": 3},
+            r"Site 3 \(rank 1, cpu\) takes [23]\.\d times .* and [23]\.\d times as long for each example",
+        ),
+        ({"straggler": 3}, r"Rank 1 \(cpu\) trains [\d.]+ s a round, the mean is [\d.]+ s"),
+        ({"change": fail_site_two}, r"Sites failed \(number of rounds\): site 2 \(rank 0, cpu\): 2\.$"),
         ({"change": leave_site_one_behind}, r"Site 1 \(rank 1, cpu\) has a training accuracy of 0\.250 in the last"),
-        ({"change": lambda r: r.update({"comm.bytes": 1.2 * r["comm.expected_bytes"]})}, r"^20% more bytes"),
+        (
+            {"change": lambda r: r.update({"comm.bytes": 1.2 * r["comm.expected_bytes"]})},
+            r"^The ranks sent 20% more bytes",
+        ),
         (
             {"change": lambda r: r["round"] > 6 and r.update({"train.loss": np.nan})},
-            r"train\.loss .* round 7 .* 2 of 9",
+            r"train\.loss .* 2 of 9 rounds, first in round 7\.$",
         ),
-        ({"change": lambda r: r.update({"validation.loss": np.inf})}, r"validation\.loss is no number in round 0"),
+        (
+            {"change": lambda r: r.update({"validation.loss": np.inf})},
+            r"validation\.loss is not finite in 9 of 9 rounds, first in round 0\.$",
+        ),
         (
             {"change": lambda r: r["round"] == 8 and r.update({"validation.accuracy": 0.3, "validation.loss": 2.0})},
             r"best in round 7 .* 0\.3000",
         ),
         ({"status": "FAILED"}, r"ended as failed after round 8"),
         ({"status": "RUNNING", "config": {"num_rounds": 9}}, r"was running .* 2026-11-22T05:07:10"),
-        ({"labels": ["a", "b", "c"], "alpha": 1e-3}, r"of 4 sites have no example of one class"),
+        ({"labels": ["a", "b", "c"], "alpha": 1e-3}, r"of 4 sites have no example of at least one class"),
     ],
 )
-def test_what_is_odd_is_said(tmp_path: Path, oddity: dict[str, Any], sentence: str) -> None:
-    said = findings(only(write_run(tmp_path / "run", **{"alpha": 1e3} | oddity)))
+def test_a_problem_is_reported(tmp_path: Path, problem: dict[str, Any], sentence: str) -> None:
+    said = findings(only(write_run(tmp_path / "run", **{"alpha": 1e3} | problem)))
     assert any(re.search(sentence, each) for each in said), said
 
 
@@ -333,17 +355,21 @@ def test_of_a_round_that_is_there_twice_the_later_counts(tmp_path: Path) -> None
 
 def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run"))
-    assert "not the folder of a run" in refusal(lambda: read([str(tmp_path)]))
-    assert "not the folder of a run" in refusal(lambda: read([str(tmp_path / "none")]))
+    assert "expected the folder of a run, such as runs/1, got one without a run.json" in refusal(
+        lambda: read([str(tmp_path)])
+    )
+    assert "expected the folder of a run, such as runs/1, got one without a run.json" in refusal(
+        lambda: read([str(tmp_path / "none")])
+    )
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     (folder / "rounds.jsonl").write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]))
-    assert "line 2 of" in refusal(lambda: read([str(folder)]))
+    assert "line 2: expected JSON" in refusal(lambda: read([str(folder)]))
     (folder / "rounds.jsonl").write_text("[1]\n")
-    assert "line 1 of" in refusal(lambda: read([str(folder)]))
+    assert "line 1: expected an object with the number of a round" in refusal(lambda: read([str(folder)]))
     (folder / "rounds.jsonl").write_text(lines[0][:50])
-    assert "no finished round" in refusal(lambda: read([str(folder)]))
+    assert "expected a run with a finished round, got none" in refusal(lambda: read([str(folder)]))
     (folder / "config.json").write_text("{")
-    assert "cannot be read as JSON" in refusal(lambda: read([str(folder)]))
+    assert "expected JSON, got" in refusal(lambda: read([str(folder)]))
 
 
 def run_script(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
@@ -369,7 +395,7 @@ def test_the_command_writes_into_the_run_or_here_if_there_are_several(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["none"], "error: 'none' is not the folder of a run (it has no run.json): one such as runs/1 would do"),
+        (["none"], "error: 'none': expected the folder of a run, such as runs/1, got one without a run.json"),
         (["{run}", "--output", "report.pdf"], "error: --output='report.pdf' was given: a file such as report.html"),
         (["{run}", "--output", "{run}/none/report.html"], "report.html' cannot be read or written: No such file"),
     ],

@@ -13,7 +13,7 @@ from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import Any
 
 from scaling_fl.distributed.signals import WAKE, Interrupted, PeerLost, interruptible, raise_request, request_end
 
@@ -23,16 +23,6 @@ STORE_LOSS_SECONDS = 5.0  # without an answer, after which the store counts as l
 REPORT_SECONDS = 3.0  # a rank that fails waits at most so long for the others to read its report
 KILL_SECONDS = 30.0  # after which a rank whose main thread does not react to a report is ended
 ALIVE = "alive"
-
-
-class Store(Protocol):
-    """The methods of torch's key-value stores that the heartbeat uses."""
-
-    def set(self, key: str, value: str) -> None:
-        """Write a value."""
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Read values; wait for missing ones."""
 
 
 class PeerError(RuntimeError):
@@ -48,14 +38,14 @@ class Heartbeat:
     """The state of this rank for the others, and the state of the others.
 
     Args:
-        store: reached by all ranks; only the heartbeat's thread uses it.
+        store: torch's key-value store of all ranks; only the heartbeat's thread uses it.
         rank: of this process.
         num_ranks: of the run.
         timeout: seconds without a heartbeat after which a rank is lost.
         is_one_node: all ranks run on this machine, so that errors need not name a rank.
     """
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, timeout: float, *, is_one_node: bool = False) -> None:
+    def __init__(self, store: Any, rank: int, num_ranks: int, timeout: float, *, is_one_node: bool = False) -> None:
         self._store = store
         self._rank = rank
         self._num_ranks = num_ranks

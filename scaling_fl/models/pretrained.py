@@ -1,12 +1,12 @@
 """Load the parts of a pretrained model that tokenising needs: its tokenizer, and the limits of its input."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from scaling_fl.models.loading import find_file, load, load_config, path_of
 
@@ -109,21 +109,15 @@ def _load_tokenizer(model: str, config: PreTrainedConfig) -> PreTrainedTokenizer
 
 def _check_sentencepiece(model: str) -> None:
     """Refuse a SentencePiece tokenizer whose packages are missing; transformers would name another package."""
-    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [name for name, is_available in packages.items() if not is_available]
     files = (name for name in SENTENCEPIECE_FILES if find_file(path_of(model), name, local_files_only=True))
     if missing and (file := next(files, None)):
-        packages = " and ".join(name.removeprefix("google.") for name in missing)
         raise ValueError(
-            f"model={model!r}: expected the package {packages} for its tokenizer, which is the SentencePiece file "
-            f"{file}. EXTRAS=sentencepiece for run-local.sh, or pip install sentencepiece protobuf, installs it"
+            f"model={model!r}: expected the package {' and '.join(missing)} for its tokenizer, which is the "
+            f"SentencePiece file {file}. EXTRAS=sentencepiece for run-local.sh, or pip install sentencepiece "
+            "protobuf, installs it"
         )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
 
 
 def _make_empty(config: PreTrainedConfig) -> PreTrainedModel:

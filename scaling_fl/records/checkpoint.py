@@ -191,7 +191,7 @@ def _load(data: bytes) -> dict:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         is_whole = isinstance(state, dict) and state.pop("sha256", None) == _sha256(state)
     except Exception as error:
-        raise ValueError(f"expected a checkpoint, got {one_line(error)}") from error
+        raise ValueError(f"expected a checkpoint, got another file ({one_line(error)})") from error
     if not is_whole:
         raise ValueError("expected contents that match the checksum, got others")
     return state

@@ -149,17 +149,13 @@ def save_model(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def save_elsewhere(
-    saved: str | None,
-    global_model: dict[str, Any],
-    history: checkpoint.History,
-    settings: dict[str, Any],
-    folder: str | None,
+    saved: str | None, state: dict[str, Any], history: checkpoint.History, settings: dict[str, Any], folder: str | None
 ) -> str:
     """Save the weights of a run whose disk failed on another disk, and return a sentence that names the place.
 
     Args:
         saved: the directory that already has these weights as a checkpoint, if there is one.
-        global_model: its state.
+        state: of the global model.
         history: the metrics of all rounds.
         settings: on which the weights depend.
         folder: of the run's files, which is tried before `checkpoints`, if that exists, and the temporary directory.
@@ -171,7 +167,7 @@ def save_elsewhere(
         return f"The weights of round {round_} are in {saved}/round-{round_}.pt. Run the same command to resume"
     for place in _places(folder):
         with suppress(WriteError):
-            checkpoint.save(place, global_model, history, settings, keep=None)
+            checkpoint.save(place, state, history, settings, keep=None)
             return (
                 f"The weights of round {round_} are in {place}/round-{round_}.pt. Run the same command with "
                 f"checkpoints_dir={place} to resume"

@@ -138,8 +138,6 @@ class Mongo(MongoObserver):
 
     def _save_metrics(self) -> None:
         """Merge the unsaved metrics into the saved ones. A step keeps its time unless its value has changed."""
-        if not self._waiting:
-            return
         run_id = self.run_entry["_id"]
         saved = {metric["name"]: metric for metric in self.metrics.find({"run_id": run_id})}
         updates = []
@@ -150,7 +148,8 @@ class Mongo(MongoObserver):
             points = [(step, *steps[step]) for step in sorted(steps)]
             columns = dict(zip(("steps", "values", "timestamps"), map(list, zip(*points, strict=True)), strict=True))
             updates.append(pymongo.UpdateOne({"run_id": run_id, "name": name}, {"$set": columns}, upsert=True))
-        self.metrics.bulk_write(updates)
+        if updates:
+            self.metrics.bulk_write(updates)
         self._waiting.clear()
         known = self.metrics.find({"run_id": run_id}, {"name": 1}, sort=[("_id", 1)])
         self.run_entry["info"]["metrics"] = [{"name": metric["name"], "id": str(metric["_id"])} for metric in known]
@@ -196,29 +195,23 @@ def check_dead(runs: pymongo.collection.Collection, run: dict[str, Any]) -> None
     Raises:
         ValueError: the run is alive.
     """
-    if _is_alive(runs, run):
-        raise ValueError(
-            f"job_name: expected the name of a run that has ended, got {run['config']['job_name']!r} of run "
-            f"{run['_id']}, which is running on {run['host']['hostname']}. Use another name, or wait for its end"
-        )
-
-
-def _is_alive(runs: pymongo.collection.Collection, run: dict[str, Any]) -> bool:
     if run.get("status") != "RUNNING":
-        return False
+        return
     last_beat = run.get("heartbeat") or run["start_time"]
     if (datetime.now(UTC).replace(tzinfo=None) - last_beat).total_seconds() > DEAD_AFTER_S:
-        return False
+        return
     log.warning("run %s is RUNNING in MongoDB: waiting up to %d s for its next heartbeat", run["_id"], 2 * BEAT_S + 1)
     deadline = time.monotonic() + 2 * BEAT_S + 1
     while time.monotonic() < deadline:
         now = runs.find_one({"_id": run["_id"]}, {"heartbeat": 1, "status": 1})
         if now is None or now["status"] != "RUNNING":
-            return False
+            return
         if now.get("heartbeat") != run.get("heartbeat"):
-            return True
+            raise ValueError(
+                f"job_name: expected the name of a run that has ended, got {run['config']['job_name']!r} of run "
+                f"{run['_id']}, which is running on {run['host']['hostname']}. Use another name, or wait for its end"
+            )
         time.sleep(0.5)
-    return False
 
 
 def mongo_url(host: str, user: str | None = None, password: str | None = None) -> str:

@@ -190,10 +190,12 @@ def check_record(run: Run) -> None:
 
 def make_record(run: Run) -> Record:
     """Return where a run leaves its results."""
-    places = [observer.dir for observer in run.observers if isinstance(observer, Files)]
-    for observer in run.observers:
-        if isinstance(observer, Mongo):
-            places.append(f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})")
+    places = [
+        observer.dir
+        if isinstance(observer, Files)
+        else f"MongoDB (run {observer.run_entry['_id']} in {observer.runs.database.name})"
+        for observer in run.observers
+    ]
     return Record(run_folder(run), run.log_scalar, run.info.update, lambda: check_record(run), tuple(places))
 
 

@@ -36,36 +36,39 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "round": Metric("", "0 is the model before training, and has no `train.*`, `site*` and `speed.*`"),
-    "train.loss": Metric("nats", "mean over all examples that the sites trained on, in training mode", "train loss"),
+    "train.loss": Metric(
+        "nats", "mean over all examples that the sites trained on, while the weights change, with dropout", "train loss"
+    ),
     "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
     "validation.loss": Metric("nats", "of the global model, mean over the whole test set", "validation loss"),
     "validation.accuracy": Metric("fraction", "the same, of right answers", "accuracy "),
     "time.round_s": Metric("s", "setup, training, averaging and evaluation together", "seconds", "{:.1f}"),
     "time.setup_s": Metric("s", "reading, tokenising and loading; in the first round after each start only"),
     "time.train_s": Metric("s", "training, until the last rank is ready", "training", "{:.1f}"),
-    "time.aggregate_s": Metric("s", "the all-reduce and the strategy's step", "averaging", "{:.2f}"),
+    "time.aggregate_s": Metric("s", "the all-reduce and the step of the outer optimiser", "averaging", "{:.2f}"),
     "time.evaluate_s": Metric("s", "the evaluation", "evaluating", "{:.1f}"),
-    "time.checkpoint_s": Metric("s", "writing the checkpoint, which does not hold its own seconds"),
+    "time.checkpoint_s": Metric("s", "writing the checkpoint, which does not contain its own seconds"),
     "comm.bytes": Metric(
         "bytes",
-        "what all ranks sent since the round before, in messages or memory that they share",
+        "what all ranks sent since the previous round, by collectives or through shared memory",
         "MB sent",
         "{:.1f}",
         1e-6,
     ),
     "comm.expected_bytes": Metric(
         "bytes",
-        "what the weights alone need: ranks, times weights, times 8 (`exact`), 4 or 2 bytes; 0 with one rank",
+        "of the weights alone: ranks times weights times 8 (`exact`), 4 or 2 bytes; 0 with one rank. The rest is buffers, "
+        "metrics and counts, and in the first round after each start the initial weights or the checkpoint",
     ),
     "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
     "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),
     "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
-    "site.loss": Metric("nats", "`train.loss` of each site that took part, by its number"),
+    "site.loss": Metric("nats", "`train.loss` of one site, by the number of each site that took part"),
     "site.accuracy": Metric("fraction", "the same of `train.accuracy`"),
-    "site.examples": Metric("examples", "how many each site has"),
-    "site.seconds": Metric("s", "how long each site trained"),
+    "site.examples": Metric("examples", "the number of examples of each site"),
+    "site.seconds": Metric("s", "the training time of each site"),
     "site.memory_mb": Metric(
-        "MB", "the most memory that the site's accelerator held meanwhile; on a CPU, the most that its rank held so far"
+        "MB", "the peak memory of the accelerator while the site trained; on a CPU, the peak memory of its rank so far"
     ),
     **{
         f"sites.{name}.{of}": Metric(unit, f"{meaning} of `site.{name}`, each site counting once")

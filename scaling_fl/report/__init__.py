@@ -1,4 +1,4 @@
-"""The report of one or several runs: a page that opens offline, and its charts as PNG."""
+"""Draw the report of one or several runs: a page without external resources, and its charts as PNG."""
 
 import os
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ def write(folders: Sequence[str], output: str) -> list[str]:
     """Write the report of runs.
 
     Args:
-        folders: of the runs, as Sacred left them.
-        output: the page, such as report.html; its charts go beside it as report-loss.png and so on.
+        folders: of the runs, as Sacred wrote them.
+        output: path of the page, such as report.html; its charts are report-loss.png and so on in the same folder.
 
     Returns:
-        The paths of what was written, the page first.
+        The paths of the written files, the page first.
 
     Raises:
         ValueError: a folder is not that of a run, or the run has no finished round.

@@ -1,4 +1,4 @@
-"""How charts look: their colours, and a figure as SVG for the page and as PNG for papers."""
+"""The style of charts, and figures as SVG for the page and as PNG for papers."""
 
 import io
 import re
@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # it takes a second to import
 
 
 class Colour(NamedTuple):
-    """A colour on white, and what the page shows in its place on black."""
+    """A colour on white, and its replacement on black."""
 
     light: str
     dark: str
 
 
-# Told apart with any kind of colour vision: after Okabe and Ito (2008), who have the first six.
+# Distinct with any kind of colour vision: the first six are those of Okabe and Ito (2008).
 RUNS = [
     Colour("#0072b2", "#4ba6e8"),
     Colour("#d55e00", "#f58b4c"),
@@ -35,24 +35,36 @@ RUNS = [
     Colour("#8a8f2a", "#c7cb68"),
 ]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*"]
-GLYPHS = ["●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶", "★"]  # the same, in text
-INK, QUIET, GRID = Colour("#1c2026", "#e8eaee"), Colour("#666d79", "#9aa2af"), Colour("#e3e6ea", "#333a44")
+GLYPHS = ["●", "■", "▲", "◆", "▼", "✚", "✖", "◀", "▶", "★"]  # the markers as characters
+INK, GREY, GRID = Colour("#1c2026", "#e8eaee"), Colour("#666d79", "#9aa2af"), Colour("#e3e6ea", "#333a44")
 PHASE_COLOURS = dict(zip(("train", "aggregate", "evaluate", "checkpoint"), RUNS, strict=False)) | {"setup": RUNS[5]}
 VARIABLES = {f"run{index}": colour for index, colour in enumerate(RUNS)}
-VARIABLES |= {"ink": INK, "quiet": QUIET, "grid": GRID}
+VARIABLES |= {"ink": INK, "quiet": GREY, "grid": GRID}
+
+SOLID, DASHED, DOTTED, RING, BAND, LIGHT_BAND = "—", "– –", "· · ·", "○", "▓", "░"  # in legends
+LEGEND_STYLES: dict[str, dict[str, Any]] = dict(
+    zip(GLYPHS, ({"marker": marker} for marker in MARKERS), strict=True)
+) | {
+    SOLID: {"linestyle": "-"},
+    DASHED: {"linestyle": "--"},
+    DOTTED: {"linestyle": ":"},
+    RING: {"linestyle": "", "marker": "o", "markersize": 8, "markerfacecolor": "none"},
+    BAND: {"linewidth": 8, "alpha": 0.35},
+    LIGHT_BAND: {"linewidth": 8, "alpha": 0.15},
+}
 
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "text.parse_math": False,  # a label may hold a dollar
+    "svg.fonttype": "none",  # keep text as text
+    "text.parse_math": False,  # labels may contain a dollar
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.edgecolor": QUIET.light,
-    "axes.labelcolor": QUIET.light,
+    "axes.edgecolor": GREY.light,
+    "axes.labelcolor": GREY.light,
     "axes.labelsize": 10.5,
-    "xtick.color": QUIET.light,
-    "ytick.color": QUIET.light,
+    "xtick.color": GREY.light,
+    "ytick.color": GREY.light,
     "text.color": INK.light,
     "ytick.left": False,
     "axes.grid": True,
@@ -63,31 +75,31 @@ STYLE: dict[str, Any] = {
     "axes.xmargin": 0.03,
     "axes.ymargin": 0.08,
 }
-MANY_POINTS = 10  # markers on a line
-MAX_NAME = 28  # characters of a name in a PNG's legend
+MANY_POINTS = 10  # most markers on a line
+MAX_NAME = 28  # most characters of a name in a PNG's legend
 
-Key = list[tuple[Colour, str, str]]  # what colours mean: a colour, a glyph, and words
+Legend = list[tuple[Colour, str, str]]  # colour, glyph, meaning
 
 
-def run_key(runs: list[Run]) -> Key:
-    """Return the colours and glyphs of runs, where there are several."""
+def run_legend(runs: list[Run]) -> Legend:
+    """Return the legend of several runs; it is empty for one run."""
     names = [run.name for run in runs] if len(runs) > 1 else []
-    return [(look(index)[0], GLYPHS[index % len(GLYPHS)], name) for index, name in enumerate(names)]
+    return [(run_style(index)[0], GLYPHS[index % len(GLYPHS)], name) for index, name in enumerate(names)]
 
 
-def look(index: int) -> tuple[Colour, str]:
+def run_style(index: int) -> tuple[Colour, str]:
     """Return the colour and the marker of a run."""
     return RUNS[index % len(RUNS)], MARKERS[index % len(MARKERS)]
 
 
 def as_svg(figure: "Figure", title: str) -> str:
-    """Return a figure as an element of a page, in the page's colours and width."""
+    """Return a figure as an SVG element, in the page's colours and width."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)  # the same in each
+    svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)  # ids would occur in several figures
     head = re.search('viewBox="[^"]*"', svg)
     assert head is not None
     svg = f'<svg {head[0]} role="img" aria-label="{escape(title)}">{svg[svg.index(">") + 1 :]}'
@@ -96,30 +108,29 @@ def as_svg(figure: "Figure", title: str) -> str:
     return svg
 
 
-def as_png(figure: "Figure", title: str, key: Key) -> bytes:
-    """Return a figure with its title and key."""
+def as_png(figure: "Figure", title: str, legend: Legend) -> bytes:
+    """Return a figure with its title and legend."""
     from matplotlib.lines import Line2D
 
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-    if key:
-        markers = dict(zip(GLYPHS, MARKERS, strict=True))
-        handles = [Line2D([], [], color=colour.light, marker=markers[glyph]) for colour, glyph, _ in key]
-        texts = [text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…" for _, _, text in key]
+    if legend:
+        handles = [Line2D([], [], color=colour.light, **LEGEND_STYLES[glyph]) for colour, glyph, _ in legend]
+        texts = [text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…" for _, _, text in legend]
         num_columns = 1 if max(map(len, texts)) > MAX_NAME // 2 else 3
-        figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(key) // num_columns))
+        figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(legend) // num_columns))
         figure.legend(handles, texts, loc="outside lower left", ncols=num_columns, frameon=False, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
     return file.getvalue()
 
 
-def dress(axes: "Axes", x: str, y: str, *, from_zero: bool = False, whole: bool = False) -> None:
-    """Label the axes, in plain numbers."""
+def label_axes(axes: "Axes", x: str, y: str, *, from_zero: bool = False, whole: bool = False) -> None:
+    """Label the axes, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel(x)
-    axes.set_title(y, loc="left", fontsize=10.5, color=QUIET.light)  # of the y axis, to be read without turning
+    axes.set_title(y, loc="left", fontsize=10.5, color=GREY.light)  # above the y axis, so that it is horizontal
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole or x == "round", min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(plain)
@@ -131,13 +142,13 @@ def dress(axes: "Axes", x: str, y: str, *, from_zero: bool = False, whole: bool 
 
 
 def line(axes: "Axes", index: int, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    """Draw what there is of a run's line."""
-    colour, marker = look(index)
+    """Draw the known points of a run's line."""
+    colour, marker = run_style(index)
     known = ~(np.isnan(x) | np.isnan(y))
     if known.any():
         every = max(1, len(x) // MANY_POINTS)
         y = np.where(np.isnan(x), np.nan, y)
         whole: dict[str, Any] = {"color": colour.light, "marker": marker, "markevery": every} | style
         if known.sum() == 1 and not whole["marker"]:
-            whole |= {"marker": marker, "markerfacecolor": "none"}  # a line of one point would not be seen
+            whole |= {"marker": marker, "markerfacecolor": "none"}  # one point without a marker is invisible
         axes.plot(x, y, **whole)

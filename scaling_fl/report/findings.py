@@ -1,4 +1,4 @@
-"""What stands out in a run, in sentences."""
+"""Find problems of a run, and describe each in a sentence."""
 
 from collections.abc import Iterator
 
@@ -6,37 +6,38 @@ import numpy as np
 
 from scaling_fl.report.runs import Run, best, last_known, over_rounds
 
-FALLEN = 0.02  # below the best accuracy
-UNFAIR = 0.1  # below the median site's accuracy
-SLOW = 1.5  # times the median site's seconds
-UNEVEN = 1.25  # times the mean device's seconds
-OFF = 0.01  # of the expected bytes
+# A finding is reported beyond these limits.
+ACCURACY_DROP = 0.02  # below the best round's accuracy
+ACCURACY_GAP = 0.1  # below the median site's accuracy
+SLOW_SITE = 1.5  # times the median site's seconds
+SLOW_DEVICE = 1.25  # times the mean device's seconds
+BYTES_DIFFERENCE = 0.01  # of the expected bytes
 
 
 def findings(run: Run) -> list[str]:
-    """Return what a reader should know first of a run."""
+    """Return the sentences for the top of a report."""
     checks = (ending, divergence, fall, failures, straggler, unevenness, unfairness, gaps, bytes_off)
     return [sentence for check in checks for sentence in check(run)]
 
 
 def status(run: Run) -> str:
-    """Return how a run ended, or that it goes on."""
-    said = str(run.record.get("status", "unknown")).lower()
+    """Return how a run ended, or that it is running."""
+    recorded = str(run.record.get("status", "unknown")).lower()
     planned = run.config.get("num_rounds")
-    if said == "running" and isinstance(planned, int) and run.steps[-1] >= planned:
+    if recorded == "running" and isinstance(planned, int) and run.steps[-1] >= planned:
         return "all rounds done"
-    return said
+    return recorded
 
 
 def site_name(run: Run, site: int) -> str:
-    """Return a site's number, and where it trains if that is known."""
+    """Return a site's number, with its rank and device if they are known."""
     known = run.sites[site] if site < len(run.sites) else {}
     where = [f"rank {known['rank']}"] * ("rank" in known) + [str(known["device"])] * ("device" in known)
     return f"site {site}" + (f" ({', '.join(where)})" if where else "")
 
 
 def main_label(run: Run, site: int) -> str | None:
-    """Return a site's most common label and its share."""
+    """Return a site's most common label with its percentage."""
     counts = run.label_counts[site] if site < len(run.label_counts) else np.zeros(0)
     if not counts.sum():
         return None
@@ -44,74 +45,74 @@ def main_label(run: Run, site: int) -> str | None:
 
 
 def ending(run: Run) -> Iterator[str]:
-    """Tell of a run that did not come to its end."""
+    """Report a run that did not complete."""
     now = status(run)
     if now == "running":
-        yield f"It was running when this was written; it was last heard from at {run.record.get('heartbeat')} (UTC)."
+        yield f"The run was running when this page was made, with a heartbeat at {run.record.get('heartbeat')} UTC."
     elif now not in ("completed", "all rounds done"):
         trace = run.record.get("fail_trace")
         why = str(trace[-1]).strip() if isinstance(trace, list) and trace else ""
-        yield f"It ended as {now} after round {run.steps[-1]:.0f}{': ' if why else '.'}{why[:300]}"
+        yield f"The run ended as {now} after round {run.steps[-1]:.0f}{': ' if why else '.'}{why[:300]}"
 
 
 def divergence(run: Run) -> Iterator[str]:
-    """Tell of losses that are no numbers."""
+    """Report losses that are not finite."""
     for name in ("train.loss", "validation.loss"):
         broken = [
             int(round_["round"]) for round_, value in zip(run.rounds, run.metric(name), strict=True)
             if name in round_ and np.isnan(value)
         ]  # fmt: skip
         if broken:
-            yield f"{name} is no number in round {broken[0]} and in {len(broken)} of {len(run.rounds)} in all."
+            yield f"{name} is not finite in {len(broken)} of {len(run.rounds)} rounds, first in round {broken[0]}."
 
 
 def fall(run: Run) -> Iterator[str]:
-    """Tell of a model that was better before, by its accuracy and its loss."""
+    """Report a model whose accuracy and loss were better in an earlier round."""
     accuracy, loss = run.metric("validation.accuracy"), run.metric("validation.loss")
     peak = best(accuracy)
-    if peak is not None and accuracy[peak] - accuracy[-1] > FALLEN and not loss[-1] <= loss[peak]:
+    if peak is not None and accuracy[peak] - accuracy[-1] > ACCURACY_DROP and not loss[-1] <= loss[peak]:
         yield (
-            f"Validation accuracy was best in round {run.steps[peak]:.0f} ({accuracy[peak]:.4f}) and is "
-            f"{accuracy[-1]:.4f} after the last: fewer rounds or a smaller learning rate may do."
+            f"Validation accuracy was best in round {run.steps[peak]:.0f} ({accuracy[peak]:.4f}), and is "
+            f"{accuracy[-1]:.4f} after the last round. Try fewer rounds or a smaller learning rate."
         )
 
 
 def failed_rounds(run: Run) -> np.ndarray:
-    """Return in how many rounds each site failed: it has no loss where others have."""
+    """Return in how many rounds each site failed: it has no loss, but other sites have."""
     losses = np.isnan(run.of_sites("loss"))
     return losses[~losses.all(axis=1)].sum(axis=0)
 
 
 def failures(run: Run) -> Iterator[str]:
-    """Tell which sites failed."""
+    """Report failed sites."""
     failed = failed_rounds(run)
     if failed.any():
         order = np.argsort(-failed, kind="stable")[: min(5, int((failed > 0).sum()))]
-        which = ", ".join(f"{site_name(run, site)} in {failed[site]}" for site in order)
+        which = ", ".join(f"{site_name(run, site)}: {failed[site]}" for site in order)
         more = int((failed > 0).sum()) - len(order)
-        yield f"Sites failed, in so many rounds: {which}{f', and {more} more' if more else ''}."
+        yield f"Sites failed (number of rounds): {which}{f', and {more} more sites' if more else ''}."
     elif np.nansum(run.metric("sites.failed")):
         rounds = int((run.metric("sites.failed") > 0).sum())
         yield f"Sites failed in {rounds} of {len(run.rounds)} rounds."
 
 
 def straggler(run: Run) -> Iterator[str]:
-    """Tell of the slowest site, and whether its data explains it."""
+    """Report a slow site, and whether it has more data than others."""
     seconds = over_rounds(run.of_sites("seconds"))
     slowest = best(seconds)
-    if slowest is None or not (ratio := seconds[slowest] / np.nanmedian(seconds)) > SLOW:
+    if slowest is None or not (ratio := seconds[slowest] / np.nanmedian(seconds)) > SLOW_SITE:
         return
     pace = seconds / run.examples
     per_example = pace[slowest] / np.nanmedian(pace) if not np.isnan(pace[slowest]) else ratio
-    if per_example > SLOW:
-        why = f"and {per_example:.1f} times as long for an example: its machine is slow or its texts are long"
+    if per_example > SLOW_SITE:
+        why = f"and {per_example:.1f} times as long for each example: its machine is slow or its texts are long"
     else:
         why = "as it has more examples"
     yield f"{site_name(run, slowest).capitalize()} takes {ratio:.1f} times as long as the median site, {why}."
 
 
 def unevenness(run: Run) -> Iterator[str]:
-    """Tell of a device that the others wait for."""
+    """Report a device for which the others wait."""
     seconds = over_rounds(run.of_sites("seconds"))
     load: dict[tuple[str, str], float] = {}
     for site, value in zip(run.sites, seconds, strict=False):
@@ -122,39 +123,40 @@ def unevenness(run: Run) -> Iterator[str]:
         return
     (rank, device), most = max(load.items(), key=lambda item: item[1])
     mean = sum(load.values()) / len(load)
-    if most > UNEVEN * mean:
+    if most > SLOW_DEVICE * mean:
         yield (
-            f"Rank {rank} ({device}) trains {most:.1f} s a round where the mean is {mean:.1f} s: the others wait for "
-            f"it, and sites dealt evenly would save up to {100 * (1 - mean / most):.0f} % of training."
+            f"Rank {rank} ({device}) trains {most:.1f} s a round, the mean is {mean:.1f} s: the others wait for it. "
+            f"An even assignment of the sites would save up to {100 * (1 - mean / most):.0f} % of the training time."
         )
 
 
 def unfairness(run: Run) -> Iterator[str]:
-    """Tell of the site that the model fits least."""
+    """Report a site with a low accuracy."""
     accuracy = last_known(run.of_sites("accuracy"))
     if np.isnan(accuracy).all():
         return
     worst, median = int(np.nanargmin(accuracy)), np.nanmedian(accuracy)
-    if median - accuracy[worst] > UNFAIR:
+    if median - accuracy[worst] > ACCURACY_GAP:
         label = main_label(run, worst)
         yield (
             f"{site_name(run, worst).capitalize()} has a training accuracy of {accuracy[worst]:.3f} in the last round, "
-            f"the median site {median:.3f}{f'; it holds mostly {label}' if label else ''}."
+            f"the median site {median:.3f}{f'. Its most common label is {label}' if label else ''}."
         )
 
 
 def gaps(run: Run) -> Iterator[str]:
-    """Tell of classes that sites have no example of."""
+    """Report sites without examples of some class."""
     lacking = (run.label_counts == 0).any(axis=1)
     if lacking.any() and run.label_counts.any():
-        yield f"{lacking.sum():,} of {len(lacking):,} sites have no example of one class or more."
+        yield f"{lacking.sum():,} of {len(lacking):,} sites have no example of at least one class."
 
 
 def bytes_off(run: Run) -> Iterator[str]:
-    """Tell of bytes that the model's size does not explain."""
+    """Report bytes that the size of the model does not explain."""
     sent, expected = run.metric("comm.bytes"), run.metric("comm.expected_bytes")
     known = ~(np.isnan(sent) | np.isnan(expected))
-    if known.any() and (should := expected[known].sum()) > 0:
-        off = sent[known].sum() / should - 1
-        if abs(off) > OFF:
-            yield f"{abs(off):.0%} {'more' if off > 0 else 'fewer'} bytes were sent than the model's size lets expect."
+    if known.any() and (expected_sum := expected[known].sum()) > 0:
+        difference = sent[known].sum() / expected_sum - 1
+        if abs(difference) > BYTES_DIFFERENCE:
+            more = "more" if difference > 0 else "fewer"
+            yield f"The ranks sent {abs(difference):.0%} {more} bytes than expected from the size of the model."

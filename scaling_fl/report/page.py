@@ -1,9 +1,9 @@
-"""The page of a report: one file, without scripts, that needs nothing from elsewhere."""
+"""The page of a report: one file without scripts or external resources."""
 
 from collections.abc import Sequence
 from html import escape
 
-from scaling_fl.report.canvas import GLYPHS, VARIABLES, Key, run_key
+from scaling_fl.report.canvas import GLYPHS, VARIABLES, Legend, run_legend
 from scaling_fl.report.charts import Chart
 from scaling_fl.report.findings import findings, status
 from scaling_fl.report.runs import Run, best, time_unit
@@ -26,7 +26,7 @@ figcaption p{{color:var(--quiet)}}
 .run{{margin:0 0 6px}}
 .glyph{{margin-right:6px}}
 .badge{{border:1px solid;border-radius:9px;padding:0 8px;font-size:13px;white-space:nowrap;color:var(--quiet)}}
-.badge.odd{{color:var(--warn)}}
+.badge.warn{{color:var(--warn)}}
 .key{{display:flex;flex-wrap:wrap;gap:2px 16px;margin:0 0 8px;padding:0;list-style:none;font-size:13px}}
 .card{{background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:12px}}
 .charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:14px}}
@@ -77,20 +77,29 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
     ]
     if len(runs) > 1:
         rows = different(settings(runs))
-        parts += ["<h2>Settings that differ</h2>", table(runs, rows) if rows else "<p>None: all have the same.</p>"]
+        parts += [
+            "<h2>Settings that differ</h2>",
+            table(runs, rows) if rows else "<p>The runs have the same settings.</p>",
+        ]
     for section in dict.fromkeys(chart.section for chart in charts):
         figures = [figure(chart) for chart in charts if chart.section == section]
-        parts += [f"<h2>{escape(section)}</h2>", legend(run_key(runs)), '<div class="charts">', *figures, "</div>"]
+        parts += [
+            f"<h2>{escape(section)}</h2>",
+            legend_list(run_legend(runs)),
+            '<div class="charts">',
+            *figures,
+            "</div>",
+        ]
         if section == "Sites":
             parts += [sites_table(run, is_open=len(runs) == 1) for run in runs]
     parts += ["<h2>Machine</h2>", table(runs, by_key([machine(run) for run in runs]), merge=True)]
-    parts += ["<h2>Settings</h2>", "<details><summary>All of them; what was asked for is bold</summary>"]
+    parts += ["<h2>Settings</h2>", "<details><summary>All settings; those given on the command line are bold</summary>"]
     parts += [table(runs, settings(runs), merge=True), "</details></main></body></html>\n"]
     return "\n".join(parts)
 
 
 def facts(run: Run, index: int, several: bool) -> str:
-    """Return a run in one line."""
+    """Return a line about a run."""
     accuracy = run.metric("validation.accuracy")
     peak = best(accuracy)
     now, config = status(run), run.config
@@ -104,12 +113,12 @@ def facts(run: Run, index: int, several: bool) -> str:
         f"best accuracy {accuracy[peak]:.4f} in round {run.steps[peak]:.0f}" if peak is not None else "",
         f"{run.elapsed[-1] / scale:,.{int(scale > 1)}f} {unit}" if run.elapsed[-1] else "",
     ]
-    badge = f'<span class="badge{"" if now in ("completed", "all rounds done") else " odd"}">{escape(now)}</span>'
-    name = f"{glyph(*run_look(index))}<b>{escape(run.name)}</b> " if several else ""
+    badge = f'<span class="badge{"" if now in ("completed", "all rounds done") else " warn"}">{escape(now)}</span>'
+    name = f"{glyph(*run_glyph(index))}<b>{escape(run.name)}</b> " if several else ""
     return f'<p class="run">{name}{badge} {escape(" · ".join(filter(None, words)))}</p>'
 
 
-def run_look(index: int) -> tuple[str, str]:
+def run_glyph(index: int) -> tuple[str, str]:
     """Return the CSS variable and the glyph of a run."""
     return f"run{index % len(GLYPHS)}", GLYPHS[index % len(GLYPHS)]
 
@@ -119,54 +128,54 @@ def glyph(variable: str, mark: str) -> str:
     return f'<span class="glyph" style="color:var(--{variable})" aria-hidden="true">{mark}</span>'
 
 
-def legend(key: Key) -> str:
-    """Return what colours mean, or nothing."""
+def legend_list(legend: Legend) -> str:
+    """Return a legend as a list; an empty text for an empty legend."""
     names = {colour: name for name, colour in VARIABLES.items()}
-    items = "".join(f"<li>{glyph(names[colour], mark)}{escape(text)}</li>" for colour, mark, text in key)
+    items = "".join(f"<li>{glyph(names[colour], mark)}{escape(text)}</li>" for colour, mark, text in legend)
     return f'<ul class="key">{items}</ul>' if items else ""
 
 
 def stands_out(runs: list[Run]) -> str:
-    """Return what stands out in runs."""
-    parts, calm = [], []
+    """Return the findings of runs."""
+    parts, without_findings = [], []
     for index, run in enumerate(runs):
         sentences = findings(run)
         if not sentences:
-            calm.append(run.name)
+            without_findings.append(run.name)
             continue
         if len(runs) > 1:
-            parts.append(f"<h3>{glyph(*run_look(index))}{escape(run.name)}</h3>")
+            parts.append(f"<h3>{glyph(*run_glyph(index))}{escape(run.name)}</h3>")
         parts.append(f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>")
-    if calm:
-        where = f" in {', '.join(calm)}" if len(runs) > 1 else ""
-        parts.append(f"<p>{escape(f'Nothing{where}: no site failed, lags or is left behind.')}</p>")
+    if without_findings:
+        names = f" in {', '.join(without_findings)}" if len(runs) > 1 else ""
+        parts.append(f"<p>{escape(f'Nothing{names}: no site failed, is slow or has a low accuracy.')}</p>")
     return "\n".join(parts)
 
 
 def figure(chart: Chart) -> str:
-    """Return a chart with its sentence."""
-    words = f"<figcaption><h3>{escape(chart.title)}</h3><p>{escape(chart.look)}</p></figcaption>"
-    return f'<figure class="card">{words}{legend(chart.key)}{chart.svg}</figure>'
+    """Return a chart with its title, hint and legend."""
+    words = f"<figcaption><h3>{escape(chart.title)}</h3><p>{escape(chart.hint)}</p></figcaption>"
+    return f'<figure class="card">{words}{legend_list(chart.legend)}{chart.svg}</figure>'
 
 
 def table(runs: list[Run], rows: Sequence[Row], *, merge: bool = False) -> str:
-    """Return a table with a column a run; `merge` says once what is the same for all."""
+    """Return a table with a column for each run; `merge` joins the cells of a row if they are equal."""
     head = ""
     if len(runs) > 1:
-        cells = (f"<th>{glyph(*run_look(index))}{escape(run.name)}</th>" for index, run in enumerate(runs))
+        cells = (f"<th>{glyph(*run_glyph(index))}{escape(run.name)}</th>" for index, run in enumerate(runs))
         head = f"<thead><tr><td></td>{''.join(cells)}</tr></thead>"
     body = "".join(line(row, merge) for row in rows)
     return f'<div class="card scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def tiles(rows: Sequence[Row]) -> str:
-    """Return what a single run's table would hold."""
+    """Return the rows of a single run as tiles."""
     cells = "".join(f"<div><dt>{escape(row.name)}</dt><dd>{escape(row.texts[0])}</dd></div>" for row in rows)
     return f'<dl class="card">{cells}</dl>'
 
 
 def sites_table(run: Run, is_open: bool) -> str:
-    """Return the sites of a run that a reader should look at."""
+    """Return the table of a run's most notable sites."""
     if not run.num_sites:
         return ""
     title, columns, rows = sites(run)
@@ -179,7 +188,7 @@ def sites_table(run: Run, is_open: bool) -> str:
 
 
 def line(row: Row, merge: bool = False) -> str:
-    """Return a line of a table."""
+    """Return a row of a table."""
     texts = [
         f"<b>{escape(text)}</b>" if strong else escape(text)
         for text, strong in zip(row.texts, row.bold or [False] * len(row.texts), strict=True)

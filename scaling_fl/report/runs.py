@@ -1,4 +1,4 @@
-"""The folder of a run, read: what Sacred wrote of it, its rounds, and what its sites hold."""
+"""Read the folder of a run: Sacred's files, the rounds, and the data of the sites."""
 
 import json
 import os
@@ -15,14 +15,14 @@ PHASES = ("setup", "train", "aggregate", "evaluate", "checkpoint")
 
 @dataclass(frozen=True)
 class Run:
-    """What is on record of a run. A number that is missing is NaN.
+    """The record of a run. A missing number is NaN.
 
     Args:
-        folder: where it was read.
-        name: tells it from the other runs.
+        folder: of the run.
+        name: different for each run of a report.
         config: its settings.
         record: Sacred's `run.json`.
-        info: of the sites' data and the machine.
+        info: about the sites' data and the machine.
         rounds: the metrics of each round, by increasing `round`.
     """
 
@@ -43,7 +43,7 @@ class Run:
         return numbers(round_.get(name) for round_ in self.rounds)
 
     def of_sites(self, name: str) -> np.ndarray:
-        """Return what `site.{name}` lists: a row a round, a column a site."""
+        """Return `site.{name}` as a table with a row for each round and a column for each site."""
         rows = [as_list(round_.get(f"site.{name}")) for round_ in self.rounds]
         table = np.full((len(rows), self.num_sites), np.nan)
         for row, values in zip(table, rows, strict=True):
@@ -52,12 +52,12 @@ class Run:
 
     @cached_property
     def sites(self) -> list[dict[str, Any]]:
-        """What each site is and holds, as far as that is known."""
+        """The known properties of each site."""
         return [site if isinstance(site, dict) else {} for site in as_list(self.info.get("sites"))]
 
     @cached_property
     def num_sites(self) -> int:
-        """How many sites are on record."""
+        """The number of sites in the record."""
         listed = (len(value) for round_ in self.rounds for key, value in round_.items() if is_of_sites(key, value))
         return max([len(self.sites), *listed])
 
@@ -101,23 +101,23 @@ class Run:
 
 
 def numbers(values: Iterable[Any]) -> np.ndarray:
-    """Return values as an array in which all that is no finite number is NaN."""
+    """Return values as an array, with NaN for all others than finite numbers."""
     floats = [float(value) if isinstance(value, int | float) and abs(value) < 1e300 else np.nan for value in values]
     return np.array(floats, dtype=float)
 
 
 def as_list(value: Any) -> list:
-    """Return a list, an empty one for anything else."""
+    """Return a list unchanged, and an empty list for other values."""
     return value if isinstance(value, list) else []
 
 
 def is_of_sites(key: str, value: Any) -> bool:
-    """Tell whether a round's metric has a value a site."""
+    """Tell whether a round's metric has a value for each site."""
     return key.startswith("site.") and isinstance(value, list)
 
 
 def over_rounds(table: np.ndarray) -> np.ndarray:
-    """Return the median over the rounds (rows) of each site (column) that has a value."""
+    """Return the median over the rounds (rows) of each site (column), NaN for sites without a value."""
     medians = np.full(table.shape[1], np.nan)
     known = ~np.isnan(table).all(axis=0)
     if known.any():
@@ -126,18 +126,18 @@ def over_rounds(table: np.ndarray) -> np.ndarray:
 
 
 def last_known(table: np.ndarray) -> np.ndarray:
-    """Return the last row with a value in it, or a row of NaN."""
+    """Return the last row that has a value, or a row of NaN."""
     rows = np.flatnonzero(~np.isnan(table).all(axis=1))
     return table[rows[-1]] if len(rows) and table.shape[1] else np.full(table.shape[1], np.nan)
 
 
 def best(values: np.ndarray) -> int | None:
-    """Return the index of the largest value, None where there is none."""
+    """Return the index of the largest value, None if all are NaN."""
     return None if np.isnan(values).all() else int(np.nanargmax(values))
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return how many seconds a fitting unit of time has, and its name."""
+    """Return the seconds of a suitable unit of time, and its name."""
     return (3600, "hours") if seconds > 7200 else (60, "minutes") if seconds > 300 else (1, "seconds")
 
 
@@ -145,7 +145,7 @@ def read(folders: Sequence[str]) -> list[Run]:
     """Read the folders of runs, and name each after its job or its folder.
 
     Raises:
-        ValueError: one is not the folder of a run, has no finished round, or cannot be understood.
+        ValueError: a folder is not that of a run, has no finished round, or has an invalid file.
     """
     runs = [read_run(folder) for folder in folders]
     names = Counter(run["name"] for run in runs)
@@ -158,11 +158,11 @@ def read(folders: Sequence[str]) -> list[Run]:
 def read_run(folder: str) -> dict[str, Any]:
     """Return the fields of a run."""
     if not os.path.isfile(os.path.join(folder, "run.json")):
-        raise ValueError(f"{folder!r} is not the folder of a run (it has no run.json): one such as runs/1 would do")
+        raise ValueError(f"{folder!r}: expected the folder of a run, such as runs/1, got one without a run.json")
     config, record = (read_object(os.path.join(folder, name)) for name in ("config.json", "run.json"))
     rounds = read_rounds(os.path.join(folder, "rounds.jsonl")) or read_metrics(os.path.join(folder, "metrics.json"))
     if not rounds:
-        raise ValueError(f"{folder!r} has no finished round: a run that has one would do")
+        raise ValueError(f"{folder!r}: expected a run with a finished round, got none")
     return {
         "folder": folder,
         "name": str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}"),
@@ -174,23 +174,23 @@ def read_run(folder: str) -> dict[str, Any]:
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one where there is no file."""
+    """Return the JSON object of a file, an empty one if the file does not exist."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
         try:
             value = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path!r} cannot be read as JSON: {error}") from None
+            raise ValueError(f"{path!r}: expected JSON, got other text ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path!r} does not hold a JSON object")
+        raise ValueError(f"{path!r}: expected a JSON object, got a {type(value).__name__}")
     return value
 
 
 def read_rounds(path: str) -> list[dict[str, Any]]:
-    """Return the rounds of a file with a JSON object a line; of a round that is there twice, the later.
+    """Return the rounds of a file with a JSON object on each line; of a repeated round, the last.
 
-    A last line without an end is one that is being written, or never was.
+    An incomplete last line is skipped, as the run may be writing it, or was stopped.
     """
     if not os.path.exists(path):
         return []
@@ -203,16 +203,16 @@ def read_rounds(path: str) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"line {number} of {path!r} cannot be read as JSON: {error}") from None
+            raise ValueError(f"{path!r}, line {number}: expected JSON, got other text ({error})") from None
         if round_ is not None:
             if not isinstance(round_, dict) or not isinstance(round_.get("round"), int):
-                raise ValueError(f"line {number} of {path!r} is not of a round: an object with its number would do")
+                raise ValueError(f"{path!r}, line {number}: expected an object with the number of a round, got none")
             rounds[round_["round"]] = round_
     return [rounds[number] for number in sorted(rounds)]
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Return the rounds of Sacred's own file, which lists a metric's steps and values."""
+    """Return the rounds of Sacred's metrics.json, which has steps and values for each metric."""
     rounds: dict[int, dict[str, Any]] = {}
     for name, metric in read_object(path).items():
         for step, value in zip(metric["steps"], metric["values"], strict=True):

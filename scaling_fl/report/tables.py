@@ -1,4 +1,4 @@
-"""What the tables of a report say: runs in numbers, their settings and machines, and sites to look at."""
+"""The tables of a report: results, settings, machines and notable sites."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from scaling_fl.report.findings import failed_rounds, main_label
 from scaling_fl.report.runs import Run, best, last_known, over_rounds
 
 NONE = "–"
-ALL_SITES, WORST_SITES = 10, 5  # so many are all listed; of more, so many of the worst of each kind
-MAX_VALUE = 160  # characters of a setting
+ALL_SITES, WORST_SITES = 10, 5  # up to 10 sites are all listed; of more, the 5 worst of each kind
+MAX_VALUE = 160  # most characters of a setting
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: its name, its texts, and which of them are bold."""
+    """A row of a table: its name, its texts, and which of them are bold."""
 
     name: str
     texts: Sequence[str]
@@ -25,7 +25,7 @@ class Row:
 
 
 def summary(runs: list[Run]) -> list[Row]:
-    """Return what runs are compared by; of several, the best is bold."""
+    """Return the results of runs; the best of several is bold."""
     rows = []
     for name, value, form, sign in MEASURES:
         values = np.array([value(run) for run in runs])
@@ -39,39 +39,39 @@ def summary(runs: list[Run]) -> list[Row]:
 
 
 def last(name: str) -> Callable[[Run], float]:
-    """Return a function that gives a metric after the last round."""
+    """Return a function that returns a metric after the last round."""
     return lambda run: run.metric(name)[-1]
 
 
 def median(values: np.ndarray) -> float:
-    """Return the median of what is known, without round 0 where there is more."""
+    """Return the median of the known values, NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(np.median(known)) if len(known) else np.nan
 
 
 def total(values: np.ndarray) -> float:
-    """Return the sum of what is known, NaN of nothing."""
+    """Return the sum of the known values, NaN if there are none."""
     return np.nan if np.isnan(values).all() else float(np.nansum(values))
 
 
-def of_last_sites(name: str, pick: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
-    """Return a function that picks from what the sites reached in the last round."""
+def of_last_sites(name: str, statistic: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
+    """Return a function that returns a statistic over the sites of the last round."""
 
     def value(run: Run) -> float:
         values = last_known(run.of_sites(name))
-        return np.nan if np.isnan(values).all() else float(pick(values))
+        return np.nan if np.isnan(values).all() else float(statistic(values))
 
     return value
 
 
-def lag(run: Run) -> float:
-    """Return how many times as long as the median site the slowest takes."""
+def slowest_over_median(run: Run) -> float:
+    """Return the seconds of the slowest site, divided by those of the median site."""
     seconds = over_rounds(run.of_sites("seconds"))
     return np.nan if np.isnan(seconds).all() else float(np.nanmax(seconds) / np.nanmedian(seconds))
 
 
-def share_of_training(run: Run) -> float:
-    """Return the part of the time after set-up that is training, in percent."""
+def training_percentage(run: Run) -> float:
+    """Return the training time in percent of the time after set-up."""
     spent = sum(values.sum() for phase, values in run.phases.items() if phase != "setup")
     return 100 * run.phases["train"].sum() / spent if "train" in run.phases and spent else np.nan
 
@@ -83,12 +83,12 @@ def best_accuracy(run: Run) -> float:
 
 
 def most_memory(run: Run) -> float:
-    """Return the most memory that a site ever took, in MB."""
+    """Return the peak memory of all sites in MB."""
     memory = run.of_sites("memory_mb")
     return np.nan if np.isnan(memory).all() else float(np.nanmax(memory))
 
 
-# What is compared, how it is got and shown, and whether more (1) or less (-1) of it is better.
+# Name, function, format, and whether more (1) or less (-1) is better.
 MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
     ("best validation accuracy", best_accuracy, "{:.4f}", 1),
     ("last validation accuracy", last("validation.accuracy"), "{:.4f}", 1),
@@ -97,8 +97,8 @@ MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
     ("sites' deviation of accuracy", of_last_sites("accuracy", np.nanstd), "{:.4f}", -1),
     ("seconds in all", lambda run: total(run.metric("time.round_s")), "{:,.1f}", -1),
     ("seconds a round", lambda run: median(run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
-    ("training, of the time after set-up", share_of_training, "{:.0f} %", 1),
-    ("slowest site, over the median", lag, "{:.2f} ×", -1),
+    ("training, of the time after set-up", training_percentage, "{:.0f} %", 1),
+    ("slowest site, over the median", slowest_over_median, "{:.2f} ×", -1),
     ("MB sent in all", lambda run: total(run.metric("comm.bytes") * 1e-6), "{:,.1f}", -1),
     ("examples a second", lambda run: median(run.metric("speed.examples_per_s")), "{:,.1f}", 1),
     ("tokens a second", lambda run: median(run.metric("speed.tokens_per_s")), "{:,.0f}", 1),
@@ -108,7 +108,7 @@ MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
 
 
 def as_text(value: Any) -> str:
-    """Return a setting's value, cut where it is long."""
+    """Return a setting's value as a text, cut if it is long."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) <= MAX_VALUE:
         return text
@@ -117,7 +117,7 @@ def as_text(value: Any) -> str:
 
 
 def by_key(dicts: Sequence[dict[str, Any]], strong: Sequence[set[str]] | None = None) -> list[Row]:
-    """Return a row for each key of some dicts."""
+    """Return a row for each key of the dicts."""
     strong = strong or [set()] * len(dicts)
     return [
         Row(
@@ -130,9 +130,9 @@ def by_key(dicts: Sequence[dict[str, Any]], strong: Sequence[set[str]] | None = 
 
 
 def settings(runs: list[Run]) -> list[Row]:
-    """Return the settings of runs, in bold what was asked for."""
-    asked = [run.record.get("meta", {}).get("config_updates", {}) for run in runs]
-    return by_key([run.config for run in runs], [set(each) for each in asked])
+    """Return the settings of runs; those given on the command line are bold."""
+    given = [run.record.get("meta", {}).get("config_updates", {}) for run in runs]
+    return by_key([run.config for run in runs], [set(each) for each in given])
 
 
 def different(rows: Sequence[Row]) -> list[Row]:
@@ -141,27 +141,27 @@ def different(rows: Sequence[Row]) -> list[Row]:
 
 
 def machine(run: Run) -> dict[str, Any]:
-    """Return what is known of where a run ran."""
+    """Return the known properties of a run's machine."""
     host = {key: value for key, value in run.record.get("host", {}).items() if isinstance(value, str)}
-    told = run.info.get("machine")
+    described = run.info.get("machine")
     times = {
         name: f"{str(run.record[key])[:19].replace('T', ' ')} UTC"
         for name, key in (("started", "start_time"), ("ended", "stop_time"))
         if run.record.get(key)
     }
-    return {"folder": run.folder, **times, **host, **(told if isinstance(told, dict) else {})}
+    return {"folder": run.folder, **times, **host, **(described if isinstance(described, dict) else {})}
 
 
 def sites(run: Run) -> tuple[str, list[str], list[Row]]:
-    """Return a title, the columns and a row a site of the sites of a run that a reader should look at."""
+    """Return the title, the columns and the rows of the table of a run's most notable sites."""
     seconds, accuracy = over_rounds(run.of_sites("seconds")), last_known(run.of_sites("accuracy"))
     loss, memory = last_known(run.of_sites("loss")), over_rounds(run.of_sites("memory_mb"))
     failed = failed_rounds(run)
     chosen: dict[int, list[str]] = {site: [] for site in range(run.num_sites)}
-    words = f"All sites of {run.name}"
+    title = f"All sites of {run.name}"
     if run.num_sites > ALL_SITES:
         chosen = {}
-        words = f"Sites of {run.name} to look at"
+        title = f"The worst sites of {run.name}"
         for why, badness in (("failed", failed * 1.0), ("least accurate", -accuracy), ("slowest", seconds)):
             for site in np.argsort(-badness)[:WORST_SITES]:  # NaN is last
                 if not np.isnan(badness[site]) and badness[site] != 0:
@@ -182,14 +182,14 @@ def sites(run: Run) -> tuple[str, list[str], list[Row]]:
     ]
     filled = [(name, texts) for name, text in columns if set(texts := [text(site) for site in chosen]) - {NONE}]
     rows = [Row(f"site {site}", [texts[row] for _, texts in filled]) for row, site in enumerate(chosen)]
-    return words, [name for name, _ in filled], rows
+    return title, [name for name, _ in filled], rows
 
 
 def of_site(run: Run, site: int) -> dict[str, Any]:
-    """Return what is known of a site."""
+    """Return the known properties of a site."""
     return run.sites[site] if site < len(run.sites) else {}
 
 
 def number(value: Any, form: str) -> str:
-    """Return a number in its form, a dash for none."""
+    """Return a formatted number, a dash for a missing one."""
     return form.format(value) if isinstance(value, int | float) and np.isfinite(value) else NONE
