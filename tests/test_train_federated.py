@@ -267,7 +267,8 @@ REFUSED = {
     "site_ids=[]": "a list of GPU ids",
     "site_ids=[0,0": "a list of GPU ids",
     "site_ids=[0,-1]": "a list of GPU ids",
-    "site_ids=" + str([0] * 62).replace(" ", ""): "62 sites cannot share 61 training examples",
+    "site_ids="
+    + str([0] * 62).replace(" ", ""): "site_ids, num_sites: expected at most 61 sites for 61 training examples, got 62",
     "task_name=foo": "task_name='foo' was given: bbcnews, agnews",
     "optimiser=lion": "optimiser='lion' was given: sgd, adamw would do",
     "strategy=median": "strategy='median' was given: fedavg, fedavgm",

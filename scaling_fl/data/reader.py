@@ -111,6 +111,8 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         find_columns(columns, table.column_names)
     except ColumnError as error:
         raise ValueError(error.sentence(place, columns)) from None
+    except ValueError as error:
+        raise ValueError(f"{place!r}: {error}") from None
     if len(table) == 0:
         raise ValueError(f"{place!r}: expected one row or more, got none")
     rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, ("text", "label"), strict=True)))

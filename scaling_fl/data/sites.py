@@ -1,4 +1,4 @@
-"""What the sites hold: parts of one data set that is dealt to them, or files of their own."""
+"""The data of the sites: parts of one data set, or files of each site."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ W = TypeVar("W")
 Encode = Callable[[Dataset, Sequence[str]], Examples]
 OrderLabels = Callable[[tuple[str, ...]], tuple[str, ...]]
 MAX_LABELS = 1_000  # of a file whose labels other ranks see: the column of labels may be that of texts
-ROW = re.compile(r"(?: cannot be read as \w+)?(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
+ROW = re.compile(r"(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
 
@@ -37,20 +37,22 @@ class SiteFile:
     path: str
 
     def use(self, work: Callable[..., V], *arguments: object) -> V:
-        """Return what `work` makes of it. Other nodes hear of an error only in which file and row it is."""
+        """Return `work(*arguments)`. Of an error other nodes learn only in which file and row it is."""
         try:
             return work(*arguments)
         except Exception as error:
             if not is_one_node():
                 row = ROW.match(str(error).removeprefix(repr(self.path)))
                 where = f"{row[1]} of the" if row else "the"
-                hide_from_peers(error, f"{where} {self.split} file of {self.site} is refused: its node says why")
+                hide_from_peers(
+                    error, f"{where} {self.split} file of {self.site} is refused: its node prints the reason"
+                )
             raise
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """What the sites of this rank train on, what its devices evaluate on, and what all know of it."""
+    """The data of the sites and devices of this rank, and the size of all data."""
 
     label_names: tuple[str, ...]
     train: dict[int, Examples]  # of each site of this rank
@@ -203,7 +205,7 @@ def files_of(entry: str | Sequence[str]) -> list[str]:
 
 
 def _each(function: Callable[[V], W], files: dict[int, dict[str, V]]) -> dict[int, dict[str, W]]:
-    """Return what a function makes of each file of each site."""
+    """Return the result of a function for each file of each site."""
     return {site: {split: function(value) for split, value in of_site.items()} for site, of_site in files.items()}
 
 
