@@ -295,9 +295,9 @@ def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Pat
         (
             "t.jsonl",
             '{"text": "a", "label": 1}\n{"text": 1.5, "label": 1}\n',
-            "row 2: text_column='text': expected texts, got double",
+            "row 2: text_column='text': expected texts, got a number",
         ),
-        ("t.jsonl", '{"text": true, "label": 1}\n', "row 1: text_column='text': expected texts, got bool"),
+        ("t.jsonl", '{"text": true, "label": 1}\n', "row 1: text_column='text': expected texts, got True or False"),
         (
             "t.jsonl",
             '{"text": "a", "label": {"b": 1}}\n',

@@ -203,7 +203,7 @@ REFUSED = {  # a file's name and content, what its own node says, and where othe
     "JSON": (
         "a.jsonl",
         f'{{"text": 1, "{SECRET}": 2}}',
-        "row 1: text_column='text': expected texts, got int64",
+        "row 1: text_column='text': expected texts, got a number",
         "row 1 of the train file",
     ),
     "no file": ("a.csv", "", "expected rows, got an empty file", "the train file"),

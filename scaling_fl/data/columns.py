@@ -49,11 +49,12 @@ def open_text(path: str) -> Any:
     return fsspec.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer")
 
 
-def check_characters(fields: Iterable[str | None], around: str = "") -> None:
+def check_characters(fields: Iterable[str | None], place: str, around: str = "") -> None:
     """Check that fields have whole characters.
 
     Args:
         fields: of a row.
+        place: of the row, in words.
         around: more of the row, which helps to explain a wrong byte.
 
     Raises:
@@ -68,6 +69,6 @@ def check_characters(fields: Iterable[str | None], around: str = "") -> None:
         try:
             (around or text).encode(errors="surrogateescape").decode()
         except UnicodeDecodeError as error:
-            raise ValueError(NOT_UTF8.format(error.reason)) from None
+            raise ValueError(f"{place}: {NOT_UTF8.format(error.reason)}") from None
         except UnicodeEncodeError:
-            raise ValueError("expected whole characters, got a surrogate without its partner") from None
+            raise ValueError(f"{place}: expected whole characters, got a surrogate without its partner") from None

@@ -106,10 +106,7 @@ def _is_blank(fields: Sequence[str]) -> bool:
 
 def _check(fields: Sequence[str], line: int, row: Sequence[str]) -> None:
     """Refuse bytes that are not UTF-8, and UTF-16 without a byte order mark."""
-    try:
-        check_characters(fields, "".join(row))
-    except ValueError as error:
-        raise ValueError(f"line {line}: {error}") from None
+    check_characters(fields, f"line {line}", "".join(row))
     if any("\0" in field for field in fields):
         raise ValueError(f"line {line}: {NOT_UTF8.format('unexpected NUL byte')}")
 

@@ -5,8 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-import pyarrow as pa  # type: ignore[import-untyped]
-
 from scaling_fl.data.cache import Row
 from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, open_text
 from scaling_fl.data.labels import as_text
@@ -15,7 +13,8 @@ CHUNK = 2**20  # characters that are read at once
 NEAR = 16  # characters before the end of a chunk where an error may be a cut
 SPACE = re.compile(r"[ \t\r\n]*")
 NO_OBJECT = 'row {}: expected an object such as {{"text": "...", "label": "..."}} in UTF-8, got another value'
-TWICE = object()  # stands for the value of a field that is there twice
+TWICE = object()  # the value of a field that a row has twice
+KINDS = {bool: "True or False", list: "a list", dict: "a record"}
 
 
 class Number(str):
@@ -54,7 +53,7 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
                 yield used
             seen |= dict.fromkeys(row)
             fields = tuple(_field(row.get(name), name, number, columns) for name in used)
-            _check(fields, number)
+            check_characters(fields, f"row {number}")
             yield fields
     if not seen:
         raise ValueError("expected a row, got none")
@@ -69,21 +68,11 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
         raise ValueError(f"row {number}: expected {name!r} once, got it twice")
     is_text = columns is not None and name == columns[0]
     if is_text and value == value:
-        raise ValueError(f"row {number}: {KEYS[0]}={name!r}: expected texts, got {_kind(value)}")
+        raise ValueError(f"row {number}: {KEYS[0]}={name!r}: expected texts, got {KINDS.get(type(value), 'a number')}")
     try:
         return as_text(value)
     except TypeError:
         raise ValueError(f"row {number}: {KEYS[1]}={name!r}: expected texts or numbers, got lists or records") from None
-
-
-def _kind(value: Any) -> str:
-    """Return the type of a table's column of such values."""
-    if isinstance(value, Number):
-        return "int64" if re.fullmatch("-?[0-9]+", value) else "double"
-    try:
-        return f"{pa.array([value]).type!s:.80}"
-    except (pa.ArrowException, TypeError):
-        return "records" if isinstance(value, dict) else "lists"
 
 
 def _values(file: TextIO) -> Iterator[Any]:
@@ -136,10 +125,3 @@ def _values(file: TextIO) -> Iterator[Any]:
 def _end_of_space(text: str, start: int) -> int:
     match = SPACE.match(text, start)
     return match.end() if match else start
-
-
-def _check(fields: Row, number: int) -> None:
-    try:
-        check_characters(fields)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None

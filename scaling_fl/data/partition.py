@@ -56,7 +56,7 @@ def partition_indices(labels: np.ndarray, num_sites: int, partitioner: Partition
     """Return each site's indices into `labels`.
 
     Raises:
-        ValueError: there are more sites than examples, or a site would get none.
+        ValueError: there are more sites than examples, or a site gets none.
     """
     if len(labels) < num_sites:
         raise ValueError(

@@ -44,9 +44,8 @@ class SiteFile:
             if not is_one_node():
                 row = ROW.match(str(error).removeprefix(repr(self.path)))
                 where = f"{row[1]} of the" if row else "the"
-                hide_from_peers(
-                    error, f"{where} {self.split} file of {self.site} is refused: its node prints the reason"
-                )
+                reason = f"{where} {self.split} file of {self.site} is refused: its node prints the reason"
+                hide_from_peers(error, reason)
             raise
 
 
@@ -141,24 +140,15 @@ def read_site_files(
     """
     known = name_labels(task_name, labels)
     names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
-    files = {
-        site: {
-            split: SiteFile(names[site], split, path)
-            for split, path in zip(SPLITS, files_of(site_paths[entry]), strict=False)
-        }
-        for site, entry in topology.entries.items()
-    }
+    paths = {site: zip(SPLITS, files_of(site_paths[entry]), strict=False) for site, entry in topology.entries.items()}
+    files = {site: {split: SiteFile(names[site], split, path) for split, path in paths[site]} for site in paths}
     rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
     found = _each(lambda of: of[0].use(labels_to_send, of[1], known), rows)
     all_found = _merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
     if not any("test" in of_site for of_site in all_found.values()):
         raise ValueError("site_paths: expected [training file, test file] of one site or more, got no test file")
-    settled = settle_labels(
-        [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()],
-        known,
-        may_lack=labels is not None,
-    )
-    label_names = order_labels(settled)
+    by_file = [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()]
+    label_names = order_labels(settle_labels(by_file, known, may_lack=labels is not None))
     examples = _each(lambda of: of[0].use(encode, of[1], label_names), rows)
     return _number_sites(examples, label_names, topology, val_batch_size)
 
