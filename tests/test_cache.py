@@ -138,9 +138,9 @@ def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
 ) -> None:
     (tmp_path / "t.csv").write_text("stars,text\n1,a\n2\n")
     folder.write_text("")
-    assert "row 2 has 1 fields, not 2" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
+    assert "row 2: expected 2 fields, got 1" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
     folder.unlink()
-    assert "row 2 has 1 fields, not 2" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
+    assert "row 2: expected 2 fields, got 1" in refusal(lambda: read_task("yelp", str(tmp_path / "t.csv"), "none"))
     assert not list(folder.rglob("rows*"))
 
 

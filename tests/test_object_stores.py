@@ -470,7 +470,9 @@ def test_a_bucket_that_is_not_there_is_one_sentence_before_data_is_read_and_is_n
     assert sentence == f"error: {NOT_WRITABLE}{url!r} (there is no such bucket)"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         store.names("mispelt")
-    assert "train.csv' cannot be read as csv: there is no such file" in apart(store, lambda: unreadable(url))
+    assert "train.csv': expected the path or fsspec URL of a file, got none (there is no such file)" in apart(
+        store, lambda: unreadable(url)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +513,7 @@ def test_wrong_credentials_are_one_sentence_before_training(
     assert says in sentence
     assert wrong == "all" or keys["AWS_SECRET_ACCESS_KEY"] not in result[1]
     # A file is asked for by HEAD, whose answer has no words.
-    assert re.search(f"cannot be read as csv: .*({says}|Forbidden)", apart(store, lambda: unreadable(url), **keys))
+    assert re.search(f"train.csv': .*({says}|Forbidden)", apart(store, lambda: unreadable(url), **keys))
 
 
 def unreadable(url: str) -> str:
@@ -562,7 +564,7 @@ def test_what_gs_does_not_allow_is_one_sentence_at_once(
     started = time.monotonic()
     sentence = sentence_of(command(env=store.env, checkpoints_dir="gs://theirs/runs", **NO_DATA))
     assert re.match(rf"error: {NOT_WRITABLE}'gs://theirs/runs' \(.*may not", sentence)
-    assert re.search("cannot be read as csv: .*may not", apart(store, lambda: unreadable("gs://theirs")))
+    assert re.search("train.csv': .*may not", apart(store, lambda: unreadable("gs://theirs")))
     says = apart(store, lambda: refusal(lambda: save("gs://theirs/runs", rounds=1)))
     assert "round-1.pt: expected a store that can be written to, got " in says, "in mid-run too"
     assert time.monotonic() - started < 20

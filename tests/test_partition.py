@@ -1,4 +1,4 @@
-"""However examples are dealt, each is dealt once."""
+"""Each example is in the part of one site, whatever the partition."""
 
 from functools import partial
 
@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling_fl.data.partition import MAX_DRAWS, PARTITIONERS, Partitioner, by_label, dirichlet, iid, partition_indices
+from scaling_fl.data.partition import (
+    MAX_SAMPLES,
+    PARTITIONERS,
+    Partitioner,
+    by_label,
+    dirichlet,
+    iid,
+    partition_indices,
+)
 
 SCHEMES: dict[str, Partitioner] = PARTITIONERS | {"dirichlet": partial(dirichlet, alpha=10.0)}
 LABELS = np.random.default_rng(0).integers(0, 4, 200)
@@ -20,7 +28,7 @@ def as_lists(parts: list[np.ndarray]) -> list[list[int]]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @settings(deadline=None, database=None)
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), num_sites=st.integers(1, 12), seed=st.integers(0))
-def test_every_example_is_dealt_once_and_every_site_gets_some(
+def test_every_example_is_in_one_part_and_no_part_is_empty(
     scheme: str, labels: list[int], num_sites: int, seed: int
 ) -> None:
     try:
@@ -40,23 +48,23 @@ def test_sizes_differ_by_one_at_most(scheme: str, num_sites: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_by_label_deals_runs_of_the_sorted_labels() -> None:
-    dealt = LABELS[np.concatenate(partition_indices(LABELS, 7, by_label, 1))]
-    assert (np.diff(dealt) >= 0).all()
+def test_by_label_partitions_the_sorted_labels() -> None:
+    in_order = LABELS[np.concatenate(partition_indices(LABELS, 7, by_label, 1))]
+    assert (np.diff(in_order) >= 0).all()
 
 
-def test_iid_deals_each_site_the_labels_in_their_proportions() -> None:
+def test_iid_gives_each_site_the_labels_in_their_proportions() -> None:
     sorted_labels = np.arange(4000) // 1000
     for part in partition_indices(sorted_labels, 4, iid, 1):
         assert np.abs(np.bincount(sorted_labels[part]) / 250 - 1).max() < 0.25  # four standard deviations
 
 
 def unevenness(alpha: float) -> float:
-    """How far the sites' shares of a label are from equal: 0 is equal, 1 is one site has it all."""
+    """How far the sites' fractions of a label are from equal: 0 is equal, 1 is one site has it all."""
     labels = np.arange(4000) % 4
     parts = partition_indices(labels, 4, partial(dirichlet, alpha=alpha), 1)
-    shares = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000
-    return (shares.max(axis=0).mean() - 1 / 4) / (3 / 4)
+    fractions = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000
+    return (fractions.max(axis=0).mean() - 1 / 4) / (3 / 4)
 
 
 def test_the_smaller_alpha_the_more_the_sites_differ() -> None:
@@ -67,21 +75,20 @@ def test_the_smaller_alpha_the_more_the_sites_differ() -> None:
 
 
 @pytest.mark.parametrize("alpha", [5e-324, 1e-9, 1e-3])
-def test_a_tiny_alpha_ends_in_a_sentence_where_no_draw_serves_all_sites(alpha: float) -> None:
-    with pytest.raises(ValueError, match="a larger dirichlet_alpha or fewer sites would do") as caught:
+def test_a_tiny_alpha_is_refused_where_no_sample_serves_all_sites(alpha: float) -> None:
+    with pytest.raises(ValueError, match="Use a larger dirichlet_alpha or fewer sites") as caught:
         partition_indices(LABELS, 9, partial(dirichlet, alpha=alpha), 1)
-    assert f"dirichlet_alpha={alpha} leaves sites without an example (site " in str(caught.value)
-    assert f"{MAX_DRAWS} draws over 9 sites" in str(caught.value)
+    assert f"each of 9 sites an example, got {alpha}, which did not in {MAX_SAMPLES} samples" in str(caught.value)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_more_sites_than_examples_are_refused(scheme: str) -> None:
-    with pytest.raises(ValueError, match=r"^4 sites cannot share 3 training examples: at most 3 .* would do$"):
+    with pytest.raises(ValueError, match=r"expected at most 3 sites for 3 training examples, got 4$"):
         partition_indices(LABELS[:3], 4, SCHEMES[scheme], 1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_deal_is_drawn_by_its_seed(scheme: str) -> None:
-    np.random.seed(0)  # the generator that all share must not matter
+def test_a_partition_depends_on_its_seed(scheme: str) -> None:
+    np.random.seed(0)  # must not change it
     first, again, other = (as_lists(partition_indices(LABELS, 5, SCHEMES[scheme], seed)) for seed in (1, 1, 2))
     assert first == again != other

@@ -184,29 +184,34 @@ REFUSED = {  # a file's name and content, what its own node says, and where othe
     "a row": (
         "a.csv",
         f'text,label\na,x\n{SECRET},y,"{SECRET}"\n',
-        "row 2 has 3 fields, not 2",
+        "row 2: expected 2 fields, got 3",
         "row 2 of the train file",
     ),
     "a quote": ("a.csv", f'text,label\n"{SECRET}" a,x\n', "line 2: ',' expected", "line 2 of the train file"),
-    "no label": ("a.csv", f"text,label\na,x\n{SECRET},\n", "has no label", "row 2 of the train file"),
+    "no label": (
+        "a.csv",
+        f"text,label\na,x\n{SECRET},\n",
+        "expected a value in 'label', got none",
+        "row 2 of the train file",
+    ),
     "no header": (
         "a.csv",
         f"{SECRET},x\na,y\n",
-        f"is not in '{SECRET}/a.csv': '{SECRET}', 'x'",
+        f"a column of '{SECRET}/a.csv' ('{SECRET}', 'x')",
         "the train file",
     ),
     "JSON": (
         "a.jsonl",
         f'{{"text": 1, "{SECRET}": 2}}',
-        "row 1: text_column='text' holds",
+        "row 1: text_column='text': expected texts, got a number",
         "row 1 of the train file",
     ),
-    "no file": ("a.csv", "", "it is empty", "the train file"),
+    "no file": ("a.csv", "", "expected rows, got an empty file", "the train file"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
+def test_peers_learn_of_a_wrong_file_without_a_word_of_it(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,10 +221,12 @@ def test_what_is_wrong_with_a_file_is_told_without_a_word_of_it(
     Path(path).write_text(content)
     with world(), pytest.raises(ValueError, match=re.escape(says)) as caught:
         SiteFile("site_paths[0] on rank 1", "train", path).use(read_file, "text", path, "train")
-    assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+    assert (
+        caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node prints the reason"
+    )
 
 
-def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_that_may_be_texts_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["pos", SECRET]})
     file = SiteFile("site_paths[0] on rank 1", "train", "a.csv")
     assert file.use(labels_to_send, rows, None) == ["pos", SECRET]
@@ -231,14 +238,17 @@ def test_labels_that_may_be_texts_are_told_to_nobody(monkeypatch: pytest.MonkeyP
     ):
         with world(), pytest.raises(ValueError, match=says) as caught:
             file.use(work)
-        assert caught.value.message_for_peers == f"{where} of site_paths[0] on rank 1 is refused: its node says why"
+        assert (
+            caught.value.message_for_peers
+            == f"{where} of site_paths[0] on rank 1 is refused: its node prints the reason"
+        )
 
 
 def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
         SiteFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
     assert _report(caught.value) == repr(
-        ("failed", "the test file of site_paths[0] on rank 1 is refused: its node says why")
+        ("failed", "the test file of site_paths[0] on rank 1 is refused: its node prints the reason")
     )
 
 
@@ -253,8 +263,11 @@ def test_a_file_that_is_refused_is_explained_by_its_own_rank_alone(
         [own([good]), own([bad])] if local_rank == 0 else [own([good, bad])] * 2
     )  # or two ranks of one of many nodes
     other, own_node = two_nodes(nodes[0], {**nodes[1], "local_rank": local_rank}, status=1)
-    assert other == f"error: rank 1: {where} of site_paths[{local_rank}] on rank 1 is refused: its node says why\n"
-    assert own_node == f"error: '{tmp_path / name}' cannot be read as csv: {says}\n"
+    assert (
+        other
+        == f"error: rank 1: {where} of site_paths[{local_rank}] on rank 1 is refused: its node prints the reason\n"
+    )
+    assert own_node == f"error: '{tmp_path / name}': {says}\n"
 
 
 def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
@@ -262,7 +275,7 @@ def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
 ) -> None:
     (tmp_path / "one.csv").write_text("text,label\ngoal,typo\n")
     settings = own([files[0], [str(tmp_path / "one.csv")]], num_rounds=1)
-    assert "expected each at two sites or more" in command("--unobserved", **settings)[1]
+    assert "or each at two sites or more" in command("--unobserved", **settings)[1]
     output = succeed(command("plan", labels=json.dumps(["typo", *LABELS]).replace(" ", ""), **settings))
     assert re.search(r"\| typo 0, sport 6, tech 6, food 5$", output, re.MULTILINE)
     assert re.search(r"\| typo 1, sport 0, tech 0, food 0$", output, re.MULTILINE)
@@ -271,18 +284,22 @@ def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
 BAD = {
     "another label": (
         "one file",
-        "labels: expected each at two sites or more, got typo (of site_paths[2] on rank 0).",
+        "or each at two sites or more, got typo only in site_paths[2] on rank 0.",
     ),
-    "no test file": ("no test", "no site has a test file: [training file, test file] in site_paths of one or more"),
-    "a missing file": ("missing", "'/no/such.csv' cannot be read as csv: there is no such file"),
+    "no test file": (
+        "no test",
+        "site_paths: expected [training file, test file] of one site or more, got no test file",
+    ),
+    "a missing file": (
+        "missing",
+        "'/no/such.csv': expected the path or fsspec URL of a file, got none (there is no such file)",
+    ),
 }
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("what", BAD)
-def test_files_that_will_not_do_are_one_sentence(
-    command: Command, files: list, tmp_path: Path, what: str, ranks: int
-) -> None:
+def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: Path, what: str, ranks: int) -> None:
     (tmp_path / "typo.csv").write_text("text,label\ngoal,typo\nteam,sport\n")
     given = {"one file": [files[0], files[2], [str(tmp_path / "typo.csv")]], "no test": [files[1], files[0][:1]]}
     given["missing"] = [files[0], ["/no/such.csv"]]
@@ -303,14 +320,14 @@ def test_files_that_will_not_do_are_one_sentence(
         ({"train_path": "x.csv"}, "train_path='x.csv' is of data that is dealt to sites: leave it out, or site_paths"),
         ({"max_train_examples": 5}, "max_train_examples=5 is of data that is dealt"),
         ({"partition": "by_label"}, "partition='by_label' deals data to sites: leave it out, or site_paths"),
-        ({"num_sites": 5}, "num_sites=5 was given, but the nodes that are here have the data of 3 sites (site_paths)"),
+        ({"num_sites": 5}, "num_sites: expected 3, the number of sites in the site_paths of all nodes, got 5."),
         (
             {"site_paths": "data.csv"},
             "site_paths='data.csv' was given: a list of paths, or of [training file, test file]",
         ),
         ({"site_paths": "[['a','b','c']]"}, "a list of paths"),
         ({"site_paths": "[]"}, "a list of paths"),
-        ({"task_name": "bbcnews", "model": "minilm"}, "brings its own texts: without "),
+        ({"task_name": "bbcnews", "model": "minilm"}, "task_name: expected a task that takes files, got 'bbcnews'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -58,7 +58,10 @@ def test_the_split_is_that_of_scikit_learn_and_overwrites_nothing(tmp_path: Path
     assert read(tmp_path / "test.csv") == [HEADER, *test]
     again = split(tmp_path)
     assert again.returncode == 1
-    assert again.stderr == f"error: '{tmp_path}/train.csv' is there already: remove it, or name another file\n"
+    assert (
+        again.stderr
+        == f"error: '{tmp_path}/train.csv': expected a new file, got one that exists. Remove it, or name another\n"
+    )
 
 
 @pytest.mark.parametrize("num_rows", [*range(2, 30), 19_579])
@@ -89,23 +92,27 @@ def test_the_real_file_is_split_as_the_paper_did(shared: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("content", "paths", "says"),
     [
-        (None, {}, "full.csv' cannot be read as CSV"),
-        (b"", {}, "full.csv' cannot be read as CSV: No columns to parse from file"),
-        (b"id,text,author\n1,caf\xe9,EAP\n", {}, "full.csv' cannot be read as CSV: 'utf-8' codec"),
-        (b"id,text,author\n1,a,EAP\n2,a,b,EAP\n", {}, "full.csv' cannot be read as CSV: Error tokenizing data"),
+        (None, {}, "full.csv': expected CSV, got an error: "),
+        (b"", {}, "full.csv': expected CSV, got an error: No columns to parse from file"),
+        (b"id,text,author\n1,caf\xe9,EAP\n", {}, "full.csv': expected CSV, got an error: 'utf-8' codec"),
+        (b"id,text,author\n1,a,EAP\n2,a,b,EAP\n", {}, "full.csv': expected CSV, got an error: Error tokenizing data"),
         (
             b"id,text,author\n1,a,b,EAP\n2,a,b,EAP\n",
             {},
-            "rows without id, text and author: quote texts",
+            "expected id, text and author in each row. Quote texts",
         ),
-        (b"id,text,author\n1,a,EAP\n2,a\n", {}, "rows without id, text and author"),
-        (b"id,text\n1,a\n", {}, "full.csv' has the columns id, text, not id, text, author"),
-        (b"id,text,author\n", {}, "full.csv' has 0 rows: two or more can be split"),
-        (b"id,text,author\n1,a,EAP\n", {}, "full.csv' has 1 rows: two or more can be split"),
-        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"test": "{}/train.csv"}, "must be three files"),
-        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"train": "{}/x/../full.csv"}, "must be three files"),
-        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"test": "{}"}, "is there already: remove it, or name another file"),
-        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"train": "{}/none/train.csv"}, "none/train.csv' cannot be written"),
+        (b"id,text,author\n1,a,EAP\n2,a\n", {}, "expected id, text and author in each row"),
+        (b"id,text\n1,a\n", {}, "full.csv': expected the columns id, text, author, got id, text"),
+        (b"id,text,author\n", {}, "full.csv': expected two rows or more, got 0"),
+        (b"id,text,author\n1,a,EAP\n", {}, "full.csv': expected two rows or more, got 1"),
+        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"test": "{}/train.csv"}, "expected three files, got 2"),
+        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"train": "{}/x/../full.csv"}, "expected three files, got 2"),
+        (b"id,text,author\n1,a,EAP\n2,b,HPL\n", {"test": "{}"}, "expected a new file, got one that exists. Remove it"),
+        (
+            b"id,text,author\n1,a,EAP\n2,b,HPL\n",
+            {"train": "{}/none/train.csv"},
+            "none/train.csv': expected a file that can be written, got an error: ",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused_in_one_line(

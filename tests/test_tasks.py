@@ -255,36 +255,54 @@ def test_real_data_is_read_to_the_last_row(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("agnew",), "task_name='agnew' is unknown: bbcnews, agnews, imdb, yelp, spooky_author, text would do"),
-        (("agnews",), "task_name='agnews' needs train_path and test_path: a local path or any fsspec URL"),
-        (("yelp", "{rows}"), "task_name='yelp' needs test_path"),
-        (("spooky_author", None, "{rows}"), "task_name='spooky_author' needs train_path"),
-        (("imdb", "{rows}"), "task_name='imdb' needs test_path"),
-        (("imdb",), "stanfordnlp/imdb cannot be loaded from the hub: give train_path and test_path, or go online"),
-        (("imdb", "{none}", "{none}"), "there are no texts {none}/train/neg/*.txt: a folder of .txt files for each"),
-        (("imdb", "{rows}", "{rows}"), "there are unknown labels, 2: 0, 1, neg, pos would do"),
-        (("text", "{rows}"), "task_name='text' needs test_path"),
-        (("text", None, "{rows}"), "task_name='text' needs train_path"),
+        (("agnew",), "task_name: expected bbcnews, agnews, imdb, yelp, spooky_author, text, got 'agnew'"),
+        (("agnews",), "train_path and test_path: expected a path or URL for task_name='agnews', got None"),
+        (("yelp", "{rows}"), "test_path: expected a path or URL for task_name='yelp'"),
+        (("spooky_author", None, "{rows}"), "train_path: expected a path or URL for task_name='spooky_author'"),
+        (("imdb", "{rows}"), "test_path: expected a path or URL for task_name='imdb'"),
+        (("imdb",), "task_name='imdb': expected the data set stanfordnlp/imdb of the hub, got an error: "),
+        (
+            ("imdb", "{none}", "{none}"),
+            "'{none}/train/neg/*.txt': expected a folder of .txt files for each label, got none",
+        ),
+        (("imdb", "{rows}", "{rows}"), "row 2: expected a label out of 0, 1, neg, pos, got 2"),
+        (("text", "{rows}"), "test_path: expected a path or URL for task_name='text'"),
+        (("text", None, "{rows}"), "train_path: expected a path or URL for task_name='text'"),
         (
             ("text", "no/such"),
-            "'no/such' is neither a file that ends in .csv, .tsv, .jsonl, .json, .parquet nor a data",
+            "'no/such': expected a file that ends in .csv, .tsv, .jsonl, .json, .parquet, or a data",
         ),
-        (("text", "{none}"), "'{none}' is neither a file"),
-        (("text", "s3://bucket/x.txt", "{rows}"), "'s3://bucket/x.txt' is no table"),
-        (("text", "{rows}", "{none}.csv"), "'{none}.csv' cannot be read as csv: there is no such file"),
-        (("text", "{rows}", "{rows}", "body"), "text_column='body' is not in '{rows}': 'text', 'label' would do"),
-        (("text", "{rows}", "{rows}", None, "stars"), "label_column='stars' is not in '{rows}'"),
-        (("agnews", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: Class Index, Title, Description"),
-        (("spooky_author", "{rows}", "{rows}"), "has 2 columns, not the 3 expected: id, text, author"),
-        (("yelp", "{rows}", "{rows}", None, "star"), "label_column='star' is not in '{rows}'"),
-        (("bbcnews", "{rows}"), "task_name='bbcnews' brings its own texts: leave out train_path='{rows}'"),
-        (("bbcnews", None, None, "body"), "leave out text_column='body'"),
+        (("text", "{none}"), "'{none}': expected a file"),
+        (("text", "s3://bucket/x.txt", "{rows}"), "'s3://bucket/x.txt': expected a file that ends in .csv"),
+        (
+            ("text", "{rows}", "{none}.csv"),
+            "'{none}.csv': expected the path or fsspec URL of a file, got none (there is no such file)",
+        ),
+        (
+            ("text", "{rows}", "{rows}", "body"),
+            "text_column: expected a column of '{rows}' ('text', 'label'), got 'body'",
+        ),
+        (
+            ("text", "{rows}", "{rows}", None, "stars"),
+            "label_column: expected a column of '{rows}' ('text', 'label'), got 'stars'",
+        ),
+        (("agnews", "{rows}", "{rows}"), "expected the 3 columns Class Index, Title, Description, got 2 columns"),
+        (("spooky_author", "{rows}", "{rows}"), "expected the 3 columns id, text, author, got 2 columns"),
+        (
+            ("yelp", "{rows}", "{rows}", None, "star"),
+            "label_column: expected a column of '{rows}' ('stars', 'text'), got 'star'",
+        ),
+        (("bbcnews", "{rows}"), "train_path: expected None, as task_name='bbcnews' has its own texts, got '{rows}'"),
+        (
+            ("bbcnews", None, None, "body"),
+            "text_column: expected None, as task_name='bbcnews' has its own texts, got 'body'",
+        ),
         (
             ("imdb", "{rows}", "{rows}", None, None, ["0", "1"]),
             "expected None, as task_name='imdb' has its own (neg, pos)",
         ),
         (("text", "{rows}", "{rows}", None, None, ["1", 1.0]), "expected names that differ and are not empty"),
-        (("text", "{rows}", "{rows}", None, None, ["1", "3"]), "there are unknown labels, 2: 1, 3 would do"),
+        (("text", "{rows}", "{rows}", None, None, ["1", "3"]), "row 2: expected a label out of 1, 3, got 2"),
     ],
 )
 def test_data_that_is_not_there_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
@@ -301,10 +319,14 @@ def test_bbcnews_says_how_to_install_its_texts(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("task_name", "row", "says"),
     [
-        ("agnews", '5,"a","b"\n', "there are unknown labels, 5: 1, 2, 3, 4, World, Sports, Business, Sci"),
-        ("yelp", '"0","b"\n', "there are unknown labels, 0: 1, 2, 3, 4, 5 would do"),
-        ("spooky_author", "id,text,author\n1,a,eap\n", "there are unknown labels, eap: EAP, HPL, MWS would do"),
-        ("imdb", "text,label\na,2\n", "there are unknown labels, 2: 0, 1, neg, pos would do"),
+        (
+            "agnews",
+            '5,"a","b"\n',
+            "row 1: expected a label out of 1, 2, 3, 4, World, Sports, Business, Sci/Tech, got 5",
+        ),
+        ("yelp", '"0","b"\n', "row 1: expected a label out of 1, 2, 3, 4, 5, got 0"),
+        ("spooky_author", "id,text,author\n1,a,eap\n", "row 1: expected a label out of EAP, HPL, MWS, got eap"),
+        ("imdb", "text,label\na,2\n", "row 1: expected a label out of 0, 1, neg, pos, got 2"),
     ],
 )
 def test_a_label_that_a_task_does_not_have_is_refused(task_name: str, row: str, says: str, tmp_path: Path) -> None:
@@ -376,7 +398,7 @@ def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> 
 def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
     tokenizer = load_pretrained(tiny_model, 8).tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
-    assert "text 2 of the 3 in use has no token: leave its row out" in refusal(
+    assert "text 2 of the 3 in use: expected a token or more, got none. Leave the row out" in refusal(
         lambda: TextEncoder(tokenizer, 8).encode(make_texts(["goal", " ", "team"]), CLASSES)
     )
 
@@ -562,7 +584,7 @@ def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tm
     assert files[0] == files[1]
 
 
-def test_another_length_or_tokenizer_is_tokenised_anew(tiny_model: str, tmp_path: Path) -> None:
+def test_another_length_or_tokenizer_is_tokenised_again(tiny_model: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)

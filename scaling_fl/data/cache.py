@@ -1,4 +1,4 @@
-"""What is read and tokenised once: in files that all ranks map, or in memory where these cannot be written."""
+"""The cache of rows and tokens: in files that all ranks map, or in memory where these cannot be written."""
 
 import logging
 import os
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def store(key: str, read: Callable[[], Iterator[Row]]) -> Dataset:
-    """Return rows of strings, from the cache if they are there.
+    """Return rows of strings, from the cache where it has them.
 
     Args:
-        key: of what is read, as it is now; the name of a folder.
-        read: yields the names of the columns, then the rows. What it raises passes; it may be called twice.
+        key: of the file and its state; the name of a folder.
+        read: yields the names of the columns, then the rows. It may be called twice.
     """
     path = Path(datasets.config.HF_DATASETS_CACHE, "scaling_fl", key, "rows.arrow")
     with suppress(OSError, pa.ArrowException):
@@ -38,7 +38,7 @@ def store(key: str, read: Callable[[], Iterator[Row]]) -> Dataset:
         _write(path, *_batches(read()))
         return _open(path, key)
     except (OSError, pa.ArrowException) as error:
-        schema, batches = _batches(read())  # raises again what is not the cache's
+        schema, batches = _batches(read())  # an error that is not of the cache is raised again
         rows = Dataset(InMemoryTable.from_batches(list(batches), schema), fingerprint=key)
         warn_of_cache(error)
         return rows
@@ -71,13 +71,13 @@ def mapped(rows: Dataset, function: Callable[..., Any], **options: Any) -> Datas
 def _open(path: Path, key: str) -> Dataset:
     with path.open("rb") as file:
         file.seek(-len(END), os.SEEK_END)
-        if file.read() != END:  # Arrow would take what is left of a file that was cut for all of it
-            raise OSError("it is cut")
+        if file.read() != END:  # Arrow reads a file that was cut without an error
+            raise OSError("the file was cut")
     return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, delete=False) as partial:
         try:
@@ -95,8 +95,8 @@ def _batches(rows: Iterator[Row]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     schema = pa.schema([(name, pa.string()) for name in next(rows) if name is not None])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        while held := list(islice(rows, NUM_ROWS)):
-            columns = [pa.array(column, pa.string()) for column in zip(*held, strict=True)]
+        while some := list(islice(rows, NUM_ROWS)):
+            columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
             yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
     return schema, batches()

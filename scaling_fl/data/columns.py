@@ -1,4 +1,4 @@
-"""The columns of a file that are read, and what is no text in them. The other columns are nobody's business."""
+"""The columns that are read of a file, and the check that they hold texts. Other columns are ignored."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,28 +9,29 @@ import fsspec
 from scaling_fl.errors import preview
 
 Columns = tuple[str, str]  # of the texts, of the labels
+NOT_UTF8 = "expected UTF-8, got an {}. Save the file as UTF-8"
 KEYS = ("text_column", "label_column")  # the settings that name them
 
 
 class ColumnError(Exception):
-    """A file does not have a column that is to be read, but others."""
+    """A file lacks a column that is to be read."""
 
     def __init__(self, column: str, names: Iterable[str]) -> None:
         super().__init__(column)
         self.column, self.names = column, tuple(names)
 
     def sentence(self, path: str, columns: Sequence[str]) -> str:
-        """Return what is wrong with a file, given its path and the columns that are asked for."""
+        """Return the error of a file, given its path and the columns that are to be read."""
         key = KEYS[columns.index(self.column)]
-        return f"{key}={self.column!r} is not in {path!r}: {preview(map(repr, self.names))} would do"
+        return f"{key}: expected a column of {path!r} ({preview(map(repr, self.names))}), got {self.column!r}"
 
 
 def find_columns(columns: Columns | None, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns to read: those that are asked for, or all.
+    """Return the columns to read: those given, or all.
 
     Raises:
         ColumnError: one is not in the file.
-        ValueError: one is there several times.
+        ValueError: the file has one several times.
     """
     found = tuple(dict.fromkeys(columns)) if columns else tuple(names)
     counts = Counter(names)
@@ -39,7 +40,7 @@ def find_columns(columns: Columns | None, names: Sequence[str]) -> tuple[str, ..
             raise ColumnError(column, names)
     twice = sorted({column for column in found if counts[column] > 1})
     if twice:
-        raise ValueError(f"it has several columns called {', '.join(twice)}: rename them")
+        raise ValueError(f"expected each column once, got several called {', '.join(twice)}. Rename them")
     return found
 
 
@@ -48,12 +49,13 @@ def open_text(path: str) -> Any:
     return fsspec.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer")
 
 
-def check_characters(fields: Iterable[str | None], around: str = "") -> None:
-    """Look for halves of characters.
+def check_characters(fields: Iterable[str | None], place: str, around: str = "") -> None:
+    """Check that fields have whole characters.
 
     Args:
         fields: of a row.
-        around: more of the row, which tells better what is wrong with a byte.
+        place: of the row, in words.
+        around: more of the row, which helps to explain a wrong byte.
 
     Raises:
         ValueError: bytes of the file were not UTF-8, or JSON has an escape for one half of a pair.
@@ -67,6 +69,6 @@ def check_characters(fields: Iterable[str | None], around: str = "") -> None:
         try:
             (around or text).encode(errors="surrogateescape").decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8 ({error.reason}): save it as that") from None
+            raise ValueError(f"{place}: {NOT_UTF8.format(error.reason)}") from None
         except UnicodeEncodeError:
-            raise ValueError("it has half a character, a surrogate without its partner") from None
+            raise ValueError(f"{place}: expected whole characters, got a surrogate without its partner") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from scaling_fl.data.cache import Row
-from scaling_fl.data.columns import Columns, check_characters, find_columns, open_text
+from scaling_fl.data.columns import NOT_UTF8, Columns, check_characters, find_columns, open_text
 
 SEPARATORS = (",", ";", "\t", "|")
 TABS = re.compile(r"\.(tsv|tab)(\.\w+)?$", re.IGNORECASE)  # a name that promises tabs
@@ -16,7 +16,7 @@ QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 class Head(NamedTuple):
-    """What separates the fields of a file, what its columns are called, and whether its first row says so."""
+    """The separator of a file, the names of its columns, and whether its first row has these names."""
 
     separator: str
     names: Sequence[str]
@@ -29,7 +29,7 @@ def read_csv(path: str, columns: Columns | None, names: Sequence[str]) -> Iterat
     Args:
         path: a local path or fsspec URL.
         columns: to read; None reads all.
-        names: of the columns where there is no header. One with those to read will do.
+        names: of the columns where there is no header. A header with the columns to read is used where there is one.
     """
     head = _find_head(path, columns, names)
     used = find_columns(columns, head.names)
@@ -44,7 +44,7 @@ def read_csv(path: str, columns: Columns | None, names: Sequence[str]) -> Iterat
             _check(picked, line, row)
             yield picked
     if number == 0:
-        raise ValueError("it has no row below its header")
+        raise ValueError("expected a row below the header, got none")
 
 
 def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head:
@@ -53,7 +53,7 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
     promised = "\t" if TABS.search(path) else ","
     others = [separator for separator in SEPARATORS if separator != promised]
     heads: list[tuple[int, list[str]]] = []
-    problem: ValueError | None = None  # of the promised separator: that others do not fit is none
+    problem: ValueError | None = None  # of the promised separator; an error of others only means that they do not fit
     for separator in (promised, *others) if wanted else (promised,):
         try:
             line, row = next(_rows(path, separator), (0, []))
@@ -61,7 +61,7 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
             problem = error if separator == promised else problem
             continue
         if not row:
-            raise ValueError("it is empty")
+            raise ValueError("expected rows, got an empty file")
         if wanted <= set(row) and (wanted or _is_table(row, line)):
             return Head(separator, row, True)
         if separator == promised and len(row) >= len(names) > 0 and _is_blank(row[len(names) :]):
@@ -72,7 +72,7 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
     line, row = heads[0]
     _check(row, line, row)
     if names:
-        raise ValueError(f"it has {len(row)} columns, not the {len(names)} expected: {', '.join(names)}")
+        raise ValueError(f"expected the {len(names)} columns {', '.join(names)}, got {len(row)} columns")
     return Head(promised, max((row for _, row in heads), key=len), True)
 
 
@@ -80,7 +80,7 @@ def _is_table(row: list[str], line: int) -> bool:
     _check(row, line, row)
     separator = re.search(r"[;\t|]", row[0])
     if len(row) == 1 and separator:
-        raise ValueError(f"its columns seem to be separated by {separator[0]!r}: commas would do")
+        raise ValueError(f"expected columns separated by commas, got {separator[0]!r}")
     return True
 
 
@@ -96,7 +96,7 @@ def _fit(row: list[str], number: int, names: Sequence[str]) -> list[str]:
     if len(row) < width and _is_blank(names[len(row) :]):
         return [*row, *[""] * (width - len(row))]
     if len(row) != width:
-        raise ValueError(f"row {number} has {len(row)} fields, not {width}")
+        raise ValueError(f"row {number}: expected {width} fields, got {len(row)}")
     return row
 
 
@@ -105,13 +105,10 @@ def _is_blank(fields: Sequence[str]) -> bool:
 
 
 def _check(fields: Sequence[str], line: int, row: Sequence[str]) -> None:
-    """Refuse what is no text, or UTF-16 without a byte order mark."""
-    try:
-        check_characters(fields, "".join(row))
-    except ValueError as error:
-        raise ValueError(f"line {line}: {error}") from None
+    """Refuse bytes that are not UTF-8, and UTF-16 without a byte order mark."""
+    check_characters(fields, f"line {line}", "".join(row))
     if any("\0" in field for field in fields):
-        raise ValueError(f"line {line} has a NUL byte, which is no text in UTF-8: save it as that")
+        raise ValueError(f"line {line}: {NOT_UTF8.format('unexpected NUL byte')}")
 
 
 def _rows(path: str, separator: str, *, is_plain: bool = False) -> Iterator[tuple[int, list[str]]]:
@@ -156,7 +153,9 @@ def _is_plain(path: str, separator: str) -> bool:
     except ValueError:
         return True
     if widths.total() < num_lines and set(widths) == tabs:
-        raise ValueError("its quotes may stand for themselves, or enclose lines that are rows too: save it as CSV")
+        raise ValueError(
+            "expected quotes of one kind, got some that stand for themselves or enclose several rows. Save it as CSV"
+        )
     return True
 
 

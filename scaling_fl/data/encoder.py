@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from scaling_fl.data.cache import mapped
 from scaling_fl.data.examples import Examples
 
-VERSION = 1  # of how texts are tokenised: another one tokenises again what is in the cache
-LONG = 32  # characters for each token that is kept, above which a text is long
+VERSION = 1  # of how texts are tokenised: another one ignores the tokens in the cache
+LONG = 32  # a text with more characters for each of max_seq_len is long
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class TextEncoder:
         return {name: tokens[name] for name in names}
 
     def _cut(self, text: str) -> str:
-        """Return the beginning of a long text that has the tokens to be kept; its end where those are.
+        """Return the beginning of a long text (or its end) that has the tokens that are left after truncation.
 
-        A tokenizer takes 200 times the memory of a text. What is cut off changes none of the tokens that are kept, as
-        it begins with a word of its own, and at least as many tokens lie between as are kept.
+        A tokenizer takes 200 times the memory of a text. The part that is cut off changes none of those tokens, as it
+        begins at a word, and at least `max_seq_len` other tokens lie between.
         """
         cuts_end = self.tokenizer.truncation_side == "right"
         size = LONG * self.max_seq_len
@@ -98,15 +98,17 @@ class TextEncoder:
         return text
 
     def _check(self, texts: Dataset, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Find out whether the model takes all tokens. Errors name the row, never its text."""
+        """Check that the model takes all tokens. Errors name the row, never its text."""
         if (lengths == 0).any():
-            raise ValueError(f"{_row(texts, int(lengths.argmin()))} has no token: leave its row out")
+            raise ValueError(
+                f"{_row(texts, int(lengths.argmin()))}: expected a token or more, got none. Leave the row out"
+            )
         if self.num_ids is not None and ids.max(initial=0) >= self.num_ids:
             where = int(ids.argmax())
             raise ValueError(
                 f"{_row(texts, _example_of(where, lengths))}: expected ids of tokens below {self.num_ids}, the number "
-                f"of the model's embeddings, got {ids[where]}: the tokenizer, or vocab_size in config.json, is of "
-                "another model"
+                f"of the model's embeddings, got {ids[where]}. The tokenizer, or vocab_size in config.json, is "
+                "of another model"
             )
         if self.end_id is not None:
             counts = np.add.reduceat(ids == self.end_id, np.cumsum(lengths) - lengths, dtype=np.int64)
@@ -121,7 +123,7 @@ class TextEncoder:
                 index = int((counts != usual).argmax())
                 raise ValueError(
                     f"{_row(texts, index)}: expected {usual} end token {token!r}, from which this model reads its "
-                    f"answer, got {counts[index]}: remove it from the text, or leave the row out"
+                    f"answer, got {counts[index]}. Remove it from the text, or leave the row out"
                 )
 
     def _padding(self, name: str) -> int:
@@ -136,7 +138,7 @@ def _example_of(token: int, lengths: np.ndarray) -> int:
 
 
 def _row(texts: Dataset, index: int) -> str:
-    """Say which text it is, also by its row in the file where a sample was drawn."""
+    """Return which text it is; of a sample also its row in the file."""
     place = f"text {index + 1} of the {len(texts)} in use"
     indices = texts._indices
     return place if indices is None else f"{place} (row {indices.column(0)[index].as_py() + 1} as read)"

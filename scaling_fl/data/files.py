@@ -9,7 +9,7 @@ import fsspec
 from datasets import Dataset
 
 from scaling_fl.data.cache import Row, store
-from scaling_fl.data.columns import ColumnError, Columns
+from scaling_fl.data.columns import NOT_UTF8, ColumnError, Columns
 from scaling_fl.data.csv_rows import read_csv
 from scaling_fl.data.json_rows import read_json
 from scaling_fl.data.parquet_rows import read_parquet
@@ -20,7 +20,7 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".jsonl": "json", ".ndjs
 FORMATS |= {".parquet": "parquet"}
 PACKED = (".gz", ".bz2", ".xz")  # after the ending of a file of text
 SHOWN = ".csv, .tsv, .jsonl, .json, .parquet"
-VERSION = 1  # of what is read out of a file: another one reads again what is in the cache
+VERSION = 1  # of the rows that are read: another one ignores the rows in the cache
 
 
 def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = None) -> Dataset:
@@ -28,15 +28,15 @@ def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = N
 
     Args:
         path: a local path or fsspec URL whose ending is a key of FORMATS.
-        names: the column names of a CSV without a header. One that has those to read in its header will do.
-        columns: of the texts and of the labels; no other is looked at. None reads all.
+        names: the column names of a CSV without a header. A header with the columns to read is used where there is one.
+        columns: of the texts and of the labels; others are ignored. None reads all.
 
     Raises:
         ValueError: the file is missing, empty, not readable, or of another kind, or lacks a column.
     """
     kind = _format(path)
     if kind is None:
-        raise ValueError(f"{path!r} is no table: a file that ends in {SHOWN} would do")
+        raise ValueError(f"{path!r}: expected a file that ends in {SHOWN}, got another ending")
 
     def rows() -> Iterator[Row]:
         if kind == "csv":
@@ -47,14 +47,15 @@ def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = N
         filesystem, inner = fsspec.core.url_to_fs(path)
         check_reachable(filesystem, inner)
         if not filesystem.isfile(inner):
-            raise ValueError("there is no such file, and a local path or fsspec URL of one would do")
+            raise ValueError("expected the path or fsspec URL of a file, got none (there is no such file)")
         if filesystem.size(inner) == 0:
-            raise ValueError("it is empty")
+            raise ValueError("expected rows, got an empty file")
         return store(fsspec.utils.tokenize(VERSION, filesystem.info(inner), columns, list(names)), rows)
     except ColumnError as error:
         raise ValueError(error.sentence(path, columns or [error.column])) from None
     except Exception as error:
-        raise ValueError(f"{path!r} cannot be read as {kind}: {reason(error)}") from error
+        ours = "" if type(error) is ValueError else f"expected {kind}, got an error: "
+        raise ValueError(f"{path!r}: {ours}{reason(error)}") from error
 
 
 def is_table(path: str) -> bool:
@@ -73,11 +74,7 @@ def reason(error: Exception) -> str:
     """Return in one line why something cannot be read."""
     # fsspec says itself which package a scheme needs.
     cause = error if isinstance(error, ImportError) else error.__cause__ or error
-    return (
-        f"it is not UTF-8 ({cause.reason}): save it as that"
-        if isinstance(cause, UnicodeDecodeError)
-        else one_line(cause)
-    )
+    return NOT_UTF8.format(cause.reason) if isinstance(cause, UnicodeDecodeError) else one_line(cause)
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -89,7 +86,7 @@ def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except Exception as error:
-        raise ValueError(f"{path!r} is no local path or fsspec URL: {reason(error)}") from error
+        raise ValueError(f"{path!r}: expected a local path or fsspec URL, got an error: {reason(error)}") from error
 
 
 def read_folders(path: str, labels: Sequence[str] = ("*",)) -> Dataset:
@@ -103,7 +100,7 @@ def read_folders(path: str, labels: Sequence[str] = ("*",)) -> Dataset:
     for label in labels:
         found = filesystem.glob(f"{glob.escape(inner)}/{label}/*.txt", detail=True)
         if not found:
-            raise ValueError(f"there are no texts {path}/{label}/*.txt: a folder of .txt files for each label would do")
+            raise ValueError(f"'{path}/{label}/*.txt': expected a folder of .txt files for each label, got none")
         files |= found
     return store(fsspec.utils.tokenize(VERSION, files), lambda: _folder_rows(filesystem, sorted(files)))
 

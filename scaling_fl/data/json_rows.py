@@ -5,17 +5,16 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-import pyarrow as pa  # type: ignore[import-untyped]
-
 from scaling_fl.data.cache import Row
 from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, open_text
 from scaling_fl.data.labels import as_text
 
 CHUNK = 2**20  # characters that are read at once
-NEAR = 16  # characters before the end of a chunk where what seems wrong may only be cut
+NEAR = 16  # characters before the end of a chunk where an error may be a cut
 SPACE = re.compile(r"[ \t\r\n]*")
-NO_OBJECT = 'its first row is no object: rows such as {"text": "...", "label": "..."} in UTF-8 would do'
-TWICE = object()  # stands for the value of a field that is there twice
+NO_OBJECT = 'row {}: expected an object such as {{"text": "...", "label": "..."}} in UTF-8, got another value'
+TWICE = object()  # the value of a field that a row has twice
+KINDS = {bool: "True or False", list: "a list", dict: "a record"}
 
 
 class Number(str):
@@ -48,48 +47,36 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
             if row is None and number > 1:
                 row = {}
             if not isinstance(row, dict):
-                raise ValueError(NO_OBJECT if number == 1 else f"row {number} is no object")
+                raise ValueError(NO_OBJECT.format(number))
             if number == 1:
                 used = find_columns(columns, columns or tuple(row))
                 yield used
             seen |= dict.fromkeys(row)
             fields = tuple(_field(row.get(name), name, number, columns) for name in used)
-            _check(fields, number)
+            check_characters(fields, f"row {number}")
             yield fields
     if not seen:
-        raise ValueError("it has no row")
+        raise ValueError("expected a row, got none")
     find_columns(columns, tuple(seen))
 
 
 def _field(value: Any, name: str, number: int, columns: Columns | None) -> str | None:
-    """Return a value as a text. In the column of texts a number is a slip, and no text."""
+    """Return a value as a text. The column of texts may not have numbers."""
     if value is None or type(value) is str:
         return value
     if value is TWICE:
-        raise ValueError(f"row {number}: {name!r} is specified twice")
+        raise ValueError(f"row {number}: expected {name!r} once, got it twice")
     is_text = columns is not None and name == columns[0]
     if is_text and value == value:
-        raise ValueError(f"row {number}: {KEYS[0]}={name!r} holds {_kind(value)}: a column of texts would do")
+        raise ValueError(f"row {number}: {KEYS[0]}={name!r}: expected texts, got {KINDS.get(type(value), 'a number')}")
     try:
         return as_text(value)
     except TypeError:
-        raise ValueError(
-            f"row {number}: {KEYS[1]}={name!r} holds lists or records: texts or numbers would do"
-        ) from None
-
-
-def _kind(value: Any) -> str:
-    """Return what a column of such values is called in a table."""
-    if isinstance(value, Number):
-        return "int64" if re.fullmatch("-?[0-9]+", value) else "double"
-    try:
-        return f"{pa.array([value]).type!s:.80}"
-    except (pa.ArrowException, TypeError):
-        return "records" if isinstance(value, dict) else "lists"
+        raise ValueError(f"row {number}: {KEYS[1]}={name!r}: expected texts or numbers, got lists or records") from None
 
 
 def _values(file: TextIO) -> Iterator[Any]:
-    """Yield the values of a list, or those that follow one another, while no more than a piece of the file is held."""
+    """Yield the values of a list, or those that follow one another, with no more than a piece of the file in memory."""
     text, at, number = "", 0, 0
 
     def peek() -> str:
@@ -115,33 +102,26 @@ def _values(file: TextIO) -> Iterator[Any]:
                 is_cut = error.pos > len(text) - NEAR or error.msg.startswith("Unterminated string")
                 more = file.read(max(CHUNK, len(text) - at)) if is_cut else ""
                 if not more:
-                    raise ValueError(f"row {number}: JSON parse error: {error.msg}") from None
+                    raise ValueError(f"row {number}: expected JSON, got an error: {error.msg}") from None
                 text, at = text[at:] + more, 0
 
     is_list = peek() == "["
     at += is_list
     if peek() not in ("{", "]" if is_list else ""):
-        raise ValueError(NO_OBJECT)
+        raise ValueError(NO_OBJECT.format(1))
     mark = peek()
     while mark != ("]" if is_list else ""):
         yield value()
         mark = peek()
         if is_list and mark not in (",", "]"):
-            raise ValueError(f"row {number}: JSON parse error: expected , or ] after it")
+            raise ValueError(f"row {number}: expected , or ] after it, got {mark!r}")
         at += is_list and mark == ","
     if is_list:
         at += 1
         if peek():
-            raise ValueError("JSON parse error: something follows the list")
+            raise ValueError("expected one list, got more after it")
 
 
 def _end_of_space(text: str, start: int) -> int:
     match = SPACE.match(text, start)
     return match.end() if match else start
-
-
-def _check(fields: Row, number: int) -> None:
-    try:
-        check_characters(fields)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None

@@ -1,4 +1,4 @@
-"""The names of labels: one for each, however a file writes it, and how people see them."""
+"""The names of labels: one for each, however a file writes it, and the rules that the labels of files follow."""
 
 import re
 import unicodedata
@@ -21,10 +21,11 @@ JOINER = re.compile("[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U0
 
 
 def label_name(value: object) -> str:
-    """Return a label's name: 1, 1.0 and "1" are the same label, and there may be none ("").
+    """Return a label's name: 1, 1.0 and "1" are the same label; "" is none.
 
-    What prints alike is one label too: the name is in Unicode's normal form NFC, a space of any kind is a space, and
-    what prints nothing is left out. Joiners and variation selectors stay within a name, where they may be seen.
+    Labels that print alike are one label too: the name is in Unicode's normal form NFC, a space of any kind is a
+    space, and characters that print nothing are left out. Joiners and variation selectors stay within a name, where
+    they may be visible.
     """
     if value is None or value != value:
         return ""
@@ -35,10 +36,10 @@ def label_name(value: object) -> str:
 
 
 def check_alike(names: Iterable[str]) -> None:
-    """Compare the names of labels without the joiners in them.
+    """Check that names of labels differ in more than joiners.
 
     Raises:
-        ValueError: two are the same without.
+        ValueError: two do not.
     """
     seen: dict[str, str] = {}
     for name in sorted(set(names)):
@@ -62,18 +63,18 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=Fraction) if all(map(NUMBER.fullmatch, names)) else names)
 
 
-def find_rows(names: Sequence[str], own: Sequence[object]) -> list[int] | None:
+def find_rows(names: Sequence[str], of_head: Sequence[object]) -> list[int] | None:
     """Return the row of each label in a model's own head, None if the head has other labels.
 
     Names are compared as they stand, then without regard to case.
 
     Args:
         names: of the labels.
-        own: the labels of the head, in order.
+        of_head: the labels of the head, in order.
     """
     for form in (str, str.casefold):
-        position = {form(label_name(label)): index for index, label in enumerate(own)}
-        if len(position) == len(own) == len(names) and position.keys() == {form(name) for name in names}:
+        position = {form(label_name(label)): index for index, label in enumerate(of_head)}
+        if len(position) == len(of_head) == len(names) and position.keys() == {form(name) for name in names}:
             return [position[form(name)] for name in names]
     return None
 
@@ -94,22 +95,23 @@ def settle_labels(
     """
     owners: defaultdict[str, set[str]] = defaultdict(set)
     in_split: dict[str, set[str]] = {"train": set(), "test": set()}
-    all_owners = set()
+    all_owners: dict[str, None] = {}
     for owner, split, labels in found:
-        all_owners.add(owner)
+        all_owners[owner] = None
         in_split[split].update(labels)
         for label in labels:
             owners[label].add(owner)
     check_alike([*owners, *(known or {}), *(known or {}).values()])
     if len(in_split["train"]) < 2 and not may_lack:
         raise ValueError(f"labels: expected two or more in the training data, got {preview(in_split['train'])}")
-    lonely = [label for label in sort_labels(owners) if len(owners[label]) == 1 < len(all_owners)]
-    if known is None and lonely:
-        shown = ", ".join(f"{preview([label])} (only in {min(owners[label])})" for label in lonely[:8])
-        raise ValueError(
-            "labels: expected the same in train and test, or each at two sites or more, got "
-            f"{shown}. The setting labels can name those that there may be"
-        )
+    if known is None and len(all_owners) > 1:
+        only = {owner: [label for label in sort_labels(owners) if owners[label] == {owner}] for owner in all_owners}
+        shown = [f"{preview(labels)} only in {owner}" for owner, labels in only.items() if labels]
+        if shown:
+            raise ValueError(
+                "labels: expected the same in train and test, or each at two sites or more, got "
+                f"{', '.join(shown[:4])}. The setting labels can name those that there may be"
+            )
     only_test = sort_labels(in_split["test"] - in_split["train"])
     if only_test and not may_lack:
         raise ValueError(

@@ -24,11 +24,11 @@ def read_parquet(path: str, columns: Columns | None) -> Iterator[Row]:
     with fsspec.open(path, "rb") as file:
         table = pq.ParquetFile(file)
         if table.metadata.num_rows == 0:
-            raise ValueError("it has no row")
+            raise ValueError("expected a row, got none")
         schema = table.schema_arrow
         used = find_columns(columns, schema.names)
         if columns and not is_text(kind := schema.field(columns[0]).type):
-            raise ValueError(f"{KEYS[0]}={columns[0]!r} holds {kind!s:.80}: a column of texts would do")
+            raise ValueError(f"{KEYS[0]}={columns[0]!r}: expected texts, got {kind!s:.80}")
         yield used
         classes = {name: _class_names(schema, name) for name in used}
         for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
@@ -39,7 +39,7 @@ def _fields(column: pa.Array, name: str, classes: Sequence[str] | None) -> list[
     try:
         return as_texts(column, classes)
     except TypeError:
-        raise ValueError(f"{KEYS[1]}={name!r} holds {column.type!s:.80}: texts or numbers would do") from None
+        raise ValueError(f"{KEYS[1]}={name!r}: expected texts or numbers, got {column.type!s:.80}") from None
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -75,7 +75,7 @@ def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None =
     values = [None if value is None or value < 0 else value for value in values]
     unknown = next((value for value in values if value is not None and value >= len(classes)), None)
     if unknown is not None:
-        raise ValueError(f"it has a label of class {unknown}, and names {len(classes)} classes from 0")
+        raise ValueError(f"expected labels of {len(classes)} classes from 0, got class {unknown}")
     return [None if value is None else classes[value] for value in values]
 
 

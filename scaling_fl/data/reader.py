@@ -111,6 +111,8 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         find_columns(columns, table.column_names)
     except ColumnError as error:
         raise ValueError(error.sentence(place, columns)) from None
+    except ValueError as error:
+        raise ValueError(f"{place!r}: {error}") from None
     if len(table) == 0:
         raise ValueError(f"{place!r}: expected one row or more, got none")
     rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, ("text", "label"), strict=True)))
@@ -125,7 +127,9 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
     values = rows.with_format("arrow")[:]
     labels = as_texts(values["label"], getattr(feature, "names", None))
     names = {label: label_name(label) for label in set(labels)}
-    is_missing = [values["text"].is_null().to_numpy(), np.isin([names[label] for label in labels], _none_of(names))]
+    none_names = _none_of(names)
+    none = {label for label, name in names.items() if name in none_names}
+    is_missing = [values["text"].is_null().to_numpy(), np.array([label in none for label in labels])]
     for column, missing in zip(columns, is_missing, strict=True):
         if missing.any():
             number = int(missing.argmax()) + 1
@@ -148,10 +152,10 @@ def _columns(task: Task, given: GivenColumns) -> Columns:
     return columns
 
 
-def _none_of(names: Mapping[str | None, str]) -> list[str]:
+def _none_of(names: Mapping[str | None, str]) -> set[str]:
     """Return the names that stand for no label. Among words "nan" may be one, as the code of a language."""
     words = {name for name in names.values() if not NUMBER.fullmatch(name)}
-    return ["", *words] if {word.lower() for word in words} <= {"", "nan"} else [""]
+    return {"", *words} if {word.lower() for word in words} <= {"", "nan"} else {""}
 
 
 def _check_known(

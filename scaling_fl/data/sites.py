@@ -1,4 +1,4 @@
-"""What the sites hold: parts of one data set that is dealt to them, or files of their own."""
+"""The data of the sites: parts of one data set, or files of each site."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ V = TypeVar("V")
 W = TypeVar("W")
 Encode = Callable[[Dataset, Sequence[str]], Examples]
 MAX_LABELS = 1_000  # of a file whose labels other ranks see: the column of labels may be that of texts
-ROW = re.compile(r"(?: cannot be read as \w+)?(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
+ROW = re.compile(r"(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
 
@@ -36,20 +36,21 @@ class SiteFile:
     path: str
 
     def use(self, work: Callable[..., V], *arguments: object) -> V:
-        """Return what `work` makes of it. Other nodes hear of an error only in which file and row it is."""
+        """Return `work(*arguments)`. Of an error other nodes learn only in which file and row it is."""
         try:
             return work(*arguments)
         except Exception as error:
             if not is_one_node():
                 row = ROW.match(str(error).removeprefix(repr(self.path)))
                 where = f"{row[1]} of the" if row else "the"
-                hide_from_peers(error, f"{where} {self.split} file of {self.site} is refused: its node says why")
+                reason = f"{where} {self.split} file of {self.site} is refused: its node prints the reason"
+                hide_from_peers(error, reason)
             raise
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """What the sites of this rank train on, what its devices evaluate on, and what all know of it."""
+    """The data of the sites and devices of this rank, and the size of all data."""
 
     label_names: tuple[str, ...]
     train: dict[int, Examples]  # of each site of this rank
@@ -136,23 +137,15 @@ def read_site_files(
     """
     known = name_labels(task_name, labels)
     names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
-    files = {
-        site: {
-            split: SiteFile(names[site], split, path)
-            for split, path in zip(SPLITS, files_of(site_paths[entry]), strict=False)
-        }
-        for site, entry in topology.entries.items()
-    }
+    paths = {site: zip(SPLITS, files_of(site_paths[entry]), strict=False) for site, entry in topology.entries.items()}
+    files = {site: {split: SiteFile(names[site], split, path) for split, path in paths[site]} for site in paths}
     rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
     found = _each(lambda of: of[0].use(labels_to_send, of[1], known), rows)
     all_found = _merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
     if not any("test" in of_site for of_site in all_found.values()):
         raise ValueError("site_paths: expected [training file, test file] of one site or more, got no test file")
-    label_names = settle_labels(
-        [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()],
-        known,
-        may_lack=labels is not None,
-    )
+    by_file = [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()]
+    label_names = settle_labels(by_file, known, may_lack=labels is not None)
     examples = _each(lambda of: of[0].use(encode, of[1], label_names), rows)
     return _number_sites(examples, label_names, topology, val_batch_size)
 
@@ -199,7 +192,7 @@ def files_of(entry: str | Sequence[str]) -> list[str]:
 
 
 def _each(function: Callable[[V], W], files: dict[int, dict[str, V]]) -> dict[int, dict[str, W]]:
-    """Return what a function makes of each file of each site."""
+    """Return the result of a function for each file of each site."""
     return {site: {split: function(value) for split, value in of_site.items()} for site, of_site in files.items()}
 
 

@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
+from scaling_fl.errors import one_line
 from scaling_fl.storage import host_path
 
 
@@ -31,28 +32,29 @@ def main() -> None:
     parser.add_argument("--test-path", type=host_path, required=True, help="where to write the rest")
     paths = parser.parse_args()
     targets = (paths.train_path, paths.test_path)
-    if len({os.path.abspath(path) for path in (paths.full_path, *targets)}) < 3:
-        sys.exit("error: --full-path, --train-path and --test-path must be three files")
+    num_files = len({os.path.abspath(path) for path in (paths.full_path, *targets)})
+    if num_files < 3:
+        sys.exit(f"error: --full-path, --train-path, --test-path: expected three files, got {num_files}")
     try:
         rows = pd.read_csv(paths.full_path, dtype=str, keep_default_na=False)
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {paths.full_path!r} cannot be read as CSV: {' '.join(str(error).split())}")
+        sys.exit(f"error: {paths.full_path!r}: expected CSV, got an error: {one_line(error)}")
     if list(rows.columns) != ["id", "text", "author"]:
-        sys.exit(f"error: {paths.full_path!r} has the columns {', '.join(rows.columns)}, not id, text, author")
-    # pandas completes short rows with nothing, and takes the first field for an index where rows are long.
+        sys.exit(f"error: {paths.full_path!r}: expected the columns id, text, author, got {', '.join(rows.columns)}")
+    # pandas fills short rows with empty fields, and takes the first field for an index where rows are long.
     if (rows["author"] == "").any() or not isinstance(rows.index, pd.RangeIndex):
-        sys.exit(f"error: {paths.full_path!r} has rows without id, text and author: quote texts that hold a comma")
+        sys.exit(f"error: {paths.full_path!r}: expected id, text and author in each row. Quote texts that hold a comma")
     if len(rows) < 2:
-        sys.exit(f"error: {paths.full_path!r} has {len(rows)} rows: two or more can be split")
+        sys.exit(f"error: {paths.full_path!r}: expected two rows or more, got {len(rows)}")
     for path in targets:
         filesystem, inner = fsspec.core.url_to_fs(path)
         if filesystem.exists(inner):
-            sys.exit(f"error: {path!r} is there already: remove it, or name another file")
+            sys.exit(f"error: {path!r}: expected a new file, got one that exists. Remove it, or name another")
     for path, indices in zip(targets, split(len(rows)), strict=True):
         try:
             rows.iloc[indices].to_csv(path, index=False)
         except OSError as error:
-            sys.exit(f"error: {path!r} cannot be written: {' '.join(str(error).split())}")
+            sys.exit(f"error: {path!r}: expected a file that can be written, got an error: {one_line(error)}")
         print(f"{len(indices):,} rows in {path}")
 
 
