@@ -22,7 +22,8 @@ from scaling_fl.distributed.collectives import check_equal, local_first, rank, w
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.federation.global_model import GlobalModel
-from scaling_fl.federation.round import Federation, Site
+from scaling_fl.federation.round import Federation
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.flat import trained_weights
@@ -232,12 +233,12 @@ def check_saving(config: SimpleNamespace, job: Job, folder: str | None) -> None:
 
 def count_round(config: SimpleNamespace, held: SiteData, server: GlobalModel, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    trained = [extent for extent, loss in zip(held.extents, metrics["site.loss"], strict=True) if loss is not None]
+    trained = {site: held.extents[site] for site in metrics["site.loss"]}
     epochs_a_second = config.num_local_epochs / metrics["time.train_s"]
     return {
-        "site.examples": [extent.num_examples for extent in held.extents],
-        "speed.examples_per_s": epochs_a_second * sum(extent.num_examples for extent in trained),
-        "speed.tokens_per_s": epochs_a_second * sum(extent.num_tokens for extent in trained),
+        "site.examples": {site: extent.num_examples for site, extent in trained.items()},
+        "speed.examples_per_s": epochs_a_second * sum(extent.num_examples for extent in trained.values()),
+        "speed.tokens_per_s": epochs_a_second * sum(extent.num_tokens for extent in trained.values()),
         "comm.expected_bytes": server.bytes_a_round,
     }
 

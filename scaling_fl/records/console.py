@@ -64,7 +64,7 @@ class Table:
     def record(self, log_scalar: Callable[[str, float, int], None], round_: int, metrics: Metrics) -> None:
         """Log a round's metrics, but those of single sites, by `log_scalar(name, value, round)`; print its line."""
         for name, value in metrics.items():
-            if not isinstance(value, list):
+            if not isinstance(value, dict):
                 log_scalar(name, value, round_)
         cells = [f"{round_:>5}"]
         for title, (name, scale, form) in self._columns.items():
