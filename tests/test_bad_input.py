@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
@@ -408,7 +409,7 @@ class Trap:
 def save(model: nn.Module, folder: Path) -> bytes:
     with world():
         server = GlobalModel(model, make_strategy("fedadam"))
-        server.collect(server.weights - 0.1, 1.0)
+        server.exchange(server.weights - 0.1, Fraction(1))
         server.step()
         checkpoint.save(str(folder), server.state_dict(), HISTORY, SETTINGS, keep=None)
     return (folder / "round-1.pt").read_bytes()
