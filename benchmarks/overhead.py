@@ -147,7 +147,8 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     from scaling_fl.distributed.placement import place_sites
     from scaling_fl.distributed.world import world
     from scaling_fl.federation.global_model import GlobalModel
-    from scaling_fl.federation.round import Federation, Site
+    from scaling_fl.federation.round import Federation
+    from scaling_fl.federation.site import Site
     from scaling_fl.federation.strategies import make_strategy
     from scaling_fl.training.loop import Batch
     from scaling_fl.training.optimisers import OPTIMISERS

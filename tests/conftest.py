@@ -29,7 +29,8 @@ from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
-from scaling_fl.federation.round import Federation, Site
+from scaling_fl.federation.round import Federation
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.records import checkpoint
 from scaling_fl.training.loop import Batch
@@ -234,7 +235,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         sites = {site: devices[site % 2] for site in topology.sites}
         return replace(topology, sites=sites, devices=devices, num_devices=2)
 
-    return lambda: monkeypatch.setitem(Play.play.__globals__, "place", on_two)
+    return lambda: monkeypatch.setitem(Play.play.__globals__, "place_sites", on_two)
 
 
 def succeed(result: tuple[int, str]) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class Trap:
 def save(model: nn.Module, folder: Path) -> bytes:
     with world():
         server = GlobalModel(model, make_strategy("fedadam"))
-        server.collect(server.weights - 0.1, 1.0)
+        server.exchange(server.weights - 0.1, Fraction(1))
         server.step()
         checkpoint.save(str(folder), server.state_dict(), HISTORY, SETTINGS, keep=None)
     return (folder / "round-1.pt").read_bytes()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Play, make_bert, refusal
-from scaling_fl.server import flatten_
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -21,6 +20,7 @@ from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.models.flat import flatten_
 
 SHARES = [Fraction(3, 8), Fraction(1, 8), Fraction(4, 8)]
 HALVES = [Fraction(1, 2)] * 2
@@ -38,11 +38,11 @@ def averaged(first: Tensor, locals_: Sequence[Tensor], shares: Sequence[Fraction
     model.register_buffer("seen", first.clone())
     server, vector = GlobalModel(model, make_strategy("fedadam"), comm_dtype), flatten_(model)
     for local, share in zip(locals_, shares, strict=True):
-        server.send(vector)
+        server.copy_to(vector)
         model.get_buffer("seen").copy_(local)
-        server.collect(vector, share)
+        server.exchange(vector, share)
     server.step()
-    server.send(vector)
+    server.copy_to(vector)
     return model.get_buffer("seen")
 
 
@@ -135,7 +135,7 @@ def test_a_buffer_that_is_not_finite_any_more_is_refused_by_its_name(value: floa
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     server, vector = GlobalModel(model, make_strategy("fedavg")), flatten_(model)
     model[1].running_var[1] = value
-    for refuse in (server.check, lambda vector: server.collect(vector, 1.0)):
+    for refuse in (server.check, lambda vector: server.exchange(vector, Fraction(1))):
         sentence = refusal(lambda refuse=refuse: refuse(vector))
         assert sentence.startswith(f"buffer 1.running_var: expected finite numbers, got {value}. ")
 
@@ -226,12 +226,12 @@ def test_a_cumulative_mean_is_that_of_all_batches_of_all_sites_and_rounds() -> N
     server, vector, batches = GlobalModel(model, make_strategy("fedavg")), flatten_(model), torch.randn(4, 2, 5, 8, 3)
     for of_round in batches:
         for of_site in of_round:
-            server.send(vector)
+            server.copy_to(vector)
             for batch in of_site:
                 model(batch)
-            server.collect(vector, Fraction(1, 2))
+            server.exchange(vector, Fraction(1, 2))
         server.step()
-    server.send(vector)
+    server.copy_to(vector)
     assert model[0].num_batches_tracked == 4 * 5
     assert torch.allclose(model[0].running_mean, batches.mean((0, 1, 2, 3)), atol=1e-6)
 

@@ -10,6 +10,7 @@ from conftest import Play, make_bert
 from torch import nn
 
 from scaling_fl.data.examples import Examples
+from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.training.loop import Batch, train
 from scaling_fl.training.metrics import Means
@@ -44,7 +45,7 @@ def test_a_site_that_fails_ends_those_on_the_other_devices_of_its_rank(
 
 
 def test_a_site_that_diverges_ends_the_run_and_is_named() -> None:
-    with pytest.raises(ValueError, match=r"site 0 diverged in round 1: .*; a lower learning_rate would do"):
+    with pytest.raises(ValueError, match=r"site 0 diverged in round 1: .*\. Use a lower learning_rate$"):
         Play(learning_rate=1e30).play()
 
 
@@ -73,8 +74,8 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 @pytest.mark.parametrize("what", ["disk", "weight"])
 def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
-        monkeypatch.setattr("scaling_fl.federation.round.train", train_or_overflow)
-        monkeypatch.setattr("scaling_fl.averaging.PIECE", 1_000)  # so that it is not in the first
+        monkeypatch.setattr("scaling_fl.federation.site.train", train_or_overflow)
+        monkeypatch.setattr("scaling_fl.federation.aggregation.PIECE", 1_000)  # so that it is not in the first
     play = BROKEN.but(min_sites=3)
     alone = play.on_ranks(1)
     assert alone != Play().on_ranks(1)
@@ -113,8 +114,16 @@ def test_that_a_round_was_evaluated_changes_no_bit(monkeypatch: pytest.MonkeyPat
     assert Play().play()[1] == hashes
 
 
+def test_two_rounds_without_a_step_between_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GlobalModel, "step", lambda self: None)
+    with pytest.raises(ValueError, match=r"^the global model: expected a step after each round, got another round"):
+        Play().play()
+
+
 @pytest.mark.parametrize(("broken", "min_sites"), [((1, 3), 4), ((0, 1, 2, 3, 4), 1)])
 def test_too_few_sites_end_the_run(broken: tuple[int, ...], min_sites: int) -> None:
     left = 5 - len(broken)
-    with pytest.raises(ValueError, match=f"{left} of 5 sites are left in round 1, and min_sites={min_sites}: site "):
+    with pytest.raises(
+        ValueError, match=f"^min_sites: expected at least {min_sites} sites left in round 1, got {left} of 5: site "
+    ):
         BROKEN.but(broken=broken, min_sites=min_sites).play()

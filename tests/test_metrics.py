@@ -63,7 +63,7 @@ def test_totals_may_be_of_any_type(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
     means = means_of([("accuracy", 1.0, 1), ("loss", value, 1)])
-    with pytest.raises(FloatingPointError, match=f"^loss is {value}$"):
+    with pytest.raises(FloatingPointError, match=f"^loss: expected a finite number, got {value}$"):
         means.settle()
 
 
@@ -98,9 +98,10 @@ def test_merging_leaves_the_others_as_they_were() -> None:
 def test_the_spread_over_the_sites_is_that_of_numpy_and_leaves_out_those_that_failed() -> None:
     losses, accuracies = [0.5, 2.0, 0.25], [0.75, 0.125, 1.0]
     by_site = {site: {"loss": losses[i], "accuracy": accuracies[i]} for i, site in enumerate((3, 0, 2))}
-    metrics = spread(by_site, num_sites=4)
-    assert metrics["site.loss"] == [2.0, None, 0.25, 0.5]
-    assert metrics["site.accuracy"] == [0.125, None, 1.0, 0.75]
+    metrics = spread(by_site)
+    assert metrics["site.loss"] == {0: 2.0, 2: 0.25, 3: 0.5}
+    assert metrics["site.accuracy"] == {0: 0.125, 2: 1.0, 3: 0.75}
+    assert [*metrics["site.loss"]] == [0, 2, 3]
     assert (metrics["sites.loss.worst"], metrics["sites.accuracy.worst"]) == (2.0, 0.125)
     for name, values in (("loss", losses), ("accuracy", accuracies)):
         assert metrics[f"sites.{name}.mean"] == pytest.approx(np.mean(values))

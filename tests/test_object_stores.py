@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from fractions import Fraction
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -232,7 +233,7 @@ def make_server(num_weights: int = 5, rounds: int = 0, seed: int = 0) -> GlobalM
     torch.manual_seed(seed)
     server = GlobalModel(nn.Linear(num_weights, 1, bias=False), make_strategy("fedavg"))
     for _ in range(rounds):
-        server.collect(server.weights - 0.1, 1.0)
+        server.exchange(server.weights - 0.1, Fraction(1))
         server.step()
     return server
 

@@ -1,10 +1,11 @@
-"""What ranks tell each other."""
+"""Collectives: what ranks send each other."""
 
 import os
 import time
 from ast import literal_eval
 from collections.abc import Callable
 from contextlib import suppress
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from scaling_fl.distributed.signals import PeerLost, check_interrupt
 
 T = TypeVar("T")
-MEMORY = "scaling_fl"  # what memory that ranks share is called among a process's files
-POLL = 5e-4  # seconds between two looks whether a collective is done
+MEMORY = "scaling_fl"  # name of shared memory among a process's files
+POLL = 5e-4  # seconds from one check whether a collective is complete to the next
 
 _bytes_sent = 0
 
@@ -41,7 +42,7 @@ def bytes_sent() -> int:
 
 
 def _wait(num_bytes: int, work: Any) -> None:
-    """Wait for a collective in a way that signals can interrupt, and count what was handed to it."""
+    """Wait for a collective, which signals can interrupt, and count its bytes."""
     check_interrupt()
     if world_size() > 1:
         count_bytes(num_bytes)
@@ -59,19 +60,19 @@ def all_gather(value: T) -> list[T]:
 
     It is sent as the text of a Python literal: numbers, texts, None, and tuples, lists and dicts of them.
     """
-    own = _encode(value)
+    text = _encode(value)
     sizes = torch.zeros(world_size(), dtype=torch.int64)
-    sizes[rank()] = len(own)
+    sizes[rank()] = len(text)
     all_reduce_(sizes)
     texts = torch.zeros(world_size(), int(sizes.max()), dtype=torch.uint8)
     padded = torch.zeros_like(texts[0])
-    padded[: len(own)] = own
-    _wait(len(own), dist.all_gather(list(texts), padded, async_op=True))
+    padded[: len(text)] = text
+    _wait(len(text), dist.all_gather(list(texts), padded, async_op=True))
     return [_decode(text[:size]) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
 def check_equal(values: dict[str, Any]) -> None:
-    """Find out whether all ranks have the same values.
+    """Refuse values, by name, that are not the same on all ranks.
 
     Raises:
         ValueError: some rank's differ from those of rank 0.
@@ -81,23 +82,21 @@ def check_equal(values: dict[str, Any]) -> None:
         for key, value in theirs.items():
             if value != by_rank[0][key]:
                 raise ValueError(
-                    f"all ranks must have the same settings and data: {key} is {by_rank[0][key]!r} on rank 0 "
-                    f"and {value!r} on rank {number}"
+                    f"{key}: expected the same on all ranks, got {by_rank[0][key]!r} on rank 0 and {value!r} on rank "
+                    f"{number}"
                 )
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """Return the `value` of rank `source`, which is as for `gather`, on every rank."""
+    """Return the `value` of rank `source`, which is of a type that `all_gather` sends, on every rank."""
     return _decode(broadcast_bytes(lambda: _encode(value).numpy().tobytes(), source))
 
 
 def broadcast_bytes(read: Callable[[], bytes], source: int = 0) -> bytes:
     """Return on every rank what `read` returns on rank `source`."""
-    is_source = rank() == source
-    own = read() if is_source else b""
-    size = torch.tensor(len(own))
-    broadcast_(size, source)
-    data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
+    found = read() if rank() == source else b""
+    size = int(broadcast_(torch.tensor(len(found)), source))
+    data = torch.frombuffer(bytearray(found), dtype=torch.uint8) if found else torch.empty(size, dtype=torch.uint8)
     return broadcast_(data, source).numpy().tobytes()
 
 
@@ -127,31 +126,118 @@ def count_bytes(num_bytes: int) -> None:
     _bytes_sent += num_bytes
 
 
-def share_memory(num_bytes: int) -> list[Tensor]:
-    """Return a piece of memory of each rank, uint8 (num_bytes,), which all ranks see; none where they share none.
+class RankVector:
+    """A vector of this rank, and the sum of those of all ranks.
 
-    The memory has no name in any file system, and goes with the ranks.
+    Ranks that share memory read each other's vectors there, and each rank computes a part of the sum. Other ranks
+    send messages.
+
+    Args:
+        size: of the vector.
+        dtype: of its values.
+        wire: the type in which ranks add them: as large an integer type reads their bits, a smaller type rounds them,
+            which takes messages.
+        device: where it is.
+        piece: how many values are worked on at a time.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, wire: torch.dtype, device: torch.device, piece: int) -> None:
+        self._wire, self._piece = wire, piece
+        self._part = -(-size // (world_size() * piece)) * piece  # of the sum that a rank computes
+        num_bytes = size * dtype.itemsize
+        fits = wire.itemsize == dtype.itemsize
+        memory = share_memory(num_bytes + 4 * self._part) if fits and device.type == "cpu" else []
+        self._parts = [of_rank[num_bytes:].view(torch.float32) for of_rank in memory]
+        own = memory[rank()] if memory else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.values = own[:num_bytes].view(dtype)
+        if fits and world_size() == 1:  # which needs no place for parts
+            memory, self._parts = [own], [self.values.view(torch.float32)]
+        self._vectors = [of_rank[:num_bytes].view(wire) for of_rank in memory]
+        # The ranks of whose vectors `all_reduce` gives the sum to its first argument.
+        self.ranks = range(world_size()) if memory else range(rank(), rank() + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes this rank holds."""
+        return self.values.untyped_storage().nbytes()
+
+    def all_reduce(self, work: Callable[[Tensor, slice], Tensor], divisor: float, scale: float) -> Tensor:
+        """Return the sum over all ranks of what `work` makes of their vectors, divided.
+
+        Another collective must stand between the last change of a rank's values and this one.
+
+        Args:
+            work: returns floats, given a piece of the sum of the vectors of `self.ranks`, which it may overwrite, and
+                where in the vector the piece is.
+            divisor: of the sum as float32.
+            scale: what messages are multiplied by before they are of the wire's type.
+
+        Returns:
+            float32 (size,), in the memory of `self.values`.
+        """
+        mean = self.values.view(torch.float32)[: len(self.values)]
+        if self._vectors:
+            self._reduce_in_memory(mean, work, divisor)
+        else:
+            self._reduce_by_messages(mean, work, divisor, scale)
+        return mean
+
+    def _reduce_in_memory(self, mean: Tensor, work: Callable[[Tensor, slice], Tensor], divisor: float) -> None:
+        """Compute this rank's part of the sum from all vectors, and take the other ranks' parts from them."""
+        first = rank() * self._part
+        for where in self._slices(first, first + self._part):
+            total = reduce(torch.add, (vector[where] for vector in self._vectors))
+            out = self._parts[rank()][where.start - first : where.stop - first]
+            torch.div(work(total, where).to(torch.float32), divisor, out=out)
+        all_gather(None)  # all parts are complete
+        count_bytes(len(mean) * self._wire.itemsize if world_size() > 1 else 0)
+        for number, out in enumerate(mean.split(self._part)):
+            out.copy_(self._parts[number][: len(out)])
+
+    def _reduce_by_messages(
+        self, mean: Tensor, work: Callable[[Tensor, slice], Tensor], divisor: float, scale: float
+    ) -> None:
+        """Let the ranks send each other their vectors."""
+        fits = self._wire.itemsize == self.values.itemsize
+        message = self.values.view(self._wire) if fits else torch.empty_like(self.values, dtype=self._wire)
+        vector = message if fits else self.values
+        for where in self._slices(0, len(vector)):
+            message[where].copy_(work(vector[where], where).mul_(scale))
+        all_reduce_(message)
+        for where in self._slices(0, len(vector)):
+            torch.div(message[where].to(torch.float32), scale * divisor, out=mean[where])  # the first pieces overlap
+
+    def _slices(self, start: int, stop: int) -> list[slice]:
+        """Return where the pieces from `start` to `stop` or the end are."""
+        stop = min(stop, len(self.values))
+        return [slice(place, min(place + self._piece, stop)) for place in range(start, stop, self._piece)]
+
+
+def share_memory(num_bytes: int) -> list[Tensor]:
+    """Return each rank's piece of memory that all ranks see, uint8 (num_bytes,); none where they cannot share any.
+
+    The memory has no name in any file system, and is freed with the ranks.
     """
     if world_size() == 1 or not is_one_node() or not hasattr(os, "memfd_create"):
         return []
-    own, mark, size = os.memfd_create(MEMORY), os.urandom(16).hex(), max(num_bytes, 32)
-    os.truncate(own, size)
-    os.write(own, mark.encode())
-    names = all_gather((f"/proc/{os.getpid()}/fd/{own}", mark))
+    file, mark, size = os.memfd_create(MEMORY), os.urandom(16).hex(), max(num_bytes, 32)
+    os.truncate(file, size)
+    os.write(file, mark.encode())
+    names = all_gather((f"/proc/{os.getpid()}/fd/{file}", mark))
     pieces = []
-    # Where ranks number their processes each for itself, as in containers, a name leads to another file or to none;
-    # and a process may not look into another's everywhere.
+    # Where ranks have process ids of their own, as in containers, a path names another file or none; and some systems
+    # let no process open another's files.
     with suppress(OSError, RuntimeError):
         if all(MEMORY in os.readlink(path) for path, _ in names):
             pieces = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path, _ in names]
     found = [piece[: len(mark)].numpy().tobytes() for piece in pieces]
     all_see = all(all_gather(found == [mark.encode() for _, mark in names]))
-    os.close(own)
+    os.close(file)
     return [piece[:num_bytes] for piece in pieces] if all_see else []
 
 
 def local_first(work: Callable[[], T]) -> T:
-    """Call `work` on each node's first rank, then on the others, which find its caches filled."""
+    """Return what `work` returns, called on each node's first rank before the others, which find its caches filled."""
     if local_rank() == 0:
         result = work()
         all_gather(None)

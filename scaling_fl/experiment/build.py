@@ -23,7 +23,8 @@ from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.federation.global_model import GlobalModel
-from scaling_fl.federation.round import Federation, Site
+from scaling_fl.federation.round import Federation
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import load_pretrained

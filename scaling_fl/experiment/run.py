@@ -94,13 +94,12 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
 
 def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    sizes = job.data.extents
-    trained = [size for size, loss in zip(sizes, metrics["site.loss"], strict=True) if loss is not None]
+    trained = {site: job.data.extents[site] for site in metrics["site.loss"]}
     epochs_a_second = settings.num_local_epochs / metrics["time.train_s"]
     return {
-        "site.examples": [size.num_examples for size in sizes],
-        "speed.examples_per_s": epochs_a_second * sum(size.num_examples for size in trained),
-        "speed.tokens_per_s": epochs_a_second * sum(size.num_tokens for size in trained),
+        "site.examples": {site: size.num_examples for site, size in trained.items()},
+        "speed.examples_per_s": epochs_a_second * sum(size.num_examples for size in trained.values()),
+        "speed.tokens_per_s": epochs_a_second * sum(size.num_tokens for size in trained.values()),
         "comm.expected_bytes": job.global_model.bytes_a_round,
     }
 

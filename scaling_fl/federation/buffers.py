@@ -1,7 +1,7 @@
 """The mean of the sites' buffers, such as batch norm's statistics, of any size and type.
 
-The order of the sites changes no bit here either. But a buffer may move by any amount in a round, which the grid of the
-weights' mean does not hold. Buffers are few: each term is written in digits of a large base, at all exponents that it
+The order of the sites changes no bit here either. But a buffer may move by any amount in a round, for which the grid of
+`fixed_point` is too narrow. Buffers are few: each term is written in digits of a large base, at all exponents that it
 needs. Digits are integers, and their sums are exact.
 """
 
@@ -29,51 +29,52 @@ class BufferMean:
     no site changed keeps its bits.
 
     Args:
-        slots: of the buffers, in the flat vectors of the weights.
+        slots: of the buffers in flat vectors.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
         self._lock = Lock()
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
+        """Start a round's sums."""
         self._num_sites = 0
-        self._share = Fraction(0)  # of all examples, of the sites that were added
-        self._shares: defaultdict[int, Fraction] = defaultdict(Fraction)  # buffer -> of those that changed it
+        self._weight = Fraction(0)  # of the sites that were added
+        self._weights: defaultdict[int, Fraction] = defaultdict(Fraction)  # buffer -> of the sites that changed it
         self._sums: dict[tuple[int, int], Tensor] = {}  # buffer and exponent -> the sum of this digit of their terms
 
-    def check(self, weights: Tensor, local: Tensor) -> None:
-        """Find out whether a site can be added.
+    def check(self, global_weights: Tensor, local_weights: Tensor) -> None:
+        """Refuse a site that cannot be added.
 
         Args:
-            weights: the global weights, the same until the mean is taken.
-            local: the site's weights.
+            global_weights: a flat vector, the same until the mean is finished.
+            local_weights: the site's flat vector.
 
         Raises:
             ValueError: the site has made an element of a buffer infinite or NaN.
         """
-        self._changes(weights, local)
+        self._changes(global_weights, local_weights)
 
-    def add(self, weights: Tensor, local: Tensor, share: Fraction | float) -> None:
-        """Add a site's buffers, and make them the global ones again. Threads may do so at once.
+    def add(self, global_weights: Tensor, local_weights: Tensor, weight: Fraction) -> None:
+        """Add a site's buffers, and overwrite them with the global ones. Threads may do so at once.
 
         Args:
-            weights: the global weights, the same until the mean is taken.
-            local: the site's weights.
-            share: the site's weight in the mean; all sites' add up to 1 at most.
+            global_weights: a flat vector, the same until the mean is finished.
+            local_weights: the site's flat vector.
+            weight: the site's fraction of the round's planned total.
 
         Raises:
             ValueError: as for `check`.
         """
-        changes = self._changes(weights, local)
+        changes = self._changes(global_weights, local_weights)
         with self._lock:
             self._num_sites += 1
-            self._share += Fraction(share)
+            self._weight += weight
             for number, before, after, has_moved in changes:
-                self._shares[number] += Fraction(share)
+                self._weights[number] += weight
                 self._add(number, COUNT, has_moved.long())
-                for exponent, digit in _digits(_finite(after) * float(share)):
+                for exponent, digit in _digits(_finite(after) * float(weight)):
                     self._add(number, exponent, digit)
                 after.copy_(before)
 
@@ -81,55 +82,56 @@ class BufferMean:
         key = number, exponent
         self._sums[key] = self._sums[key] + digit if key in self._sums else digit
 
-    def take(self, weights: Tensor) -> None:
-        """Make the global buffers the mean of those that all ranks have added, and begin anew.
+    def finish(self, global_weights: Tensor) -> None:
+        """Overwrite the global buffers with the mean over all ranks, and start the next round.
 
         Args:
-            weights: the global weights. Their buffers stay as they are where nothing was added.
+            global_weights: a flat vector. Its buffers stay as they are where nothing was added.
         """
         if not self._slots:
             return
-        shares = {number: share.as_integer_ratio() for number, share in self._shares.items()}
-        by_rank = all_gather((self._num_sites, self._share.as_integer_ratio(), shares, list(self._sums)))
+        weights = {number: weight.as_integer_ratio() for number, weight in self._weights.items()}
+        by_rank = all_gather((self._num_sites, self._weight.as_integer_ratio(), weights, list(self._sums)))
         num_sites = sum(of_rank[0] for of_rank in by_rank)
-        share = sum(Fraction(*of_rank[1]) for of_rank in by_rank)
-        sums = self._sum_over_ranks(weights, sorted({key for of_rank in by_rank for key in of_rank[3]}))
-        for number, of_buffer in sums.items() if share else ():
-            before, count = _elements(self._slots[number], weights), of_buffer.pop(COUNT)
-            unchanged = share - sum(Fraction(*of_rank[2].get(number, (0, 1))) for of_rank in by_rank)
+        weight = sum(Fraction(*of_rank[1]) for of_rank in by_rank)
+        sums = self._sum_over_ranks(global_weights, sorted({key for of_rank in by_rank for key in of_rank[3]}))
+        for number, of_buffer in sums.items() if weight else ():
+            before, count = _elements(self._slots[number], global_weights), of_buffer.pop(COUNT)
+            unchanged = weight - sum(Fraction(*of_rank[2].get(number, (0, 1))) for of_rank in by_rank)
             total = _finite(before) * float(unchanged)
             for exponent, digit in sorted(of_buffer.items(), reverse=True):
                 total += digit.double() * 2.0 ** (DIGIT_BITS * exponent)
-            mean = total / float(share)
+            mean = total / float(weight)
             rounded = mean if before.is_floating_point() else (mean + 0.5).floor()
             # What a site leaves infinite has no other mean.
             stays = (count == 0) | ((count < num_sites) & ~before.double().isfinite())
             before.copy_(torch.where(stays, before, rounded.to(before.dtype)))
-        self._begin()
+        self._reset()
 
-    def _sum_over_ranks(self, weights: Tensor, keys: Sequence[tuple[int, int]]) -> dict[int, dict[int, Tensor]]:
+    def _sum_over_ranks(self, vector: Tensor, keys: Sequence[tuple[int, int]]) -> dict[int, dict[int, Tensor]]:
         """Return the sums of all ranks, buffer -> exponent -> digit, for which they send each other one vector."""
-        sizes = [len(_elements(self._slots[number], weights)) for number, _ in keys]
-        own = [self._sums.get(key, weights.new_zeros(size).long()) for key, size in zip(keys, sizes, strict=True)]
+        sizes = [len(_elements(self._slots[number], vector)) for number, _ in keys]
+        local = [self._sums.get(key, vector.new_zeros(size).long()) for key, size in zip(keys, sizes, strict=True)]
         sums: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
-        for (number, exponent), digit in zip(
-            keys, all_reduce_(torch.cat(own)).split(sizes) if own else (), strict=True
-        ):
+        digits = all_reduce_(torch.cat(local)).split(sizes) if local else ()
+        for (number, exponent), digit in zip(keys, digits, strict=True):
             sums[number][exponent] = digit
         return sums
 
-    def _changes(self, weights: Tensor, local: Tensor) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    def _changes(self, global_weights: Tensor, local_weights: Tensor) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """Return each buffer that a site has changed: number, elements before and after, and which of them have moved.
 
         Raises:
             ValueError: as for `check`.
         """
         changes = []
-        words = [vector.view(torch.int32) for vector in (weights, local)]  # as NaN is not equal to itself
+        words = [
+            vector.view(torch.int32) for vector in (global_weights, local_weights)
+        ]  # as NaN is not equal to itself
         for number, slot in enumerate(self._slots):
             if torch.equal(*(vector[slot.start : slot.end] for vector in words)):
                 continue
-            before, after = _elements(slot, weights), _elements(slot, local)
+            before, after = _elements(slot, global_weights), _elements(slot, local_weights)
             has_moved = _differ(before, after)
             wrong = after[has_moved & ~after.double().isfinite()]
             if len(wrong):

@@ -218,13 +218,13 @@ def _sha256(state: dict) -> str:
         if isinstance(value, Tensor):
             yield f"{value.dtype}{tuple(value.shape)}".encode()
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        elif isinstance(value, dict) and all(isinstance(item, float | int) for item in value.values()):
+            yield json.dumps(list(value.items())).encode()  # a number a site, of which there may be many
         elif isinstance(value, dict):
             yield f"dict of {len(value)}".encode()
             for key, item in value.items():
                 yield repr(key).encode()
                 yield from parts(item)
-        elif isinstance(value, list | tuple) and all(isinstance(item, float | int | None) for item in value):
-            yield json.dumps(value).encode()  # fast for a number for each of many sites
         elif isinstance(value, list | tuple):
             yield f"list of {len(value)}".encode()
             for item in value:

@@ -44,10 +44,10 @@ class Run:
 
     def of_sites(self, name: str) -> np.ndarray:
         """Return `site.{name}` as a table with a row for each round and a column for each site."""
-        rows = [as_list(round_.get(f"site.{name}")) for round_ in self.rounds]
-        table = np.full((len(rows), self.num_sites), np.nan)
-        for row, values in zip(table, rows, strict=True):
-            row[: len(values)] = numbers(values)
+        table = np.full((len(self.rounds), self.num_sites), np.nan)
+        for row, round_ in zip(table, self.rounds, strict=True):
+            by_site = of_each_site(round_.get(f"site.{name}"))
+            row[list(by_site)] = numbers(by_site.values())
         return table
 
     @cached_property
@@ -58,8 +58,8 @@ class Run:
     @cached_property
     def num_sites(self) -> int:
         """The number of sites in the record."""
-        listed = (len(value) for round_ in self.rounds for key, value in round_.items() if is_of_sites(key, value))
-        return max([len(self.sites), *listed])
+        values = (value for round_ in self.rounds for key, value in round_.items() if key.startswith("site."))
+        return max([len(self.sites), *(site + 1 for value in values for site in of_each_site(value))])
 
     @cached_property
     def labels(self) -> list[str]:
@@ -111,9 +111,11 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def is_of_sites(key: str, value: Any) -> bool:
-    """Tell whether a round's metric has a value for each site."""
-    return key.startswith("site.") and isinstance(value, list)
+def of_each_site(value: Any) -> dict[int, Any]:
+    """Return a metric that has a value for each site, by site; older runs have a list."""
+    if isinstance(value, dict):
+        return {int(site): number for site, number in value.items() if site.isdecimal()}
+    return dict(enumerate(as_list(value)))
 
 
 def over_rounds(table: np.ndarray) -> np.ndarray:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-Metrics = dict[str, Any]  # name -> a number, or a list with a number for each site
+Metrics = dict[str, Any]  # name -> a number, or {site: number}
 
 
 class Means:
-    """Means of named quantities, each kept as the exact sum of what was added and its count.
+    """Means of named quantities, each the exact sum of what was added, and its count.
 
     Sums are fractions, so they are the same bit for bit however the terms are grouped.
     """
@@ -25,7 +25,7 @@ class Means:
     def add(self, name: str, total: Tensor, count: int) -> None:
         """Add `total`, a scalar tensor that is a sum over `count` things.
 
-        The tensor is read at `settle`, so that an accelerator need not be waited for at every batch.
+        The tensor is read by `settle`, so that not every batch waits for an accelerator.
         """
         self._pending.append((name, total.detach(), count))
 
@@ -38,7 +38,7 @@ class Means:
         for name, tensor, count in self._pending:
             total = tensor.item()
             if total - total != 0:
-                raise FloatingPointError(f"{name} is {total}")
+                raise FloatingPointError(f"{name}: expected a finite number, got {total}")
             self._sums[name] += Fraction(total)
             self._counts[name] += count
         self._pending.clear()
@@ -73,22 +73,20 @@ class Means:
         return {name: float(total / self._counts[name]) for name, total in self._sums.items()}
 
 
-def spread(by_site: Mapping[int, Mapping[str, float]], num_sites: int) -> Metrics:
-    """Return each quantity site by site, with None for a site that has none, and how it spreads over the sites.
+def spread(by_site: Mapping[int, Mapping[str, float]]) -> Metrics:
+    """Return each quantity of the sites that took part, and how it spreads over them.
 
     Args:
         by_site: site -> quantity -> value.
-        num_sites: in the whole federation.
 
     Returns:
-        `site.<quantity>`, a list, and `sites.<quantity>.worst`, `.mean` and `.std` (of the population). The worst
-        accuracy is the least, of all else the worst is the most.
+        `site.<quantity>`, {site: value} by increasing site, and `sites.<quantity>.worst`, `.mean` and `.std` (of the
+        population). The worst accuracy is the least, of all else the worst is the most.
     """
     metrics: Metrics = {}
     for name in dict.fromkeys(name for values in by_site.values() for name in values):
-        column = [by_site.get(site, {}).get(name) for site in range(num_sites)]
-        there = [value for value in column if value is not None]
-        worst = min(there) if name == "accuracy" else max(there)
-        metrics |= {f"site.{name}": column, f"sites.{name}.worst": worst}
-        metrics |= {f"sites.{name}.mean": fmean(there), f"sites.{name}.std": pstdev(there)}
+        column = {site: values[name] for site, values in sorted(by_site.items()) if name in values}
+        worst = min if name == "accuracy" else max
+        metrics |= {f"site.{name}": column, f"sites.{name}.worst": worst(column.values())}
+        metrics |= {f"sites.{name}.mean": fmean(column.values()), f"sites.{name}.std": pstdev(column.values())}
     return metrics

@@ -1,0 +1,73 @@
+"""Sums that no order and no grouping of their terms changes by a bit: fixed-point numbers, carried in float64.
+
+A sum starts at ORIGIN, in the middle of the float64 numbers from 2**8 to 2**9, which are UNIT = 2**-44 apart. Adding a
+term rounds it to a multiple of UNIT, and sums of such multiples are exact in any order, while all terms are below LIMIT
+and their weights add up to 1 at most, which keeps the sum within its binade.
+
+One term could break this: one halfway between two multiples, as a tie is rounded up or down depending on the sum. No
+product with a `tie_free` factor is a tie: its last bit that is set is that of the two factors, multiplied. In the
+factor, which is at most 1, it is 2**-52 or less. The product's would have to be 2**-45, so the term's 2**7 = LIMIT or
+more, and the term as large.
+
+As all sums lie in one binade, the bits of a sum, read as int64, minus ORIGIN_BITS are the sum in units: ranks that
+share memory add these integers, modulo 2**64. Drifts may leave the binade, so messages have them divided by UNIT, which
+gives integers, too, without rounding.
+
+In value a sum is within (number of terms) * UNIT of exact arithmetic: 5.7e-11 for 1,000 terms.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ORIGIN = 1.5 * 2.0**8
+ORIGIN_BITS = (1023 + 8) << 52 | 1 << 51
+UNIT = 2.0**-44
+LIMIT = 2.0**7
+
+
+class Grid:
+    """The arithmetic of multiples of UNIT on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.origin = torch.tensor(ORIGIN, dtype=torch.float64, device=device)
+        self._is_fused = is_fused(self.origin)
+
+    def place(self, term: Tensor, factor: float) -> Tensor:
+        """Return ORIGIN plus `factor * term` (float64), rounded to a multiple of UNIT."""
+        if self._is_fused:
+            return torch.add(self.origin, term, alpha=factor)
+        return (term * factor).add_(self.origin)
+
+    def add(self, before: Tensor, term: Tensor, factor: float, out: Tensor) -> None:
+        """Write the sum `before` plus `factor * term`, rounded to a multiple of UNIT, to `out`."""
+        if self._is_fused:
+            torch.add(before, term, alpha=factor, out=out)
+        else:
+            torch.add(before, self.place(term, factor).sub_(self.origin), out=out)
+
+
+def to_sum_(bits: Tensor, num_sums: int) -> Tensor:
+    """Return the sum (float64) of so many sums whose bits (int64) were added up, in the memory of these."""
+    if num_sums > 1:
+        offset = (num_sums - 1) * ORIGIN_BITS
+        bits.sub_((offset + 2**63) % 2**64 - 2**63)
+    return bits.view(torch.float64)
+
+
+def tie_free(factor: float) -> float:
+    """Return a factor with the last bit of its mantissa set."""
+    mantissa, exponent = math.frexp(factor)
+    return math.ldexp(int(mantissa * 2**53) | 1, exponent - 53)
+
+
+def is_fused(origin: Tensor) -> bool:
+    """Tell whether `add(total, term, alpha=factor)` rounds only once, as fused multiply-adds of processors do.
+
+    Where the product is rounded first, some land halfway between two multiples.
+    """
+    factor = tie_free(1 / 3)
+    terms = torch.arange(1.0, 2_000.0, 2.0, dtype=origin.dtype, device=origin.device) * (UNIT / 2 / factor)
+    sums = origin, origin + UNIT
+    return torch.equal(*(torch.add(before, terms, alpha=factor) - before for before in sums))

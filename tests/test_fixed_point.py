@@ -1,0 +1,76 @@
+"""The grid on which sums are exact: no order changes a bit, no product is a tie, and bits are integers."""
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scaling_fl.federation.fixed_point import LIMIT, ORIGIN, ORIGIN_BITS, UNIT, Grid, tie_free, to_sum_
+
+CPU = torch.device("cpu")
+TERMS = st.floats(-LIMIT, LIMIT, width=32, exclude_min=True, exclude_max=True)
+COUNTS = [17, 1, 250, 33, 8]
+
+
+@pytest.fixture(params=["fused", "unfused"])
+def grid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Grid:
+    """With the fused multiply-add that most processors have, and as for those that have none."""
+    if request.param == "unfused":
+        monkeypatch.setattr("scaling_fl.federation.fixed_point.is_fused", lambda origin: False)
+    return Grid(CPU)
+
+
+def add_up(grid: Grid, terms: list[Tensor], factors: list[float]) -> Tensor:
+    total = grid.origin.expand_as(terms[0]).clone()
+    for term, factor in zip(terms, factors, strict=True):
+        grid.add(total, term.double(), tie_free(factor), total)
+    return total
+
+
+def test_this_processor_rounds_once() -> None:
+    assert Grid(CPU)._is_fused, "slower, but as exact, if it does not"
+
+
+@pytest.mark.parametrize("kind", ["like training", "halfway between two multiples"])
+def test_the_order_of_the_terms_changes_no_bit(grid: Grid, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "like training":
+        counts, terms = COUNTS, [torch.randn(1_000) for _ in COUNTS]
+    else:
+        counts = [1, 1, 1, 1]
+        # A quarter of these is half of an odd multiple, or an odd multiple, which makes the next tie go the other way.
+        terms = [(2 * torch.randint(10**6, (1_000,)) + 1) * 2.0**-exponent for exponent in (43, 43, 42, 42)]
+    factors = [count / sum(counts) for count in counts]
+    orders = itertools.permutations(range(len(counts)))
+    sums = [add_up(grid, [terms[i] for i in order], [factors[i] for i in order]) for order in orders]
+    assert all(torch.equal(each, sums[0]) for each in sums)
+
+
+def test_a_sum_is_within_its_bound_of_exact_arithmetic(grid: Grid) -> None:
+    torch.manual_seed(0)
+    terms, factors = [30 * torch.randn(50) for _ in COUNTS], [count / sum(COUNTS) for count in COUNTS]
+    for found, *numbers in zip(add_up(grid, terms, factors).tolist(), *(term.tolist() for term in terms), strict=True):
+        exact = sum(Fraction(count, sum(COUNTS)) * Fraction(term) for count, term in zip(COUNTS, numbers, strict=True))
+        assert abs(Fraction(found) - Fraction(ORIGIN) - exact) <= len(COUNTS) * Fraction(UNIT)
+
+
+@settings(deadline=None, database=None)
+@given(term=TERMS, weight=st.fractions(0, 1).filter(bool))
+def test_no_product_is_halfway_between_two_multiples(term: float, weight: Fraction) -> None:
+    factor = tie_free(float(weight))
+    assert factor == pytest.approx(float(weight), rel=2**-51)
+    assert (Fraction(factor) * Fraction(term) / Fraction(UNIT)).denominator != 2
+
+
+@settings(deadline=None, database=None)
+@given(units=st.lists(st.integers(-(2**51) + 1, 2**51 - 1), min_size=1, max_size=40))
+def test_the_bits_of_sums_are_integers_that_can_be_added(units: list[int]) -> None:
+    sums = torch.tensor([ORIGIN + UNIT * each for each in units], dtype=torch.float64)
+    assert (sums.view(torch.int64) - ORIGIN_BITS).tolist() == units
+    few = [each // len(units) for each in units]  # so that they do not leave the binade
+    bits = torch.tensor([ORIGIN + UNIT * each for each in few], dtype=torch.float64).view(torch.int64).sum()
+    assert to_sum_(bits, len(few)).item() == ORIGIN + UNIT * sum(few)
