@@ -78,7 +78,7 @@ def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, t
         (("cafe\u0301", " tea "), ("caf\u00e9", "tea"), ("caf\u00e9", "tea")),
     ],
 )
-def test_the_labels_take_the_order_of_a_head_that_has_them(
+def test_the_labels_have_the_order_of_a_head_with_the_same_labels(
     own: tuple[str, ...], labels: tuple[str, ...], in_order: tuple[str, ...], copy: Path
 ) -> None:
     make_bert_head(copy, len(own))
@@ -103,7 +103,7 @@ def test_the_labels_take_the_order_of_a_head_that_has_them(
         (("A", "a"), ("a", "A")),
     ],
 )
-def test_a_head_for_other_labels_is_new_and_the_run_says_so(
+def test_a_head_with_other_labels_is_newly_initialised_and_reported(
     own: tuple[str, ...], labels: tuple[str, ...], copy: Path
 ) -> None:
     make_bert_head(copy, 2)
@@ -111,9 +111,7 @@ def test_a_head_for_other_labels_is_new_and_the_run_says_so(
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier, again, other = classify(model, labels), classify(model, labels), classify(model, labels, seed=2)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
-    assert (
-        classifier.note == f"its own head is for other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
-    )
+    assert classifier.note == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
     weights = classifier.model.state_dict()
     assert torch.equal(weights["classifier.weight"], again.model.state_dict()["classifier.weight"])
     assert not torch.equal(weights["classifier.weight"], other.model.state_dict()["classifier.weight"])
@@ -157,7 +155,7 @@ def test_a_model_may_lack_its_head_and_a_pooler_and_nothing_else(num_layers: int
     )
 
 
-def test_layers_that_are_left_out_are_said(tmp_path: Path) -> None:
+def test_unused_layers_are_reported(tmp_path: Path) -> None:
     model = put_model(tmp_path, "bert", num_hidden_layers=3)
     edit(tmp_path / "config.json", num_hidden_layers=2)
     assert classify(model).note == "16 weights of its files are not used, as config.json has fewer layers"
@@ -306,7 +304,7 @@ def halve(name: str) -> Callable[[Path], object]:
     ],
     ids=["no weights", "half the weights", "half a config", "unknown type", "no classifier"],
 )
-def test_a_folder_that_holds_no_model_is_refused(spoil: Callable[[Path], object], says: str, copy: Path) -> None:
+def test_a_folder_without_a_model_is_refused(spoil: Callable[[Path], object], says: str, copy: Path) -> None:
     spoil(copy)
     sentence = refusal(lambda: classify(str(copy)))
     assert re.match(f"model: expected a nickname .*, or a hub id that can be reached, got '{copy}' ", sentence)
