@@ -51,8 +51,7 @@ def make_classifier(pretrained: Pretrained, label_names: Sequence[str], seed: in
         pretrained: the model.
         label_names: of the classes, in order.
         seed: of the newly initialised weights.
-        keeps_head: keep the pretrained head, as it has these labels in this order. Otherwise its last layer is newly
-            initialised.
+        keeps_head: the pretrained head has these labels in this order, so its last layer is not newly initialised.
 
     Raises:
         ValueError: the model cannot be found, or its files lack weights other than the head's.
