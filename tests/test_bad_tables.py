@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refusal
 
-from scaling_fl.data.tasks import read_task
+from scaling_fl.data.reader import read_task
 
 ROWS = b"text,label\n" + b"goal match,sport\nchip code,tech\n" * 4
 JSON_ROWS = b'{"text": "goal", "label": "sport"}\n{"text": "chip", "label": "tech"}\n'
@@ -192,4 +192,4 @@ def test_a_url_whose_package_is_missing_names_the_package(here: dict[str, Any], 
 
 def test_nan_among_words_is_a_word(here: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": b"text,label\n" + b"goal,nan\nchip,en\n" * 4})
-    assert read_task("text", "t.csv", "t.csv").label_names == ("en", "nan")
+    assert read_task("text", "t.csv", "t.csv")[1] == ("en", "nan")
