@@ -272,7 +272,7 @@ REFUSED = {
     "task_name=foo": "task_name='foo' was given: bbcnews, agnews",
     "optimiser=lion": "optimiser='lion' was given: sgd, adamw would do",
     "strategy=median": "strategy='median' was given: fedavg, fedavgm",
-    "server_momentum=0.9": "strategy='fedavg' takes no server_momentum",
+    "server_momentum=0.9": "server_momentum: expected none for strategy='fedavg', got 0.9",
     "partition=shards": "partition='shards' was given: iid, by_label, dirichlet would do",
     "comm_dtype=int8": "comm_dtype='int8' was given: exact, float32, bfloat16, float16 would do",
     "model=no/model": "model='no/model' cannot be loaded: a nickname (minilm",
