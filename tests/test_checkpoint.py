@@ -148,5 +148,7 @@ def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) ->
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
     with pytest.raises(ValueError, match=r"got .*, where seed was 1 and is 2; alpha was None and is 3"):
         restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
-    with pytest.raises(ValueError, match=r"expected this model.s weight, \[6, 1\], got \[5, 1\]\. "):
+    with pytest.raises(
+        ValueError, match=r"expected this model's weight, \[6, 1\], got \[5, 1\]\. It is of another model"
+    ):
         restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)
