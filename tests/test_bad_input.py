@@ -56,22 +56,24 @@ BAD: dict[str, Bad] = {
         is_read=False,
     ),
     "too few tokens for any text": Bad(("max_seq_len: expected at least 3 for model=", "got 2"), {"max_seq_len": 2}),
-    "fewer examples than sites": Bad(("4 sites cannot share 1 training example",), {"max_train_examples": 1}),
+    "fewer examples than sites": Bad(
+        ("site_ids, num_sites: expected at most 1 sites for 1 training examples, got 4",), {"max_train_examples": 1}
+    ),
     "a model that is no name of the hub": Bad(
         ("model: expected a nickname (minilm,", "got 'no such model' ("), {"model": "no such model"}
     ),
     "a model that is a file": Bad(("got 'm.txt' (",), {"model": "m.txt"}, files={"m.txt": b"hello"}),
     "a model that is an empty folder": Bad(("got 'm' (",), {"model": "m"}, files={"m/no.txt": b""}),
-    "a row with a field too few": table("t.csv", b"text,label\na,x\nb\n", "row 2 has 1 fields, not 2"),
+    "a row with a field too few": table("t.csv", b"text,label\na,x\nb\n", "row 2: expected 2 fields, got 1"),
     "another label in the test set": Bad(
-        ("none only in train, food only in test",),
+        ("labels: expected the same in train and test, or each at two sites or more, got food",),
         {"train_path": "t.csv", "test_path": "u.csv"},
         files={"t.csv": ROWS, "u.csv": ROWS + b"soup,food\n"},
     ),
     "a CSV called parquet": table("t.parquet", ROWS, "Parquet magic bytes not found"),
-    "no test set": Bad(("task_name='text' needs test_path",), {"test_path": None}),
+    "no test set": Bad(("test_path: expected a path or URL for task_name='text', got None",), {"test_path": None}),
     "folders without texts": Bad(
-        ("there are no texts some/train/neg/*.txt",),
+        ("'some/train/neg/*.txt': expected a folder of .txt files for each label, got none",),
         {"task_name": "imdb", "train_path": "some", "test_path": "some"},
         files={"some/train/pos/a.txt": b"good"},
     ),
@@ -177,7 +179,7 @@ def test_a_text_without_a_token_is_one_clear_sentence(command: Command, tmp_path
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     write(tmp_path, {"t.csv": ROWS + b",sport\n"})
     sentence = sentence_of(command(model="model", train_path="t.csv", test_path="t.csv"))
-    assert "text 9 of the 9 in use has no token: leave its row out" in sentence
+    assert "text 9 of the 9 in use: expected a token or more, got none" in sentence
 
 
 HUGE = [b"x" * 3_000_000, b'"' + b"goal, " * 10_000 + b'"', b""]

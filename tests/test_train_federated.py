@@ -253,7 +253,7 @@ def test_nodes_that_were_started_differently_do_not_train(key: str, values: tupl
 REFUSED = {
     "site_ids="
     + str([0] * 62).replace(" ", ""): "site_ids, num_sites: expected at most 61 sites for 61 training examples, got 62",
-    "text_column=body": "text_column='body'",
+    "text_column=body": "text_column: expected a column of ",
     "max_seq_len=65": "max_seq_len: expected at most 64 for model=",
     "learning_rate=1e30": "diverged in round 1: ",
     "checkpoints_dir=/proc/no/folder": "checkpoints_dir: expected a folder that can be written to, got ",
