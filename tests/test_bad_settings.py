@@ -26,7 +26,7 @@ SETTINGS: dict[tuple[str, ...], str] = {
     ("proximal_mu=1e300",): "proximal_mu: expected a number >= 0 and < 1e+36, got 1e+300",
     ("proximal_mu=-1",): "proximal_mu: expected a number >= 0 and < 1e+36, got -1",
     ("server_momentum=1", "strategy=fedavgm"): "server_momentum: expected a number >= 0 and < 1 or None, got 1",
-    ("server_momentum=0.9",): "strategy='fedavg' takes no server_momentum",
+    ("server_momentum=0.9",): "server_momentum: expected none for strategy='fedavg', got 0.9",
     ("batch_size=True",): "batch_size: expected a whole number >= 1, got True",
     ("batch_size=0",): "batch_size: expected a whole number >= 1, got 0",
     ("num_rounds=three",): "num_rounds: expected a whole number >= 0, got 'three'",

@@ -267,22 +267,22 @@ def test_a_text_with_an_end_token_in_it_is_refused_where_the_model_reads_its_ans
     auto: type, tmp_path: Path
 ) -> None:
     model = put_model(tmp_path, "bart", auto)
-    texts = Dataset.from_dict({"text": ["the end", "once upon a time", "the </s> end"], "label": [0, 1, 0]})
-    assert refusal(lambda: encoder_of(load_pretrained(model, 8)).encode(texts)) == (
-        "text 3 of the 3 in use: expected 1 end token '</s>', from which this model reads its answer, got 2: remove it "
+    texts = Dataset.from_dict({"text": ["the end", "once upon a time", "the </s> end"], "label": ["0", "1", "0"]})
+    assert refusal(lambda: encoder_of(load_pretrained(model, 8)).encode(texts, ["0", "1"])) == (
+        "text 3 of the 3 in use: expected 1 end token '</s>', from which this model reads its answer, got 2. Remove it "
         "from the text, or leave the row out"
     )
-    encoder_of(load_pretrained(put_model(tmp_path, "gpt2"), 8)).encode(texts)
+    encoder_of(load_pretrained(put_model(tmp_path, "gpt2"), 8)).encode(texts, ["0", "1"])
 
 
 def test_a_token_beyond_the_embeddings_is_refused_by_its_row(tmp_path: Path) -> None:
     model = put_model(tmp_path, "gpt2", vocab_size=10)  # one less than there are words
-    rows = Dataset.from_dict({"text": ["once upon a time", "the", "a time", "end"], "label": [0, 1, 0, 1]})
+    rows = Dataset.from_dict({"text": ["once upon a time", "the", "a time", "end"], "label": ["0", "1", "0", "1"]})
     encoder = encoder_of(load_pretrained(model, 8))
-    encoder.encode(rows.select([2, 0, 1]))
-    assert refusal(lambda: encoder.encode(rows.select([0, 3]))) == (
+    encoder.encode(rows.select([2, 0, 1]), ["0", "1"])
+    assert refusal(lambda: encoder.encode(rows.select([0, 3]), ["0", "1"])) == (
         "text 2 of the 2 in use (row 4 as read): expected ids of tokens below 10, the number of the model's "
-        "embeddings, got 10: the tokenizer, or vocab_size in config.json, is of another model"
+        "embeddings, got 10. The tokenizer, or vocab_size in config.json, is of another model"
     )
 
 

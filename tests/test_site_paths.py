@@ -172,11 +172,11 @@ def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_r
                 value = literal_eval(data.rstrip(b"\0").decode()) if data.rstrip(b"\0") else None
                 words = set(re.findall(r"[a-z]+", repr(value)))
                 assert not words & (set(WORDS) - {"of", "in", "on", "a", "the", "was", "and"}), value
-            elif dtype in ("torch.float32", "torch.float64"):  # weights, of which there is one number
+            elif dtype == "torch.float32" or size > 2:  # weights and sums of them, of which there is one number
                 num_weights = num_weights or size
                 assert size == num_weights
             else:  # how long a text is
-                assert (dtype, size <= 2) == ("torch.int64", True)
+                assert dtype == "torch.int64"
 
 
 SECRET = "raspberry"
@@ -315,15 +315,18 @@ def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: P
     [
         (
             {"site_ids": "[0,0]"},
-            "site_paths names the files of 3 sites and site_ids the devices of 2: one entry for each",
+            "site_paths: expected the files of 2 sites, one for each of site_ids, got those of 3",
         ),
-        ({"train_path": "x.csv"}, "train_path='x.csv' is of data that is dealt to sites: leave it out, or site_paths"),
-        ({"max_train_examples": 5}, "max_train_examples=5 is of data that is dealt"),
-        ({"partition": "by_label"}, "partition='by_label' deals data to sites: leave it out, or site_paths"),
+        ({"train_path": "x.csv"}, "train_path: expected None, as site_paths names the data, got 'x.csv'"),
+        ({"max_train_examples": 5}, "max_train_examples: expected None, as site_paths names the data, got 5"),
+        (
+            {"partition": "by_label"},
+            "partition: expected 'iid', as the data of site_paths is not partitioned, got 'by_label'",
+        ),
         ({"num_sites": 5}, "num_sites: expected 3, the number of sites in the site_paths of all nodes, got 5."),
         (
             {"site_paths": "data.csv"},
-            "site_paths='data.csv' was given: a list of paths, or of [training file, test file]",
+            "site_paths: expected a list of paths, or of [training file, test file]",
         ),
         ({"site_paths": "[['a','b','c']]"}, "a list of paths"),
         ({"site_paths": "[]"}, "a list of paths"),
