@@ -90,7 +90,7 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-      fail "Python 3.11 or newer is needed, and $python is not: PYTHON=/path/to/python3.11 would do"
+      fail "PYTHON: expected Python 3.11 or newer, got $python. Set PYTHON=/path/to/python3.11"
     [[ -x .venv/bin/python ]] || rm -f .venv/bin/python* # links to a Python that is gone
     "$python" -m venv .venv
   fi

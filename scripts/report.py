@@ -18,7 +18,7 @@ def main() -> None:
     folder = arguments.runs[0] if len(arguments.runs) == 1 else ""  # whose own page several would write over
     output = arguments.output or os.path.join(folder, "report.html")
     if not output.endswith(".html"):
-        sys.exit(f"error: --output={output!r} was given: a file such as report.html would do")
+        sys.exit(f"error: --output: expected a file such as report.html, got {output!r}")
     try:
         written = report.write(arguments.runs, output)
     except ValueError as error:

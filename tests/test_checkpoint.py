@@ -40,7 +40,7 @@ SETTINGS = {"seed": 1, "strategy": "fedadam", "betas": None}
 @pytest.mark.parametrize(
     "place", ["{tmp_path}/a/b", "{tmp_path}/a/", "file://{tmp_path}/a", "memory://checkpoints", "memory://more/"]
 )
-def test_what_was_saved_is_restored_from_any_file_system(place: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_restored_from_any_file_system(place: str, tmp_path: Path) -> None:
     directory = place.format(tmp_path=tmp_path)
     assert not checkpoint.exists(directory)
     saved = make_server(rounds=2)
@@ -60,7 +60,7 @@ def test_nothing_is_saved_or_restored_without_a_directory() -> None:
     assert not checkpoint.exists(None)
 
 
-def test_a_file_holds_named_weights_that_torch_loads_without_running_code(tmp_path: Path) -> None:
+def test_a_file_contains_named_weights_that_torch_loads_without_running_code(tmp_path: Path) -> None:
     server = make_server(rounds=1)
     checkpoint.save(str(tmp_path), server.state_dict(), history(1), SETTINGS, keep=None)
     state = torch.load(tmp_path / "round-1.pt", weights_only=True)
@@ -148,5 +148,7 @@ def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) ->
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
     with pytest.raises(ValueError, match=r"got .*, where seed was 1 and is 2; alpha was None and is 3"):
         restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
-    with pytest.raises(ValueError, match=r"expected this model.s weight, \[6, 1\], got \[5, 1\]\. "):
+    with pytest.raises(
+        ValueError, match=r"expected this model's weight, \[6, 1\], got \[5, 1\]\. It is of another model"
+    ):
         restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)

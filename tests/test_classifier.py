@@ -104,7 +104,7 @@ def test_the_rows_of_a_head_follow_the_names_of_its_labels(
         (("a", "A"), ("b", "B")),
     ],
 )
-def test_a_head_for_other_labels_is_new_and_the_run_says_so(
+def test_a_head_with_other_labels_is_newly_initialised_and_reported(
     own: tuple[str, ...], labels: tuple[str, ...], copy: Path
 ) -> None:
     make_bert_head(copy, 2)
@@ -112,9 +112,7 @@ def test_a_head_for_other_labels_is_new_and_the_run_says_so(
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier, again, other = classify(model, labels), classify(model, labels), classify(model, labels, seed=2)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
-    assert (
-        classifier.note == f"its own head is for other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
-    )
+    assert classifier.note == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
     weights = classifier.model.state_dict()
     assert torch.equal(weights["classifier.weight"], again.model.state_dict()["classifier.weight"])
     assert not torch.equal(weights["classifier.weight"], other.model.state_dict()["classifier.weight"])
@@ -158,7 +156,7 @@ def test_a_model_may_lack_its_head_and_a_pooler_and_nothing_else(num_layers: int
     )
 
 
-def test_layers_that_are_left_out_are_said(tmp_path: Path) -> None:
+def test_unused_layers_are_reported(tmp_path: Path) -> None:
     model = put_model(tmp_path, "bert", num_hidden_layers=3)
     edit(tmp_path / "config.json", num_hidden_layers=2)
     assert classify(model).note == "16 weights of its files are not used, as config.json has fewer layers"
@@ -307,7 +305,7 @@ def halve(name: str) -> Callable[[Path], object]:
     ],
     ids=["no weights", "half the weights", "half a config", "unknown type", "no classifier"],
 )
-def test_a_folder_that_holds_no_model_is_refused(spoil: Callable[[Path], object], says: str, copy: Path) -> None:
+def test_a_folder_without_a_model_is_refused(spoil: Callable[[Path], object], says: str, copy: Path) -> None:
     spoil(copy)
     sentence = refusal(lambda: classify(str(copy)))
     assert re.match(f"model: expected a nickname .*, or a hub id that can be reached, got '{copy}' ", sentence)

@@ -143,12 +143,12 @@ def test_a_debugger_that_cannot_be_waited_for_is_one_sentence(
     assert command(env={"DEBUG": "1", **env}) == (1, f"error: {sentence}\n")
 
 
-def test_a_rank_that_is_none_is_one_sentence_of_all_ranks(command: Command) -> None:
+def test_an_invalid_rank_is_one_sentence_of_all_ranks(command: Command) -> None:
     sentence = "error: DEBUG_RANK: expected a rank below 2, the number of ranks, got 2\n"
     assert command(ranks=2, env={"DEBUG": "1", "DEBUG_RANK": "2"}) == (1, sentence)
 
 
-def test_a_port_that_is_taken_is_one_sentence(command: Command) -> None:
+def test_a_port_in_use_is_one_sentence(command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         status, output = command(ranks=2, env={"DEBUG": "1", "DEBUG_PORT": str(port), "DEBUG_RANK": "1"})
@@ -158,7 +158,7 @@ def test_a_port_that_is_taken_is_one_sentence(command: Command) -> None:
     assert len(output.splitlines()) == 1
 
 
-def test_a_debugger_that_is_not_installed_is_one_sentence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_debugger_is_one_sentence(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "debugpy", None)
     status, output = command(env={"DEBUG": "1"})
     assert status == 1

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from chaos import family
+from chaos import descendants
 from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
 
 from scaling_fl.records import checkpoint
@@ -52,7 +52,7 @@ class Agent:
         return self.output_file.read_text()
 
     def ranks(self) -> list[int]:
-        return list(family(self.process.pid))
+        return list(descendants(self.process.pid))
 
     def kill(self) -> None:
         """End it and all its ranks at once, as where a node loses its power."""

@@ -95,7 +95,7 @@ def error_line(result: tuple[int, str]) -> str:
 
 
 @pytest.mark.parametrize("keep", [None, 1, 2, 3])
-def test_the_space_for_checkpoints_is_what_they_come_to_take(tmp_path: Path, keep: int | None) -> None:
+def test_the_estimate_for_checkpoints_is_their_space(tmp_path: Path, keep: int | None) -> None:
     for num_before in range(5):
         (tmp_path / f"round-{num_before}.pt").touch()  # one more each time
         for num_rounds in range(1, 6):
@@ -113,7 +113,7 @@ def test_checkpoints_that_are_not_to_be_written_or_on_no_disk_need_none(tmp_path
     assert export.space_for_checkpoints("memory://checkpoints", 10, 3, None) == []
 
 
-def test_space_is_compared_disk_by_disk_and_what_is_removed_is_free_again(disk: Disk) -> None:
+def test_space_is_compared_for_each_disk_and_removed_files_free_space(disk: Disk) -> None:
     one, two = disk(1_000_000), disk(1_000_000)
     free = shutil.disk_usage(one).free
 
@@ -131,7 +131,7 @@ def test_space_is_compared_disk_by_disk_and_what_is_removed_is_free_again(disk: 
         assert "somewhere: expected 1.1 MB free for something" in refusal(lambda needs=needs: export.check_disks(needs))
 
 
-def test_what_cannot_be_saved_is_refused_and_nothing_is_left(tmp_path: Path, tiny_model: str) -> None:
+def test_a_model_that_cannot_be_saved_is_refused_and_no_file_stays(tmp_path: Path, tiny_model: str) -> None:
     tokenizer = BertTokenizerFast.from_pretrained(tiny_model)
 
     def sentence(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -246,7 +246,7 @@ def test_a_record_that_cannot_be_kept_ends_a_run_and_one_that_cannot_be_closed_f
     )
 
 
-def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
+def test_weights_go_to_the_first_disk_with_space_and_replace_no_files(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     full, lent = disk(4096), tmp_path / "here"
@@ -280,7 +280,7 @@ def test_weights_go_to_the_first_place_that_takes_them_and_over_no_others(
         assert f"are in {lent}/runs/1/checkpoints/round-3.pt" in place(folder=lent / "runs/1")
 
 
-def test_a_record_on_a_full_disk_stays_readable_and_says_so(disk: Disk) -> None:
+def test_a_record_on_a_full_disk_stays_readable_and_reports_an_error(disk: Disk) -> None:
     runs = disk(200_000)
     now = datetime.datetime.now()
     files = observers.Files(runs)
@@ -306,7 +306,7 @@ def test_a_record_on_a_full_disk_stays_readable_and_says_so(disk: Disk) -> None:
 
 def test_a_round_is_written_as_a_whole_line_or_not_at_all(disk: Disk) -> None:
     place = disk(40_000)
-    metrics: dict[str, Any] = {"site.loss": dict.fromkeys(range(1_000), 0.1)}
+    metrics: dict[str, Any] = {"site.loss": dict.fromkeys(range(400), 0.1)}
 
     def write_rounds() -> None:
         for round_ in range(100):
@@ -327,7 +327,7 @@ def test_a_record_that_has_no_room_is_refused_at_the_start(disk: Disk, monkeypat
     assert refusal(observers.check_files).endswith(": expected 0.1 MB free for a record, got 0.00 MB")
 
 
-def test_output_that_nobody_takes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_standard_output_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with world(), open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
         with pytest.raises(WriteError, match=r"^the standard output: expected a disk that can be written"):

@@ -157,6 +157,6 @@ def test_flattening_keeps_the_model_and_makes_its_weights_views() -> None:
 
 def test_weights_that_are_not_float32_and_models_with_nothing_to_train_are_refused() -> None:
     assert refusal(lambda: flatten_(nn.Linear(2, 2).bfloat16())) == (
-        "weight is torch.bfloat16: trained weights must be torch.float32"
+        "weight: expected torch.float32, as of all trained weights, got torch.bfloat16"
     )
     assert "nothing to train" in refusal(lambda: flatten_(nn.Linear(2, 2).requires_grad_(False)))

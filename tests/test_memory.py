@@ -1,4 +1,4 @@
-"""The memory that is foretold is the memory that is taken."""
+"""The estimated memory is the measured memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def make_llama() -> nn.Module:
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("make_model", [make_bert, make_llama])
-def test_what_a_batch_is_said_to_take_is_what_it_takes(make_model: Callable[[], nn.Module], is_training: bool) -> None:
+def test_the_estimate_for_a_batch_is_its_memory(make_model: Callable[[], nn.Module], is_training: bool) -> None:
     model = make_model().train(is_training)
     batch = make_examples(7).batch()
     with Meter([*model.parameters(), *model.buffers(), *batch.values()]) as meter, torch.set_grad_enabled(is_training):
@@ -45,7 +45,7 @@ def test_what_a_batch_is_said_to_take_is_what_it_takes(make_model: Callable[[], 
     assert activation_bytes(model, batch, is_training) == pytest.approx(meter.peak, rel=0.02)
 
 
-def test_a_meter_counts_what_there_is_at_once() -> None:
+def test_a_meter_measures_the_peak() -> None:
     known = torch.zeros(100)
     with Meter([known]) as meter:
         known.view(10, 10)
@@ -70,17 +70,17 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_the_memory_of_a_device_is_said_to_be_what_training_takes(name: str) -> None:
+def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
     model, batch = make_bert(), make_examples(7).batch()
     make_optimiser = partial(OPTIMISERS[name], lr=1e-3)
-    said = estimate_bytes(model, batch, None, make_optimiser)
+    estimate = estimate_bytes(model, batch, None, make_optimiser)
     weights = [*model.parameters(), *model.buffers()]
     with Meter([*weights, *batch.values()]) as meter:
         train(model, [batch, batch], make_optimiser(model.parameters()), score_classes)
-    assert said == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.1)
+    assert estimate == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.1)
 
 
-def test_a_server_says_what_it_holds() -> None:
+def test_a_global_model_knows_its_memory() -> None:
     with world():
         server = GlobalModel(make_bert(), make_strategy("fedavg", None, None))
     held = {**vars(server), **vars(server._mean)}.values()

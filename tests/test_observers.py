@@ -89,7 +89,9 @@ def metric(database: pymongo.database.Database, name: str) -> dict:
         ("mongodb+srv://me:mine@cluster.example", "u", "p", "mongodb+srv://me:mine@cluster.example"),
     ],
 )
-def test_a_url_is_made_of_what_is_given(host: str, user: str | None, password: str | None, url: str) -> None:
+def test_a_url_has_the_given_host_user_and_password(
+    host: str, user: str | None, password: str | None, url: str
+) -> None:
     assert mongo_url(host, user, password) == url
 
 
@@ -137,7 +139,7 @@ def test_a_job_that_goes_on_keeps_its_entry_and_has_every_step_once(
     assert metric(database, "train.loss")["steps"] == [1, 2, 3, 4]
 
 
-def test_a_job_name_alone_without_a_checkpoint_is_a_run_of_its_own(
+def test_a_job_name_without_a_checkpoint_is_a_separate_run(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     env = environment(mongo, database)
@@ -152,7 +154,7 @@ def test_a_job_name_alone_without_a_checkpoint_is_a_run_of_its_own(
     assert "Traceback" not in output
 
 
-def test_a_job_is_found_by_its_name_whatever_that_is(database: pymongo.database.Database) -> None:
+def test_a_job_is_found_by_any_name(database: pymongo.database.Database) -> None:
     names = ["../a/b", "$where", "a.$b", "two\nlines\0", "ünï 漢字 🙂", "x" * 5000, ".*", "a"]
     database.runs.insert_many({"_id": number, "config": {"job_name": name}} for number, name in enumerate(names))
     for number, name in enumerate(names):
@@ -313,7 +315,7 @@ def test_two_runs_at_once_have_an_entry_each(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_host_that_is_none_is_one_sentence(command: Command, ranks: int) -> None:
+def test_an_invalid_host_is_one_sentence(command: Command, ranks: int) -> None:
     status, output = command(ranks=ranks, env={"SACRED_HOST": "mongodb://me:secret@host:1x"})
     assert status == 1
     assert output.startswith("error: SACRED_HOST: expected the address of a MongoDB server, got ")
@@ -321,7 +323,7 @@ def test_a_host_that_is_none_is_one_sentence(command: Command, ranks: int) -> No
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_server_that_is_not_there_is_one_sentence_within_seconds(
+def test_a_missing_server_is_one_sentence_within_seconds(
     command: Command, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
     assert observers.TIMEOUT_MS <= 5_000

@@ -338,7 +338,7 @@ def test_what_is_wrong_in_the_columns_in_use_is_refused(
         ("9007199254740993.0", "9007199254740993"),
         ("1" * 5000, "1" * 5000),
         ("0.1", "0.1"),
-        ("1e3", "1e3"),
+        ("1e3", "1000"),
         ("0.30000000000000000001", "0.30000000000000000001"),
         ("5", "5"),
         ('"5"', "5"),
@@ -433,7 +433,7 @@ def test_a_text_of_several_lines_may_be_in_a_table_of_tabs(tmp_path: Path) -> No
     [
         (pa.array([0.1, 16777216], pa.float32()), ["0.1", "16777216"]),
         (pa.array([0.1, 2], pa.float16()), ["0.1", "2"]),
-        (pa.array([0.1, 1e16]), ["0.1", "1e+16"]),
+        (pa.array([0.1, 1e16]), ["0.1", "10000000000000000"]),
         (pa.array([2**64 - 1, 2**64 - 2], pa.uint64()), ["18446744073709551615", "18446744073709551614"]),
         (pa.array([-(2**63), 2**63 - 1]), ["-9223372036854775808", "9223372036854775807"]),
         (pa.array([Decimal("12345678901234567890123456789"), Decimal("1.00")]), None),
@@ -675,3 +675,15 @@ def test_a_label_of_test_files_alone_is_refused_wherever_the_files_are() -> None
     of_one = [("s", "train", ["a", "b"]), ("s", "test", ["b", "c"])]
     assert "got also c" in refusal(lambda: settle_labels(of_one, None))
     assert settle_labels([("s", "train", ["a", "b"]), ("s", "test", ["b"])], None) == ("a", "b")
+
+
+def test_equal_numbers_of_json_are_one_label(tmp_path: Path) -> None:
+    written = ["1", "1e0", "1.0", '"1"', "10E-1", "0.5", "0.50", "5e-1", "1e16", "10000000000000000"]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"text": "a", "label": {label}}}\n' for label in written))
+    assert read_file("text", str(path), "train")["label"] == ["1"] * 5 + ["0.5"] * 3 + ["1" + "0" * 16] * 2
+
+
+@pytest.mark.parametrize("invisible", "\u115f\u17b4\ufff9\U0001bca0\U0001d159")
+def test_what_prints_nothing_makes_no_label_of_its_own(invisible: str) -> None:
+    assert label_name(f"x{invisible}y") == "xy"

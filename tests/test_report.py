@@ -154,7 +154,7 @@ def test_a_page_has_no_script_and_asks_for_nothing(written: list[Path]) -> None:
     assert not re.search(r"url\((?!#)|@import", written[0].read_text())
 
 
-def test_what_files_say_is_shown_as_text(written: list[Path]) -> None:
+def test_the_contents_of_files_are_shown_as_text(written: list[Path]) -> None:
     text = Reader(written[0].read_text()).text
     assert sum(EVIL in words for words in text) > 10  # settings, labels, status, machine, charts
     for chart in re.findall(r"<svg.*?</svg>", written[0].read_text(), re.DOTALL):
@@ -183,7 +183,7 @@ def test_each_chart_is_a_png_too(written: list[Path]) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20, path.name
 
 
-def test_sites_by_the_thousand_take_no_more_room_than_a_few(tmp_path: Path) -> None:
+def test_a_thousand_sites_need_no_more_room_than_a_few(tmp_path: Path) -> None:
     sizes = []
     for num_sites in (50, 1000):
         runs = read([write_run(tmp_path / str(num_sites), num_sites=num_sites, num_rounds=3)])
@@ -323,7 +323,7 @@ def test_any_metric_may_be_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bare", [{}, {"validation.accuracy": float("nan"), "site.loss": {}}])
-def test_a_run_of_which_little_is_known_is_a_page(tmp_path: Path, bare: dict[str, Any]) -> None:
+def test_a_run_with_few_metrics_has_a_page(tmp_path: Path, bare: dict[str, Any]) -> None:
     folder = Path(write_run(tmp_path / "run", num_rounds=0))
     (folder / "rounds.jsonl").write_text(json.dumps({"round": 0} | bare) + "\n")
     (folder / "info.json").unlink()
@@ -332,7 +332,7 @@ def test_a_run_of_which_little_is_known_is_a_page(tmp_path: Path, bare: dict[str
     assert charts == []
 
 
-def test_a_run_from_before_there_were_rounds_on_file_is_drawn_from_its_metrics(tmp_path: Path) -> None:
+def test_a_run_without_rounds_jsonl_is_drawn_from_its_metrics(tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run"))
     rounds = only(str(folder)).rounds
     (folder / "rounds.jsonl").unlink()
@@ -351,13 +351,13 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     assert [round_["round"] for round_ in only(str(path.parent)).rounds] == list(range(8))
 
 
-def test_of_a_round_that_is_there_twice_the_later_counts(tmp_path: Path) -> None:
+def test_the_last_line_of_a_repeated_round_counts(tmp_path: Path) -> None:
     path = Path(write_run(tmp_path / "run")) / "rounds.jsonl"
     path.write_text(path.read_text() + '{"round": 3, "train.loss": 7}\n')
     assert only(str(path.parent)).rounds[3] == {"round": 3, "train.loss": 7}
 
 
-def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run"))
     assert "expected the folder of a run, such as runs/1, got one without a run.json" in refusal(
         lambda: read([str(tmp_path)])

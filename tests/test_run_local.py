@@ -387,7 +387,7 @@ def test_a_python_that_will_not_do_is_one_clear_sentence(project, python):
     result = project.run("-c", "", RUNTIME="venv", PYTHON=python)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "Python 3.11 or newer is needed" in result.stderr
+    assert "PYTHON: expected Python 3.11 or newer, got" in result.stderr
     assert python in result.stderr
     assert not (project.folder / ".venv").exists()
 

@@ -110,7 +110,7 @@ def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
     assert capfd.readouterr().err == "", "not even of a destructor"
 
 
-def test_no_lock_stays_taken_where_a_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_lock_stays_locked_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "RETRY_SECONDS", 0.005)
 
     def use_until_asked(box: queue.Queue[int], seconds: float) -> None:
@@ -228,7 +228,7 @@ def program(work: Callable[[], object], errors: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_program_that_is_interrupted_says_so_in_a_line(tmp_path: Path) -> None:
+def test_an_interrupted_program_prints_one_line(tmp_path: Path) -> None:
     def ranks() -> None:
         launch(ask_parent, num_ranks=2)
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from scaling_fl.data.reader import pick, read_file
 from scaling_fl.data.sites import SiteFile, labels_to_send
-from scaling_fl.distributed.heartbeat import _report
+from scaling_fl.distributed.heartbeat import _make_report
 from scaling_fl.distributed.world import world
 
 READ = ("all_reduce", "broadcast", "all_gather")  # the collectives that are called
@@ -247,7 +247,7 @@ def test_labels_that_may_be_texts_are_not_sent(monkeypatch: pytest.MonkeyPatch) 
 def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
         SiteFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
-    assert _report(caught.value) == repr(
+    assert _make_report(caught.value) == repr(
         ("failed", "the test file of site_paths[0] on rank 1 is refused: its node prints the reason")
     )
 

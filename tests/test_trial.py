@@ -53,7 +53,7 @@ def set_weight(name: str, value: float) -> Callable[[Path], None]:
     ],
     ids=["not a number", "a width that it does not take", "an end token in a text"],
 )
-def test_what_a_model_does_not_take_is_one_sentence(
+def test_texts_that_a_model_refuses_are_one_sentence(
     family: str,
     options: dict[str, object],
     spoil: Callable[[Path], object],
@@ -71,7 +71,7 @@ def test_what_a_model_does_not_take_is_one_sentence(
 
 
 @pytest.mark.parametrize("family", ["bert", "mixtral"])
-def test_a_plan_of_a_model_that_works_holds(
+def test_a_plan_accepts_a_model_that_works(
     family: str, command: Command, texts: dict[str, object], tmp_path: Path
 ) -> None:
     put_model(tmp_path / "model", family)

@@ -49,7 +49,8 @@ class TextEncoder:
         Raises:
             ValueError: a text has no token at all, or tokens that the model does not take.
         """
-        names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
+        returned = self.tokenizer("")  # model_input_names may name more
+        names = [name for name in self.tokenizer.model_input_names if name != "attention_mask" and name in returned]
         tokens = mapped(
             texts,
             self._tokenise,

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from scaling_fl.data.cache import Row
 from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, open_text
-from scaling_fl.data.labels import as_text
+from scaling_fl.data.labels import as_number, as_text
 
 CHUNK = 2**20  # characters that are read at once
 NEAR = 16  # characters before the end of a chunk where an error may be a cut
@@ -70,7 +70,7 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
     if is_text and value == value:
         raise ValueError(f"row {number}: {KEYS[0]}={name!r}: expected texts, got {KINDS.get(type(value), 'a number')}")
     try:
-        return as_text(value)
+        return as_number(value) if isinstance(value, Number) else as_text(value)
     except TypeError:
         raise ValueError(f"row {number}: {KEYS[1]}={name!r}: expected texts or numbers, got lists or records") from None
 

@@ -10,14 +10,16 @@ from fractions import Fraction
 from scaling_fl.errors import preview, printable
 
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+MAX_EXPONENT = 400  # of a number that is written with all its digits
 NEW_LINE = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u2800\u3000\u3164\uffa0]")  # no-break, thin, ideographic ...
 # Prints nothing: control characters, the soft hyphen, zero-width spaces, marks of direction, the byte order mark.
 NOTHING = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
+    "\u2066-\u206f\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a]"
 )
 # Prints nothing by itself, but changes how its neighbours print in some scripts and emoji: joiners and variants.
-JOINER = re.compile("[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+JOINER = re.compile("[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0000-\U000e007f\U000e0100-\U000e01ef]")
 
 
 def label_name(value: object) -> str:
@@ -130,4 +132,13 @@ def as_text(value: object) -> str | None:
         return None
     if isinstance(value, bytes | list | dict | tuple):
         raise TypeError
-    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+    return as_number(str(value)) if isinstance(value, float | Decimal) else str(value)
+
+
+def as_number(text: str) -> str:
+    """Return a number without an exponent and without zeros at its end, so that equal numbers are one label."""
+    number = Decimal(text)
+    if not number.is_finite() or abs(number.adjusted()) > MAX_EXPONENT:
+        return text
+    digits = f"{number:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits

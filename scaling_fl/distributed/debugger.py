@@ -21,8 +21,7 @@ def is_debugging() -> bool:
 def await_debugger(rank: int, num_ranks: int) -> None:
     """Wait until a debugger has attached to this rank, if `DEBUG_RANK` (0) names it.
 
-    The rank listens on `DEBUG_PORT` (5678) of `DEBUG_HOST` (127.0.0.1). A program that reaches the port can run any
-    code.
+    It listens on `DEBUG_PORT` (5678) of `DEBUG_HOST` (127.0.0.1), and lets any program that reaches it run any code.
 
     Raises:
         ValueError: the rank does not exist, debugpy is not installed, or the address is not free.

@@ -38,8 +38,7 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
     """Assign the sites to the entries of the nodes' `site_ids`, and each node's sites to its ranks by device.
 
     Sites are numbered through the nodes' lists in the order of the ranks, so a site's number does not depend on the
-    number of ranks of its node. Without an accelerator all sites run on the CPU; equal ids still mean the same rank,
-    unless there are more ranks than ids.
+    number of ranks of its node. Without an accelerator all sites run on the CPU, and the ids only group them.
 
     Args:
         site_ids: the device id of each entry of this node.

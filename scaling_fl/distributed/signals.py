@@ -1,9 +1,8 @@
 """Ask a process to end: raise an error in its main thread, again until it arrives.
 
 A signal's handler raises its error at any point of the main thread. Code that catches every error (`except:`) and
-destructors lose it, and an error while a lock is acquired would leave the lock locked for ever. So the request is
-stored. A thread lets the handler raise it again until it has reached the end of `interruptible`, and `check_interrupt`
-raises it too.
+destructors lose it, and while a lock is acquired it would leave the lock locked for ever. So the request is stored. A
+thread lets the handler raise it again until the end of `interruptible`, and `check_interrupt` raises it too.
 """
 
 import _thread
@@ -25,9 +24,10 @@ WAKE = signal.SIGURG  # interrupts the main thread; the default is to ignore it
 RETRY_SECONDS = 0.1  # between two attempts to raise the request
 GRACE_SECONDS = 45.0  # from a signal until the process is ended; long enough to record the end in MongoDB
 # Functions in which no error is raised: those that take and release locks, and the handlers, which may interrupt them.
-UNSAFE_FUNCTIONS = {"__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save"}
-UNSAFE_FUNCTIONS |= {"request_end", "raise_request", "_on_signal", "_on_wake"}
-UNSAFE_MODULES = {"threading", "logging", __name__, "scaling_fl.distributed.heartbeat"}  # of these functions
+LOCKING = ("__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save")
+HANDLERS = ("request_end", "raise_request", "_on_signal", "_on_wake")
+MODULES = ("threading", "logging", __name__, "scaling_fl.distributed.heartbeat")
+UNSAFE_FUNCTIONS = {(name, module) for name in (*LOCKING, *HANDLERS) for module in MODULES}
 
 _request: BaseException | None = None
 
@@ -113,8 +113,7 @@ def raise_request(frame: FrameType | None) -> None:
         if isinstance(error, Interrupted | PeerLost):
             return
         error = error.__context__
-    is_unsafe = frame is not None and frame.f_code.co_name in UNSAFE_FUNCTIONS
-    if frame is None or not (is_unsafe and frame.f_globals.get("__name__") in UNSAFE_MODULES):
+    if frame is None or (frame.f_code.co_name, frame.f_globals.get("__name__")) not in UNSAFE_FUNCTIONS:
         check_interrupt()
 
 

@@ -33,9 +33,9 @@ def world() -> Iterator[None]:
     `OMP_NUM_THREADS` CPU threads (default: 1). One thread a rank is the fastest way to use all cores; another number
     of threads changes the bits.
 
-    An error of one rank ends all ranks within seconds, and so does a rank that sends no heartbeat for `LOST_AFTER`
-    seconds (60). The process should then end, by `launch.run_program` if it may have been in a collective. With
-    `DEBUG=1` one rank first waits for a debugger, and no rank counts as lost.
+    An error of one rank soon ends all ranks, and so does a rank without a heartbeat for `LOST_AFTER` seconds (60). Then
+    `launch.run_program` should end the process, as it may be in a collective. With `DEBUG=1` one rank first waits for
+    a debugger, and no rank counts as lost.
 
     Raises:
         ValueError: another rank raised one, or the settings of the debugger are wrong.
@@ -63,10 +63,9 @@ def world() -> Iterator[None]:
         return
     peer_timeout = timedelta(seconds=lost_after())
     store, number, num_ranks = wait_interruptibly(partial(_join, NO_TIMEOUT if is_debugged else TIMEOUT))
-    own_connection = store.clone()
-    own_connection.set_timeout(peer_timeout)
-    heartbeat = Heartbeat(own_connection, number, num_ranks, peer_timeout.total_seconds(), is_one_node=is_one_node())
-    with heartbeat.watch():
+    connection = store.clone()  # of the heartbeat's thread
+    connection.set_timeout(peer_timeout)
+    with Heartbeat(connection, number, num_ranks, peer_timeout.total_seconds(), is_one_node=is_one_node()).watch():
         if is_debugged:
             await_debugger(number, num_ranks)
         yield

@@ -1,4 +1,4 @@
-"""How the mean moves the global weights: a strategy is an optimiser, the mean drift its gradient."""
+"""Strategies: a strategy is an optimiser of the global weights, and the mean drift is their gradient."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -51,12 +51,12 @@ def make_strategy(
         ValueError: there is no such strategy, or it takes no momentum.
     """
     if name not in STRATEGIES:
-        raise ValueError(f"strategy={name!r} is unknown: {', '.join(STRATEGIES)} would do")
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
     takes_momentum = [other for other, make in STRATEGIES.items() if "momentum" in inspect.signature(make).parameters]
     if momentum is not None and name not in takes_momentum:
         raise ValueError(
-            f"strategy={name!r} takes no server_momentum, but {momentum} was given: "
-            f"leave it out, or take {', '.join(takes_momentum)}"
+            f"server_momentum: expected none for strategy={name!r}, got {momentum}. Leave it out, or use "
+            f"{', '.join(takes_momentum)}"
         )
     given = {"learning_rate": learning_rate, "momentum": momentum}
     return partial(STRATEGIES[name], **{key: value for key, value in given.items() if value is not None})

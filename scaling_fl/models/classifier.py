@@ -90,7 +90,7 @@ def make_classifier(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     names = labels_of(pretrained.config)
-    reason = f"its own head is for other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+    reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
 
 

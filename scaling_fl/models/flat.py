@@ -1,4 +1,4 @@
-"""What sites share of a model, its trained weights and its buffers, end to end in one vector."""
+"""The flat vector: the trained weights of a model and its buffers, end to end."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -37,7 +37,7 @@ class Slot:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that are trained, and so travel, by name."""
+    """Return the weights that are trained, and so sent to other ranks, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -50,11 +50,11 @@ def lay_out(model: nn.Module) -> list[Slot]:
     """
     shared, trained = shared_tensors(model), trained_weights(model)
     if not trained:
-        raise ValueError("the model has no weight that requires a gradient: there is nothing to train")
+        raise ValueError("the model: expected a weight that requires a gradient, got none. There is nothing to train")
     slots: list[Slot] = []
     for name, tensor in shared.items():
         if name in trained and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}: trained weights must be torch.float32")
+            raise ValueError(f"{name}: expected torch.float32, as of all trained weights, got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
         start = slots[-1].end if slots else 0
@@ -103,7 +103,7 @@ def _each_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _check_memory(model: nn.Module, shared: dict[str, Tensor]) -> None:
-    """Refuse shared tensors that would no longer be one with others when they are moved to a vector."""
+    """Refuse shared tensors whose memory other tensors use, too, as moving them to a vector would separate them."""
     for name, tensor in shared.items():
         if tensor.requires_grad and not tensor.is_contiguous() and _bytes_of(tensor).sum() < tensor.nbytes:
             raise ValueError(
@@ -126,7 +126,7 @@ def _pairs_that_overlap(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[t
         if tensor.layout == torch.strided and tensor.numel():
             by_storage[tensor.untyped_storage().data_ptr()].append((name, tensor))
     for tensors in by_storage.values():
-        reaching: list[tuple[str, Tensor]] = []  # beyond where the next begins
+        reaching: list[tuple[str, Tensor]] = []  # that end behind the start of the next
         for item in sorted(tensors, key=lambda item: item[1].data_ptr()):
             reaching = [before for before in reaching if _end(before[1]) > item[1].data_ptr()]
             yield from ((before, item) for before in reaching if _overlap(before[1], item[1]))
@@ -134,16 +134,16 @@ def _pairs_that_overlap(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[t
 
 
 def _overlap(before: Tensor, after: Tensor) -> bool:
-    """Tell whether two tensors of one storage, the first of which begins first, have a byte in common."""
+    """Tell whether two tensors of one storage, the first of which starts first, have a byte in common."""
     taken, others = _bytes_of(before)[after.data_ptr() - before.data_ptr() :], _bytes_of(after)
     length = min(len(taken), len(others))
     return bool((taken[:length] & others[:length]).any())
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return which bytes a tensor takes, of those from its first to its last: bool (num_bytes,)."""
+    """Return which bytes a tensor has, of those from its first to its last: bool (num_bytes,)."""
     taken = torch.zeros(_end(tensor) - tensor.data_ptr(), dtype=torch.bool)
-    # A dimension whose steps lead nowhere is no place to write to.
+    # A dimension of stride 0 repeats the same bytes.
     dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
     sizes, strides = [size for size, _ in dimensions], [stride * tensor.itemsize for _, stride in dimensions]
     taken.as_strided([*sizes, tensor.itemsize], [*strides, 1]).fill_(True)

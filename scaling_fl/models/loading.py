@@ -43,7 +43,7 @@ MODELS: dict[str, Nickname] = {
     "distilbert": Nickname(lambda: "distilbert-base-cased"),
 }
 
-# Families whose old files have no model_type in config.json, but the family's name as a prefix of the weights.
+# Families of old files without a model_type in config.json, but with the family's name as a prefix of the weights.
 OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
 
 WEIGHT_FILES = (

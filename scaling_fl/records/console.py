@@ -30,7 +30,7 @@ def print_once(*lines: str) -> None:
     """Print from rank 0.
 
     Raises:
-        WriteError: what is printed goes to a disk that cannot be written to, or to nobody.
+        WriteError: standard output cannot be written to.
     """
     if rank() == 0:
         with naming_place("the standard output"):
@@ -61,7 +61,7 @@ def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_si
     """Return the lines of a table with where each site runs and what it trains on in a round.
 
     Args:
-        sites: as `Holdings.describe_sites` returns them.
+        sites: as `SiteData.describe_sites` returns them.
         label_names: of the classes.
         batch_size: examples in a step.
         num_epochs: of a round.

@@ -83,7 +83,7 @@ def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTra
 
 
 def space_for_checkpoints(directory: str | None, size: int, num_rounds: int, keep: int | None) -> list[SpaceNeeded]:
-    """Return the space that checkpoints need on a local disk; an empty list for other file systems.
+    """Return the space that checkpoints need, if they are on a local disk.
 
     Args:
         directory: of the checkpoints.

@@ -101,8 +101,7 @@ def check_mongo(config: Config, is_resumed: Callable[[Config], bool]) -> None:
     """Check that the MongoDB server of `SACRED_HOST`, if it is set, can record a run.
 
     Raises:
-        ValueError: it does not answer within 5 seconds or denies access, or the job's name belongs to several runs or
-            to one that is still running.
+        ValueError: it does not answer or denies access, or the job's name is that of several runs or of a running one.
     """
     if not os.environ.get("SACRED_HOST"):
         return
@@ -142,16 +141,12 @@ def check_files() -> None:
 
 
 def runs_dir() -> str:
-    """Return the folder of all runs."""
+    """Return the folder of all runs, `SACRED_RUNS_DIR` or runs."""
     return os.environ.get("SACRED_RUNS_DIR") or "runs"
 
 
 def make_observers(is_resumed: Callable[[Config], bool]) -> list[Files | Mongo]:
-    """Make the observers of a run.
-
-    Files, in `SACRED_RUNS_DIR` (default: runs); and MongoDB if `SACRED_HOST` is set, with `SACRED_USER`,
-    `SACRED_PASSWORD` and `SACRED_DATABASE` (default: sacred).
-    """
+    """Make the observers: files, and MongoDB if `SACRED_HOST` is set."""
     observers: list[Files | Mongo] = [Files(runs_dir(), priority=40)]  # before MongoDB, which may not answer
     if os.environ.get("SACRED_HOST"):
         observers.append(Mongo(*_mongo_from_environment(), is_resumed))

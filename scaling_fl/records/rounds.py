@@ -63,12 +63,15 @@ METRICS: dict[str, Metric] = {
     "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
     "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),
     "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
-    "site.loss": Metric("nats", "`train.loss` of one site, by the number of each site that took part"),
-    "site.accuracy": Metric("fraction", "the same of `train.accuracy`"),
-    "site.examples": Metric("examples", "the number of examples of each site"),
-    "site.seconds": Metric("s", "the training time of each site"),
+    "site.loss": Metric(
+        "nats", '`train.loss` by site, as in `{"0": 0.7, "2": 0.4}`, of the sites that took part and did not fail'
+    ),
+    "site.accuracy": Metric("fraction", "`train.accuracy` by site"),
+    "site.examples": Metric("examples", "by site, the examples that it trained on in an epoch"),
+    "site.seconds": Metric("s", "the training time by site"),
     "site.memory_mb": Metric(
-        "MB", "the peak memory of the accelerator while the site trained; on a CPU, the peak memory of its rank so far"
+        "MB",
+        "by site, the peak memory of its accelerator while it trained; on a CPU, the peak memory of its rank so far",
     ),
     **{
         f"sites.{name}.{of}": Metric(unit, f"{meaning} of `site.{name}`, each site counting once")

@@ -79,9 +79,9 @@ class Run:
     @cached_property
     def examples(self) -> np.ndarray:
         """How many examples each site trains on."""
-        held = np.full(self.num_sites, np.nan)
-        held[: len(self.sites)] = numbers(site.get("examples") for site in self.sites)
-        return np.where(np.isnan(held), over_rounds(self.of_sites("examples")), held)
+        counts = np.full(self.num_sites, np.nan)
+        counts[: len(self.sites)] = numbers(site.get("examples") for site in self.sites)
+        return np.where(np.isnan(counts), over_rounds(self.of_sites("examples")), counts)
 
     @cached_property
     def phases(self) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, scor
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
-    """Return the scores of the batches, dropout off."""
+    """Return the scores of the batches, without dropout."""
     model.eval()
     means = Means()
     for batch in batches:
@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
 def try_step(model: nn.Module, batch: Batch) -> float:
     """Pass a batch forward and backward as in training, and return its loss.
 
-    Weights, buffers, gradients, modes and random generators are afterwards as they were.
+    Restores buffers, gradients, modes and random generators; weights do not change.
     """
     device = next(model.parameters()).device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
