@@ -15,6 +15,7 @@ from torch import Tensor
 from scaling_fl.distributed.signals import PeerLost, check_interrupt
 
 T = TypeVar("T")
+Work = Callable[[Tensor, slice], Tensor]
 MEMORY = "scaling_fl"  # name of shared memory among a process's files
 POLL = 5e-4  # seconds from one check whether a collective is complete to the next
 
@@ -161,7 +162,7 @@ class RankVector:
         """How many bytes this rank holds."""
         return self.values.untyped_storage().nbytes()
 
-    def all_reduce(self, work: Callable[[Tensor, slice], Tensor], divisor: float, scale: float) -> Tensor:
+    def all_reduce(self, work: Work, divisor: float, scale: float) -> Tensor:
         """Return the sum over all ranks of what `work` makes of their vectors, divided.
 
         Another collective must stand between the last change of a rank's values and this one.
@@ -182,7 +183,7 @@ class RankVector:
             self._reduce_by_messages(mean, work, divisor, scale)
         return mean
 
-    def _reduce_in_memory(self, mean: Tensor, work: Callable[[Tensor, slice], Tensor], divisor: float) -> None:
+    def _reduce_in_memory(self, mean: Tensor, work: Work, divisor: float) -> None:
         """Compute this rank's part of the sum from all vectors, and take the other ranks' parts from them."""
         first = rank() * self._part
         for where in self._slices(first, first + self._part):
@@ -194,9 +195,7 @@ class RankVector:
         for number, out in enumerate(mean.split(self._part)):
             out.copy_(self._parts[number][: len(out)])
 
-    def _reduce_by_messages(
-        self, mean: Tensor, work: Callable[[Tensor, slice], Tensor], divisor: float, scale: float
-    ) -> None:
+    def _reduce_by_messages(self, mean: Tensor, work: Work, divisor: float, scale: float) -> None:
         """Let the ranks send each other their vectors."""
         fits = self._wire.itemsize == self.values.itemsize
         message = self.values.view(self._wire) if fits else torch.empty_like(self.values, dtype=self._wire)

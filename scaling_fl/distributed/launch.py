@@ -62,10 +62,6 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         SystemExit: a rank failed, with the rank's exit status. The rank has printed its error.
         Interrupted: a signal ended the ranks.
     """
-    # The rank has printed its error, which the agent's own stack trace would hide.
-    elastic = "torch.distributed.elastic"
-    for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -73,20 +69,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
     logs = TemporaryDirectory(prefix="scaling_fl-")
     start_method = "fork" if accelerator() is None else "spawn"
     all_started = multiprocessing.get_context(start_method).Barrier(num_ranks)
-    config = LaunchConfig(
-        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=RUN_ID,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL
-        start_method=start_method,
-        signals_to_handle="",  # an error of the agent's own handlers can be lost, as at a fork
-    )
+    config = _configure_agent(num_ranks, start_method, logs.name)
     handlers = signals.install_handlers()
     # The garbage collector writes into every object that it visits, and so would copy the memory that forks share.
     gc.freeze()
@@ -108,6 +91,27 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int) -> li
         logs.cleanup()
         gc.unfreeze()
     return [results[number] for number in range(num_ranks)]
+
+
+def _configure_agent(num_ranks: int, start_method: str, log_dir: str) -> LaunchConfig:
+    # The rank has printed its error, which the agent's own stack trace would hide.
+    elastic = "torch.distributed.elastic"
+    for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return LaunchConfig(
+        logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=RUN_ID,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL
+        start_method=start_method,
+        signals_to_handle="",  # an error of the agent's own handlers can be lost, as at a fork
+    )
 
 
 def _rank_main(all_started: Barrier, function: Callable[..., object], *args: object) -> object:

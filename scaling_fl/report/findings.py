@@ -154,7 +154,8 @@ def gaps(run: Run) -> Iterator[str]:
 def bytes_off(run: Run) -> Iterator[str]:
     """Report bytes that the size of the model does not explain."""
     sent, expected = run.metric("comm.bytes"), run.metric("comm.expected_bytes")
-    known = ~(np.isnan(sent) | np.isnan(expected))
+    starts = ~np.isnan(run.metric("time.setup_s"))  # which also send the weights or the checkpoint
+    known = ~(np.isnan(sent) | np.isnan(expected) | starts)
     if known.any() and (expected_sum := expected[known].sum()) > 0:
         difference = sent[known].sum() / expected_sum - 1
         if abs(difference) > BYTES_DIFFERENCE:
