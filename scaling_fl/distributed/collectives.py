@@ -136,8 +136,7 @@ class RankVector:
     Args:
         size: of the vector.
         dtype: of its values.
-        wire: the type in which ranks add them: as large an integer type reads their bits, a smaller type rounds them,
-            which takes messages.
+        wire: the type in which ranks add them: one of the same size reads their bits, a smaller one rounds them.
         device: where it is.
         piece: how many values are worked on at a time.
     """
@@ -149,10 +148,10 @@ class RankVector:
         fits = wire.itemsize == dtype.itemsize
         memory = share_memory(num_bytes + 4 * self._part) if fits and device.type == "cpu" else []
         self._parts = [of_rank[num_bytes:].view(torch.float32) for of_rank in memory]
-        own = memory[rank()] if memory else torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.values = own[:num_bytes].view(dtype)
-        if fits and world_size() == 1:  # which needs no place for parts
-            memory, self._parts = [own], [self.values.view(torch.float32)]
+        local = memory[rank()] if memory else torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.values = local[:num_bytes].view(dtype)
+        if fits and world_size() == 1:  # which needs no memory for parts
+            memory, self._parts = [local], [self.values.view(torch.float32)]
         self._vectors = [of_rank[:num_bytes].view(wire) for of_rank in memory]
         # The ranks of whose vectors `all_reduce` gives the sum to its first argument.
         self.ranks = range(world_size()) if memory else range(rank(), rank() + 1)
@@ -188,8 +187,8 @@ class RankVector:
         first = rank() * self._part
         for where in self._slices(first, first + self._part):
             total = reduce(torch.add, (vector[where] for vector in self._vectors))
-            out = self._parts[rank()][where.start - first : where.stop - first]
-            torch.div(work(total, where).to(torch.float32), divisor, out=out)
+            part = self._parts[rank()][where.start - first : where.stop - first]
+            torch.div(work(total, where).to(torch.float32), divisor, out=part)
         all_gather(None)  # all parts are complete
         count_bytes(len(mean) * self._wire.itemsize if world_size() > 1 else 0)
         for number, out in enumerate(mean.split(self._part)):
