@@ -400,7 +400,7 @@ def test_the_command_writes_into_the_run_or_here_if_there_are_several(tmp_path: 
     ("arguments", "sentence"),
     [
         (["none"], "error: 'none': expected the folder of a run, such as runs/1, got one without a run.json"),
-        (["{run}", "--output", "report.pdf"], "error: --output='report.pdf' was given: a file such as report.html"),
+        (["{run}", "--output", "report.pdf"], "error: --output: expected a file such as report.html, got 'report.pdf'"),
         (["{run}", "--output", "{run}/none/report.html"], "report.html' cannot be read or written: No such file"),
     ],
 )
