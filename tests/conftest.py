@@ -354,7 +354,7 @@ class Play:
                 server,
                 make_optimiser=partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
                 score=score_classes,
-                test_batches=lambda device: map(test.batch, test_batches[topology.slice_of(device)]),
+                test_batches=lambda device: (part.batch() for part in test_batches[topology.slice_of(device)]),
                 seed=3,
                 proximal_mu=self.proximal_mu,
                 min_sites=self.min_sites,
