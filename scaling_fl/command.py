@@ -40,6 +40,7 @@ from scaling_fl.records.rounds import ROUNDS
 T = TypeVar("T")
 
 SETTINGS.CAPTURE_MODE = "sys"
+SETTINGS.DISCOVER_SOURCES = "none"  # but this file: the record has the commit
 UNOBSERVED = {"-u", "--unobserved"}  # Sacred's options for a run without a record
 experiment = Experiment("train_federated", save_git_info=False)
 record_problems: list[str] = []  # why a run cannot be recorded, which is printed beside all else that is wrong

@@ -5,6 +5,7 @@ import offline  # noqa: F401 isort: skip
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Pa
             os.dup2(file, 2)
             sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start tests to ignore it
             os.chdir(folder)
             os.environ.update(env)
             sys.argv = [str(script), *arguments]
