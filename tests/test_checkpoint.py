@@ -98,6 +98,24 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["round-1.pt"]
 
 
+def test_a_checkpoint_that_is_half_written_does_not_have_its_name_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
+    seen: list[tuple[list[str], int]] = []  # what a process that is killed now leaves, and the rounds restored from it
+
+    def look_midway(disk: LocalFileSystem, path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[: len(data) // 2])
+        names = sorted(path.name for path in tmp_path.glob("round-*"))
+        seen.append((names, len(restore_into(str(tmp_path), make_server(), SETTINGS))))
+        Path(path).write_bytes(data)
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", look_midway)
+    checkpoint.save(str(tmp_path), make_server().state_dict(), history(2), SETTINGS, keep=None)
+    assert seen == [(["round-1.pt"], 2)]
+    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 3
+
+
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "cut":
