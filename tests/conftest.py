@@ -44,6 +44,7 @@ Command = Callable[..., tuple[int, str]]  # options and settings -> exit status 
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 USER, PASSWORD = "some one", "p@ss:w/rd %$"  # of MongoDB
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would its forks
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
 
 
@@ -132,7 +133,6 @@ def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Pa
             os.dup2(file, 2)
             sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start tests to ignore it
             os.chdir(folder)
             os.environ.update(env)
             sys.argv = [str(script), *arguments]
