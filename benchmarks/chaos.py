@@ -38,7 +38,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl.federation import round
+from scaling_fl.federation import round, site
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.records import checkpoint
 
@@ -260,7 +260,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
 
     for row in board.rows:
         row.process = row.phase = row.killed = 0
-    watch(round, "train", TRAINING, within)
+    watch(site, "train", TRAINING, within)
     watch(round, "evaluate", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
