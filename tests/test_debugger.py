@@ -81,7 +81,7 @@ def is_open(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("ranks", "number"), [(1, 0), pytest.param(2, 1, marks=pytest.mark.long)])
 def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     program: Callable[..., Program], command: Command, free_port: int, tmp_path: Path, ranks: int, number: int
 ) -> None:

@@ -245,6 +245,7 @@ def check(outputs: list[str], folder: Path, alone: str) -> None:
     assert (folder / "results/runs/1/model/config.json").exists()
 
 
+@pytest.mark.long
 def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:

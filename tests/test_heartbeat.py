@@ -175,7 +175,7 @@ def test_a_signal_to_one_rank_ends_all_of_them(start: Callable, number: int, oth
 
 @pytest.mark.parametrize("others", [train_for_hours, meet])
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
     start: Callable, capfd: pytest.CaptureFixture[str], how: int, number: int, others: Callable
 ) -> None:
@@ -199,6 +199,7 @@ def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
     assert "Traceback" not in printed
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_waited_for(start: Callable) -> None:
     def work() -> None:
         all_gather(None)

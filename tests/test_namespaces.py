@@ -226,6 +226,7 @@ def folders(tmp_path: Path, count: int) -> list[Path]:
     return [tmp_path / f"node-{node}" for node in range(count)]
 
 
+@pytest.mark.long
 def test_two_nodes_that_find_each_other_end_as_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:

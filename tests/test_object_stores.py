@@ -569,6 +569,7 @@ def test_a_denied_access_to_gs_is_one_sentence_at_once(
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_that_does_not_answer_is_one_sentence_soon(
     answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str

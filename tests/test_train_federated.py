@@ -138,6 +138,7 @@ def test_a_stopped_run_has_all_rounds_of_all_sites_in_its_last_record(command: C
     assert [line["round"] for line in last] == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_bars_are_for_a_terminal_and_in_no_record(tiny_model: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
     settings = (
         f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=1 report=False"
