@@ -88,7 +88,7 @@ def settle_labels(
 
     Args:
         found: of each file to whom it belongs, whether it is for "train" or "test", and its labels.
-        known: each label that there may be -> its name; None takes those that are trained on, sorted.
+        known: each possible label -> its name; None takes those that are trained on, sorted.
         may_lack: whether the training files may lack labels that are known.
 
     Raises:

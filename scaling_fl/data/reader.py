@@ -32,7 +32,7 @@ def read_file(
         path: of the file.
         split: train or test.
         columns: of the texts and of the labels; None takes the task's.
-        known: each label that there may be -> its name; None takes all labels as they are.
+        known: each possible label -> its name; None takes all labels as they are.
 
     Raises:
         ValueError: the task takes no files, or the file is missing or not as it should be.
@@ -59,7 +59,7 @@ def read_task(
         train_path: the training file, of a task that takes files.
         test_path: the test file.
         columns: of the texts and of the labels; None takes the task's.
-        labels: the labels that there may be, in the order of the classes; None takes the task's or those of the data.
+        labels: the possible labels, in the order of the classes; None takes the task's or those of the data.
 
     Raises:
         ValueError: there is no such task, or its data is missing or not as it should be.
@@ -102,7 +102,7 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         table: of any columns.
         place: from which it was read.
         columns: of the texts and of the labels.
-        known: each label that there may be -> its name; None takes all labels as they are.
+        known: each possible label -> its name; None takes all labels as they are.
 
     Raises:
         ValueError: there is no such column, no row, a row without a label or text, or a label that is not known.
@@ -161,12 +161,11 @@ def _none_of(names: Mapping[str | None, str]) -> set[str]:
 def _check_known(
     labels: Sequence[str | None], names: Mapping[str | None, str], known: Mapping[str, str], place: str
 ) -> None:
-    """Refuse a label that is none of those that there may be."""
-    there_may_be = dict.fromkeys([*known, *known.values()])
-    check_alike([*there_may_be, *names.values()])
-    for number, label in enumerate(labels if set(names.values()) - set(there_may_be) else (), start=1):
-        if names[label] not in there_may_be:
+    """Refuse a label that is not one of the possible ones."""
+    possible = dict.fromkeys([*known, *known.values()])
+    check_alike([*possible, *names.values()])
+    for number, label in enumerate(labels if set(names.values()) - set(possible) else (), start=1):
+        if names[label] not in possible:
             raise ValueError(
-                f"{place!r}: row {number}: expected a label out of {preview(there_may_be)}, got "
-                f"{preview([names[label]])}"
+                f"{place!r}: row {number}: expected a label out of {preview(possible)}, got {preview([names[label]])}"
             )

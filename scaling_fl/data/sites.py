@@ -127,7 +127,7 @@ def read_site_files(
         task_name: a key of TASKS, of a task that takes files.
         site_paths: the files of each site of this node.
         columns: of the texts and of the labels; None takes the task's.
-        labels: the labels that there may be, in the order of the classes; None takes the task's, or those of the data.
+        labels: the possible labels, in the order of the classes; None takes the task's, or those of the data.
         topology: where the sites run, in the order of the nodes.
         encode: tokenises rows, given the names of the labels.
         val_batch_size: most examples in a batch of a test set.

@@ -219,7 +219,7 @@ def _sha256(state: dict) -> str:
             yield f"{value.dtype}{tuple(value.shape)}".encode()
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         elif isinstance(value, dict) and all(isinstance(item, float | int) for item in value.values()):
-            yield json.dumps(list(value.items())).encode()  # a number a site, of which there may be many
+            yield json.dumps(list(value.items())).encode()  # a number for each of many sites
         elif isinstance(value, dict):
             yield f"dict of {len(value)}".encode()
             for key, item in value.items():

@@ -34,7 +34,7 @@ def task_defaults(task_name: str) -> dict[str, Any]:
 
 
 def name_labels(task_name: str, labels: Sequence[object] | None) -> Mapping[str, str] | None:
-    """Return each label that there may be -> its name; None to take the labels of the data.
+    """Return each possible label -> its name; None to take the labels of the data.
 
     Args:
         task_name: a key of TASKS.
