@@ -158,7 +158,8 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
         topology = place_sites([0] * case.num_sites)
         tokens, labels = case.examples()
         lengths = np.full(len(tokens), case.length)
-        examples = Examples({"input_ids": tokens.reshape(-1)}, lengths, labels, {"input_ids": 0})
+        starts = np.arange(0, tokens.size, case.length)
+        examples = Examples({"input_ids": tokens.reshape(-1)}, starts, lengths, labels, {"input_ids": 0})
         model = case.model()
         server = GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
 

@@ -50,10 +50,10 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
     given = {**(preset or {}), **(fixed or {})}
     known = {name: value for name, value in given.items() if name in FIELDS}
-    values = vars(Settings(**known))
+    values, defaults = vars(Settings(**known)), vars(Settings())
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
-        modified={name for name, value in known.items() if value != getattr(Settings(), name)},
+        modified={name for name, value in known.items() if value != defaults[name]},
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
     summary.update({**values, **given})

@@ -296,7 +296,8 @@ def make_examples(count: int, seed: int = 0) -> Examples:
     random = np.random.default_rng(seed)
     lengths = random.integers(3, 13, count)
     tokens = random.integers(5, 50, lengths.sum()).astype(np.int32)
-    return Examples({"input_ids": tokens}, lengths, random.integers(0, len(LABELS), count), {"input_ids": 0})
+    labels = random.integers(0, len(LABELS), count)
+    return Examples({"input_ids": tokens}, np.cumsum(lengths) - lengths, lengths, labels, {"input_ids": 0})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The cache of rows and tokens: in files that all ranks map, or in memory where these cannot be written."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,8 +19,6 @@ T = TypeVar("T")
 Row = tuple[str | None, ...]
 NUM_ROWS = 100  # that are written at once
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
-
-log = logging.getLogger(__name__)
 
 
 def store(key: str, read: Callable[[], Iterator[Row]]) -> Dataset:

@@ -34,10 +34,13 @@ class TextEncoder:
     width: int | None = None
     end_id: int | None = None
     fingerprint: str = field(init=False)  # of what tokens depend on
+    names: list[str] = field(init=False)  # of the tokenizer's outputs, without the attention mask
 
     def __post_init__(self) -> None:
         # Once for all files: to pickle a tokenizer takes datasets a third of a second.
         object.__setattr__(self, "fingerprint", Hasher.hash((VERSION, self.tokenizer, self.max_seq_len)))
+        returned = self.tokenizer("").keys() - {"attention_mask"}  # model_input_names may name more
+        object.__setattr__(self, "names", [name for name in self.tokenizer.model_input_names if name in returned])
 
     def encode(self, texts: Dataset, label_names: Sequence[str]) -> Examples:
         """Tokenise texts once (datasets caches the result on disk), and number their labels.
@@ -49,36 +52,35 @@ class TextEncoder:
         Raises:
             ValueError: a text has no token at all, or tokens that the model does not take.
         """
-        returned = self.tokenizer("")  # model_input_names may name more
-        names = [name for name in self.tokenizer.model_input_names if name != "attention_mask" and name in returned]
         tokens = mapped(
             texts,
             self._tokenise,
             batched=True,
-            fn_kwargs={"names": names},
             remove_columns=texts.column_names,
             new_fingerprint=Hasher.hash((texts._fingerprint, self.fingerprint)),
             desc=None,
         )
-        ragged = {name: _column(tokens, name) for name in names}
-        lengths = ragged[names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        ragged = {name: _column(tokens, name) for name in self.names}
+        lengths = ragged[self.names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
-        self._check(texts, columns[names[0]], lengths)
+        self._check(texts, columns[self.names[0]], starts, lengths)
         labels = _column(texts, "label").dictionary_encode()
         numbers = np.array([label_names.index(label) for label in labels.dictionary.to_pylist()], np.int64)
         return Examples(
             columns=columns,
+            starts=starts,
             lengths=lengths,
             labels=numbers[labels.indices.to_numpy(zero_copy_only=False)],
-            padding={name: self._padding(name) for name in names},
+            padding={name: self._padding(name) for name in self.names},
             pad_left=self.tokenizer.padding_side == "left",
             width=self.width,
         )
 
-    def _tokenise(self, rows: dict[str, list[str]], *, names: list[str]) -> dict[str, list[list[int]]]:
+    def _tokenise(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [self._cut(text) for text in rows["text"]]
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_seq_len)
-        return {name: tokens[name] for name in names}
+        return {name: tokens[name] for name in self.names}
 
     def _cut(self, text: str) -> str:
         """Return the beginning of a long text (or its end) that has the tokens that are left after truncation.
@@ -98,7 +100,7 @@ class TextEncoder:
             size *= 4
         return text
 
-    def _check(self, texts: Dataset, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def _check(self, texts: Dataset, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Check that the model takes all tokens. Errors name the row, never its text."""
         if (lengths == 0).any():
             raise ValueError(
@@ -106,13 +108,14 @@ class TextEncoder:
             )
         if self.num_ids is not None and ids.max(initial=0) >= self.num_ids:
             where = int(ids.argmax())
+            index = int(np.searchsorted(starts, where, side="right")) - 1  # of the text that has the token
             raise ValueError(
-                f"{_row(texts, _example_of(where, lengths))}: expected ids of tokens below {self.num_ids}, the number "
+                f"{_row(texts, index)}: expected ids of tokens below {self.num_ids}, the number "
                 f"of the model's embeddings, got {ids[where]}. The tokenizer, or vocab_size in config.json, is "
                 "of another model"
             )
         if self.end_id is not None:
-            counts = np.add.reduceat(ids == self.end_id, np.cumsum(lengths) - lengths, dtype=np.int64)
+            counts = np.add.reduceat(ids == self.end_id, starts, dtype=np.int64)
             usual = int(np.median(counts))
             token = self.tokenizer.convert_ids_to_tokens(self.end_id)
             if usual == 0:
@@ -131,11 +134,6 @@ class TextEncoder:
         if name == "input_ids":
             return self.tokenizer.pad_token_id
         return getattr(self.tokenizer, "pad_token_type_id", 0) if name == "token_type_ids" else 0
-
-
-def _example_of(token: int, lengths: np.ndarray) -> int:
-    """Return which example a token belongs to, of those that are laid end to end."""
-    return int(np.searchsorted(np.cumsum(lengths), token, side="right"))
 
 
 def _row(texts: Dataset, index: int) -> str:

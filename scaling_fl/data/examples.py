@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,15 +24,12 @@ class Examples:
     """Tokenised texts laid end to end: text i is `columns[name][starts[i] : starts[i] + lengths[i]]`."""
 
     columns: dict[str, np.ndarray]  # the tokenizer's outputs but for the attention mask, each (num_tokens,)
+    starts: np.ndarray  # (num_examples,)
     lengths: np.ndarray  # (num_examples,)
     labels: np.ndarray  # (num_examples,)
     padding: dict[str, int]  # a value for each column
     pad_left: bool = False
     width: int | None = None  # of all batches; None takes that of a batch's longest text
-    starts: np.ndarray = field(init=False)  # (num_examples,)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", np.cumsum(self.lengths) - self.lengths)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,9 +43,8 @@ class Examples:
 
     def select(self, indices: np.ndarray) -> "Examples":
         """Return some of the examples, which share the columns with the others."""
-        view = replace(self, lengths=self.lengths[indices], labels=self.labels[indices])
-        object.__setattr__(view, "starts", self.starts[indices])
-        return view
+        starts, lengths, labels = (array[indices] for array in (self.starts, self.lengths, self.labels))
+        return replace(self, starts=starts, lengths=lengths, labels=labels)
 
     def size(self, num_labels: int) -> SiteSize:
         """Return how many examples, tokens and examples of each label there are."""

@@ -107,7 +107,9 @@ def settle_labels(
     if len(in_split["train"]) < 2 and not may_lack:
         raise ValueError(f"labels: expected two or more in the training data, got {preview(in_split['train'])}")
     if known is None and len(all_owners) > 1:
-        only = {owner: [label for label in sort_labels(owners) if owners[label] == {owner}] for owner in all_owners}
+        only: dict[str, list[str]] = {owner: [] for owner in all_owners}
+        for label in sort_labels(label for label, of_label in owners.items() if len(of_label) == 1):
+            only[min(owners[label])].append(label)
         shown = [f"{preview(labels)} only in {owner}" for owner, labels in only.items() if labels]
         if shown:
             raise ValueError(

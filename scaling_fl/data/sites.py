@@ -55,7 +55,7 @@ class SiteData:
     label_names: tuple[str, ...]
     train: dict[int, Examples]  # of each site of this rank
     test: dict[torch.device, list[Examples]]  # the batches of each device of this rank
-    extents: list[SiteSize]  # of each site of the federation
+    sizes: list[SiteSize]  # of each site of the federation
     num_test: int  # examples in all
     sha256: dict[str, str]  # of the data of all sites
 
@@ -67,11 +67,11 @@ class SiteData:
             {
                 "rank": places[site][0],
                 "device": places[site][1],
-                "examples": extent.num_examples,
-                "tokens": extent.num_tokens,
-                "labels": list(extent.label_counts),
+                "examples": size.num_examples,
+                "tokens": size.num_tokens,
+                "labels": list(size.label_counts),
             }
-            for site, extent in enumerate(self.extents)
+            for site, size in enumerate(self.sizes)
         ]
 
 
@@ -101,7 +101,7 @@ def partition_examples(
         label_names=label_names,
         train={site: train.select(indices[site]) for site in topology.sites},
         test={device: batches[topology.slice_of(device)] for device in topology.devices},
-        extents=[train.select(of_site).size(len(label_names)) for of_site in indices],
+        sizes=[train.select(of_site).size(len(label_names)) for of_site in indices],
         num_test=len(test),
         sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},
     )
@@ -167,7 +167,7 @@ def _number_sites(
         label_names=label_names,
         train={numbers[site]: of_site["train"] for site, of_site in examples.items()},
         test=test,
-        extents=[SiteSize(*all_sizes[site]) for site in order],
+        sizes=[SiteSize(*all_sizes[site]) for site in order],
         num_test=sum(of["test"][1] for of in all_sums.values() if "test" in of),
         sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
     )

@@ -108,7 +108,7 @@ def read_data(settings: Settings, topology: Topology, encoder: TextEncoder) -> t
         settings.task_name, site_paths, columns, settings.labels, topology, encoder.encode, settings.val_batch_size
     )
     for site, entry in sorted(topology.entries.items()):
-        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.extents[site].num_examples:,} examples")
+        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.sizes[site].num_examples:,} examples")
     return data, topology
 
 
@@ -154,7 +154,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
         proximal_mu=settings.proximal_mu,
         min_sites=settings.min_sites if settings.on_site_failure == "skip" else None,
     )
-    largest = {device: find_largest(training_batches(settings, job, device)) for device in job.topology.devices}
+    largest = {device: largest_training_batch(settings, job, device) for device in job.topology.devices}
     try:
         federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
     except ValueError as error:
@@ -172,11 +172,10 @@ def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimiz
     return make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum)
 
 
-def training_batches(settings: Settings, job: Job, device: torch.device) -> Iterator[Batch]:
-    """Yield for each site of a device the batch with its longest texts."""
-    for site, where in job.topology.sites.items():
-        if where == device:
-            yield job.data.train[site].longest_batch(settings.batch_size)
+def largest_training_batch(settings: Settings, job: Job, device: torch.device) -> Batch | None:
+    """Return the largest batch that the sites of a device train on; None if it has no site."""
+    sites = [site for site, where in job.topology.sites.items() if where == device]
+    return find_largest(job.data.train[site].longest_batch(settings.batch_size) for site in sites)
 
 
 def find_largest(batches: Iterable[Batch]) -> Batch | None:

@@ -7,10 +7,10 @@ from scaling_fl.experiment.build import (
     Job,
     build,
     find_largest,
+    largest_training_batch,
     local_optimiser,
     make_federation,
     server_optimiser,
-    training_batches,
 )
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.flat import trained_weights
@@ -46,7 +46,7 @@ def plan(settings: Settings, folder: str | None = None) -> None:
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
-    training = find_largest(training_batches(settings, job, device))
+    training = largest_training_batch(settings, job, device)
     testing = find_largest(part.batch() for part in job.data.test[device])
     try:
         num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(settings))
@@ -77,7 +77,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
     """Return lines on what is about to run."""
     classifier, topology = job.classifier, job.topology
     num_weights = sum(weight.numel() for weight in trained_weights(classifier.model).values())
-    sizes = [size.num_examples for size in job.data.extents]
+    sizes = [size.num_examples for size in job.data.sizes]
     how = settings.partition if settings.site_paths is None else "of their own"
     where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
     where += f" of {world_size()} rank{'s' * (world_size() > 1)}"

@@ -94,7 +94,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
 
 def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    trained = {site: job.data.extents[site] for site in metrics["site.loss"]}
+    trained = {site: job.data.sizes[site] for site in metrics["site.loss"]}
     epochs_a_second = settings.num_local_epochs / metrics["time.train_s"]
     return {
         "site.examples": {site: size.num_examples for site, size in trained.items()},

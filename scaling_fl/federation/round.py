@@ -57,11 +57,9 @@ class Federation:
         self._topology = topology
         self._sites = sites
         self._global_model = global_model
-        self._score = score
         self._test_batches = test_batches
         self._min_sites = min_sites
         self._num_examples = sum(all_gather(sum(site.num_examples for site in sites)))
-        self._is_ending = Event()
         self._how = LocalTraining(
             make_optimiser,
             score,
@@ -69,7 +67,7 @@ class Federation:
             proximal_mu,
             may_fail=min_sites is not None,
             seeds_cpu=len(topology.devices) == 1,
-            is_ending=self._is_ending,
+            is_ending=Event(),
         )
         self._failures: list[tuple[int, str]] = []  # of this round, on this rank
         self._by_site: dict[int, dict[str, float]] = {}  # scores and costs, likewise
@@ -182,7 +180,7 @@ class Federation:
             replica = self._replicas[device]
             replica.reset(self._global_model)
             try:
-                return evaluate(replica.model, self._test_batches(device), self._score)
+                return evaluate(replica.model, self._test_batches(device), self._how.score)
             except FloatingPointError as error:
                 raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
 
@@ -199,7 +197,7 @@ class Federation:
                 try:
                     means = Means().merge(future.result() for future in as_completed(futures))
                 except BaseException:
-                    self._is_ending.set()
+                    self._how.is_ending.set()
                     raise
         total = Means().merge(map(Means.of, all_gather(means.sums())))
         return {f"{name}.{key}": value for key, value in total.result().items()}

@@ -20,8 +20,6 @@ from scaling_fl.records.mongo import TIMEOUT_MS, Config, Mongo, check_dead, find
 from scaling_fl.records.rounds import Record
 from scaling_fl.storage import WriteError, naming_place
 
-log = logging.getLogger(__name__)
-
 
 class Files(FileStorageObserver):
     """Records a run in a folder, with a number that does not depend on MongoDB's.
