@@ -87,7 +87,7 @@ BAD: dict[str, Bad] = {
         {"checkpoints_dir": "t.csv/x"},
         files={"t.csv": ROWS},
     ),
-    "checkpoints in a scheme that nobody knows": Bad(
+    "checkpoints of an unknown scheme": Bad(
         ("checkpoints_dir: expected a folder that can be written to, got 'foo://x' (Protocol not known: foo",),
         {"checkpoints_dir": "foo://x"},
     ),
@@ -109,7 +109,7 @@ BAD: dict[str, Bad] = {
         files={"t.csv": ROWS},
         is_read=False,
     ),
-    "a record where nobody may write": Bad(
+    "a record in a folder without permission": Bad(
         ("SACRED_RUNS_DIR: expected a folder that can be written to, got '/proc/no/folder'",),
         env={"SACRED_RUNS_DIR": "/proc/no/folder"},
         is_read=False,

@@ -231,7 +231,7 @@ BAD: dict[str, Bad] = {
     "a path of two lines": path("a\nb.csv", "there is no such file"),
     "a path with a NUL byte": path("a\0b.csv", "there is no such file"),
     "a path that is too long": path("a" * 300 + ".csv", "there is no such file"),
-    "a scheme that nobody knows": path("foo://t.csv", "Protocol not known: foo"),
+    "an unknown scheme": path("foo://t.csv", "Protocol not known: foo"),
     "a server that is not there": path("http://127.0.0.1:9/t.csv", "there is no such file"),
     "a spreadsheet": path(
         "t.xlsx",
@@ -241,7 +241,7 @@ BAD: dict[str, Bad] = {
         "5",
         "expected a file that ends in .csv, .tsv, .jsonl, .json, .parquet, or a data set of the hub",
     ),
-    "folders of a scheme that nobody knows": Bad(
+    "folders of an unknown scheme": Bad(
         ("expected a local path or fsspec URL, got an error: Protocol not known: foo",),
         {"task_name": "imdb", "train_path": "foo://x", "test_path": "foo://x"},
     ),

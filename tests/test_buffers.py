@@ -157,7 +157,7 @@ class CountsInPlace(nn.Module):
         return x * (1 + self.total.float() / 100) + self.cache.mean() / 100
 
 
-class CountsAnew(CountsInPlace):
+class CountsInNewTensors(CountsInPlace):
     """The same, but puts new tensors in the places of its buffers, and one more beside them."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,8 +184,8 @@ def in_place() -> BertForSequenceClassification:
     return bert_with(CountsInPlace)
 
 
-def anew() -> BertForSequenceClassification:
-    return bert_with(CountsAnew)
+def new_tensors() -> BertForSequenceClassification:
+    return bert_with(CountsInNewTensors)
 
 
 def watch_buffers(server: GlobalModel, federation: Federation) -> list[Any]:
@@ -199,8 +199,8 @@ def test_what_a_site_leaves_in_buffers_changes_no_bit_wherever_the_next_one_runs
     alone = PLAY.but(make_model=in_place).on_ranks(1)
     assert alone[1][-1][1:] != alone[1][0][1:], "the buffers must move"
     assert PLAY.but(make_model=in_place).on_ranks(2) == alone
-    assert PLAY.but(make_model=anew).on_ranks(1) == alone, "new tensors in their places are as good"
-    assert PLAY.but(make_model=anew).on_ranks(3) == alone
+    assert PLAY.but(make_model=new_tensors).on_ranks(1) == alone, "new tensors in their places are as good"
+    assert PLAY.but(make_model=new_tensors).on_ranks(3) == alone
 
 
 def test_counts_go_on_from_round_to_round_and_after_a_stop(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_counts_go_on_from_round_to_round_and_after_a_stop(tmp_path: Path) -> No
 
 
 def test_devices_of_a_rank_share_the_buffers(two_devices: Callable[[], None]) -> None:
-    play = PLAY.but(make_model=lambda: bert_with(CountsAnew, dropout=0.0))
+    play = PLAY.but(make_model=lambda: bert_with(CountsInNewTensors, dropout=0.0))
     alone = play.play()
     two_devices()
     assert play.play() == alone

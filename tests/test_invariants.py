@@ -60,7 +60,7 @@ def test_resuming_is_exactly_not_having_stopped(strategy: str, tmp_path: Path) -
 
 
 def train_plainly(play: Play, model: nn.Module) -> nn.Module:
-    """Train as anybody would: one model, one data set, an optimiser made anew each round."""
+    """Train without a federation: one model, one data set, a new optimiser each round."""
     with world():
         examples = make_examples(play.num_examples)
         (indices,) = partition_indices(examples.labels, 1, iid, seed=0)

@@ -380,7 +380,7 @@ def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, t
     resumed = succeed(command(num_rounds=3, **settings))
     assert "round-3.pt, which is damaged" in resumed
     assert weights_hash(resumed) == weights_hash(whole)
-    assert checkpoint.read(str(last))["round"] == 3, "and it is written anew"
+    assert checkpoint.read(str(last))["round"] == 3, "and it is written again"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -449,7 +449,9 @@ def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_half_written(
         files = {path.name for path in output.parent.rglob("*")}
         assert not [name for name in files if ".part" in name], moment
         assert ("model" in files) == (moment == "the record is closed"), moment
-        assert ("round |" in text) == (list(MOMENTS).index(moment) > 2), f"{moment}: nobody looks before it"
+        assert ("round |" in text) == (list(MOMENTS).index(moment) > 2), (
+            f"{moment}: nothing checks for signals before it"
+        )
         statuses = [json.loads(path.read_text())["status"] for path in output.parent.glob("runs/1/run.json")]
         assert statuses == (["INTERRUPTED"] if moment != "the record is opened" else []), moment
         assert ("1" in files) == (moment != "the record is opened")
