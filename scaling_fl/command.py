@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -50,14 +50,18 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
     given = {**(preset or {}), **(fixed or {})}
     known = {name: value for name, value in given.items() if name in FIELDS}
-    values, defaults = vars(Settings(**known)), vars(Settings())
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
-        modified={name for name, value in known.items() if value != defaults[name]},
+        modified={name for name, value in known.items() if value != default_beside(known, name)},
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
-    summary.update({**values, **given})
+    summary.update({**vars(Settings(**known)), **given})
     return summary
+
+
+def default_beside(given: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a setting if only the others are given: the task and the model bring defaults."""
+    return getattr(Settings(**{other: value for other, value in given.items() if other != name}), name)
 
 
 experiment.configurations.append(configure)

@@ -135,6 +135,7 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
     info = json.loads((folder / "2" / "info.json").read_text())
     info["sites"][0]["device"] = info["machine"][EVIL] = EVIL
+    info["metrics"] = {"validation.loss": {"unit": "nats", "meaning": f"mean {EVIL}"}, "train.loss": EVIL}
     (folder / "2" / "info.json").write_text(json.dumps(info))
     return runs
 
@@ -159,6 +160,12 @@ def test_the_contents_of_files_are_shown_as_text(written: list[Path]) -> None:
     assert sum(EVIL in words for words in text) > 10  # settings, labels, status, machine, charts
     for chart in re.findall(r"<svg.*?</svg>", written[0].read_text(), re.DOTALL):
         ElementTree.fromstring(chart.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
+
+
+def test_metrics_are_shown_with_the_meaning_that_the_record_gives(written: list[Path]) -> None:
+    text = Reader(written[0].read_text()).text
+    place = text.index("validation.loss")
+    assert text[place + 4 : place + 6] == ["nats", f"mean {EVIL}"]
 
 
 def test_charts_have_the_colours_of_the_page_which_may_be_dark(written: list[Path]) -> None:

@@ -25,7 +25,7 @@ from sacred.observers import FileStorageObserver
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_utils
 
-from scaling_fl.command import experiment
+from scaling_fl.command import configure, experiment
 from scaling_fl.distributed import signals
 from scaling_fl.distributed.collectives import check_equal, rank
 from scaling_fl.distributed.launch import launch
@@ -479,6 +479,12 @@ def test_a_task_and_a_model_bring_their_own_defaults_and_the_command_line_wins(c
         128,
     )
     assert config("optimiser=sgd")["optimiser"] == "sgd"
+
+
+def test_print_config_marks_the_values_that_are_not_the_default_of_the_task_and_model() -> None:
+    of_task = {"task_name": "agnews", "model": "distilbert", "optimiser": "sgd", "batch_size": 32}
+    assert configure(of_task).modified == {"task_name", "model"}
+    assert configure(of_task | {"model": "minilm"}).modified == {"task_name", "optimiser"}
 
 
 def test_a_job_name_of_digits_stays_the_text_that_it_is(command: Command, tmp_path: Path) -> None:

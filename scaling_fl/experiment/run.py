@@ -12,7 +12,7 @@ from scaling_fl.experiment.settings import Settings
 from scaling_fl.records import checkpoint, console
 from scaling_fl.records.export import save_elsewhere, save_model
 from scaling_fl.records.machine import describe_machine
-from scaling_fl.records.rounds import Clock, Record
+from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
 from scaling_fl.training.metrics import Metrics
 
@@ -42,6 +42,7 @@ def train(settings: Settings, record: Record | None = None) -> float:
                 "labels": list(job.data.label_names),
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
+                "metrics": describe_metrics(),
             }
         )
     try:

@@ -92,6 +92,11 @@ def table() -> str:
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
 
 
+def describe_metrics() -> dict[str, dict[str, str]]:
+    """Return the unit and the meaning of each metric, for the record of a run, whose report shows them."""
+    return {name: {"unit": metric.unit, "meaning": metric.meaning} for name, metric in METRICS.items()}
+
+
 class Clock:
     """The seconds and bytes of a round."""
 

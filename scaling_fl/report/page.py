@@ -7,7 +7,7 @@ from scaling_fl.report.canvas import GLYPHS, VARIABLES, Legend, run_legend
 from scaling_fl.report.charts import Chart
 from scaling_fl.report.findings import findings, status
 from scaling_fl.report.runs import Run, best, time_unit
-from scaling_fl.report.tables import Row, by_key, different, machine, settings, sites, summary
+from scaling_fl.report.tables import Row, by_key, different, machine, metrics, settings, sites, summary
 
 LIGHT = "".join(f"--{name}:{colour.light};" for name, colour in VARIABLES.items())
 DARK = "".join(f"--{name}:{colour.dark};" for name, colour in VARIABLES.items())
@@ -92,6 +92,8 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
         ]
         if section == "Sites":
             parts += [sites_table(run, is_open=len(runs) == 1) for run in runs]
+    parts += ["<h2>Metrics</h2>", "<details><summary>All metrics after the last round</summary>"]
+    parts += [table(runs, metrics(runs), beside=("unit", "meaning")), "</details>"]
     parts += ["<h2>Machine</h2>", table(runs, by_key([machine(run) for run in runs]), merge=True)]
     parts += ["<h2>Settings</h2>", "<details><summary>All settings; those given on the command line are bold</summary>"]
     parts += [table(runs, settings(runs), merge=True), "</details></main></body></html>\n"]
@@ -158,11 +160,12 @@ def figure(chart: Chart) -> str:
     return f'<figure class="card">{words}{legend_list(chart.legend)}{chart.svg}</figure>'
 
 
-def table(runs: list[Run], rows: Sequence[Row], *, merge: bool = False) -> str:
-    """Return a table with a column for each run; `merge` joins the cells of a row if they are equal."""
+def table(runs: list[Run], rows: Sequence[Row], *, merge: bool = False, beside: Sequence[str] = ()) -> str:
+    """Return a table with a column for each run, and those `beside` them; `merge` joins equal cells of a row."""
     head = ""
-    if len(runs) > 1:
-        cells = (f"<th>{glyph(*run_glyph(index))}{escape(run.name)}</th>" for index, run in enumerate(runs))
+    if len(runs) > 1 or beside:
+        cells = [f"<th>{glyph(*run_glyph(index))}{escape(run.name)}</th>" for index, run in enumerate(runs)]
+        cells += [f"<th>{escape(name)}</th>" for name in beside]
         head = f"<thead><tr><td></td>{''.join(cells)}</tr></thead>"
     body = "".join(line(row, merge) for row in rows)
     return f'<div class="card scroll"><table>{head}<tbody>{body}</tbody></table></div>'

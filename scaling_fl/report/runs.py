@@ -56,6 +56,13 @@ class Run:
         return [site if isinstance(site, dict) else {} for site in as_list(self.info.get("sites"))]
 
     @cached_property
+    def metrics(self) -> dict[str, dict[str, str]]:
+        """The unit and the meaning of each metric; runs of old versions do not have them."""
+        found = self.info.get("metrics")
+        found = found.items() if isinstance(found, dict) else ()
+        return {name: of for name, of in found if isinstance(of, dict)}
+
+    @cached_property
     def num_sites(self) -> int:
         """The number of sites in the record."""
         values = (value for round_ in self.rounds for key, value in round_.items() if key.startswith("site."))

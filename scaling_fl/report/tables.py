@@ -135,6 +135,26 @@ def settings(runs: list[Run]) -> list[Row]:
     return by_key([run.config for run in runs], [set(each) for each in given])
 
 
+def metrics(runs: list[Run]) -> list[Row]:
+    """Return all metrics of the last rounds, but those by site, with the unit and the meaning that the record gives."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.rounds[-1]):
+        of = next((run.metrics[name] for run in runs if name in run.metrics), {})
+        values = [run.metric(name)[-1] for run in runs]
+        if not np.isnan(values).all():
+            rows.append(
+                Row(
+                    name,
+                    [
+                        *(number(value, "{:,.6g}") for value in values),
+                        str(of.get("unit", "")),
+                        str(of.get("meaning", "")),
+                    ],
+                )
+            )
+    return rows
+
+
 def different(rows: Sequence[Row]) -> list[Row]:
     """Return the rows in which runs differ."""
     return [Row(row.name, row.texts) for row in rows if len(set(row.texts)) > 1]
