@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-import scaling_fl.command  # noqa: F401 - which forks of the tests then need not import
+import scaling_fl.command.experiment  # noqa: F401 - which forks of the tests then need not import
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.partition import iid, partition_indices
 from scaling_fl.distributed.launch import launch

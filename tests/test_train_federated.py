@@ -25,7 +25,7 @@ from sacred.observers import FileStorageObserver
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_utils
 
-from scaling_fl.command import configure, experiment
+from scaling_fl.command.experiment import configure, experiment
 from scaling_fl.distributed import signals
 from scaling_fl.distributed.collectives import check_equal, rank
 from scaling_fl.distributed.launch import launch

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from scaling_fl import command
+from scaling_fl.command import experiment as command
 
 SENTENCES = {
     "model.name=a": "'model.name': expected the name of a setting, got an unknown one. Did you mean model?",
