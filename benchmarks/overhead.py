@@ -148,7 +148,7 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     from scaling_fl.distributed.world import world
     from scaling_fl.federation.global_model import GlobalModel
     from scaling_fl.federation.round import Federation
-    from scaling_fl.federation.site import Site
+    from scaling_fl.federation.site import LocalTraining, Site
     from scaling_fl.federation.strategies import make_strategy
     from scaling_fl.training.loop import Batch
     from scaling_fl.training.optimisers import OPTIMISERS
@@ -163,25 +163,20 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
         model = case.model()
         server = GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
 
-        def batches(site: int, seed: int) -> Iterator[Batch]:
-            return (examples.select(indices).batch() for indices in case.batches(site))
+        def batches(site: Site, seed: int) -> Iterator[Batch]:
+            return (examples.select(indices).batch() for indices in case.batches(site.number))
 
         federation = Federation(
             topology,
-            [
-                Site(index, device, case.num_examples, partial(batches, index))
-                for index, device in topology.sites.items()
-            ],
+            [Site(number, device, case.num_examples) for number, device in topology.sites.items()],
             model,
             server,
-            make_optimiser=partial(OPTIMISERS["sgd"], lr=LEARNING_RATE),
-            score=score_classes,
-            test_batches=lambda device: (),
+            train_site=LocalTraining(partial(OPTIMISERS["sgd"], lr=LEARNING_RATE), batches, score_classes, seed=0),
             seed=0,
         )
 
         def run_round(round_: int) -> None:
-            federation.train(round_, num_epochs=1)
+            federation.train(round_)
             server.step()
 
         rounds = time_rounds(run_round, case.num_rounds)

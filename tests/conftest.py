@@ -31,10 +31,10 @@ from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import Site
+from scaling_fl.federation.site import LocalTraining, Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.records import checkpoint
-from scaling_fl.training.loop import Batch
+from scaling_fl.training.loop import Batch, evaluate
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
@@ -345,37 +345,39 @@ class Play:
             federation = Federation(
                 topology,
                 [
-                    Site(
-                        index,
-                        device,
-                        len(parts[index]),
-                        partial(self.batches, train.select(parts[index]), index in self.broken),
-                    )
-                    for index, device in topology.sites.items()
+                    Site(number, device, len(parts[number]), train.select(parts[number]))
+                    for number, device in topology.sites.items()
                 ],
                 model,
                 server,
-                make_optimiser=partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
-                score=score_classes,
-                test_batches=lambda device: (batch.batch() for batch in test_batches[topology.slice_of(device)]),
+                train_site=LocalTraining(
+                    partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
+                    self.batches,
+                    score_classes,
+                    seed=3,
+                    num_epochs=self.num_epochs,
+                    proximal_mu=self.proximal_mu,
+                ),
+                evaluate_device=lambda model, device: evaluate(
+                    model, (batch.batch() for batch in test_batches[topology.slice_of(device)]), score_classes
+                ).totals(),
                 seed=3,
-                proximal_mu=self.proximal_mu,
                 min_sites=self.min_sites,
             )
             watched = [self.watch(server, federation)]
             for round_ in range(len(history), self.num_rounds + 1):
-                metrics = federation.train(round_, self.num_epochs) if round_ > 0 else {}
+                metrics = federation.train(round_) if round_ > 0 else {}
                 metrics = {name: value for name, value in metrics.items() if not re.search("seconds|memory", name)}
                 if round_ > 0:
                     server.step()
-                history.append(metrics | federation.evaluate())
+                history.append(metrics | federation.evaluate(round_))
                 watched.append(self.watch(server, federation))
                 checkpoint.save(self.checkpoints_dir, server.state_dict(), history, settings, keep=None)
             return history, watched
 
-    def batches(self, train: Examples, is_broken: bool, seed: int) -> Iterator[Batch]:
+    def batches(self, site: Site, seed: int) -> Iterator[Batch]:
         """A site's batches, until its disk fails."""
-        for batch in train.shuffled_batches(self.batch_size, seed):
+        for batch in site.data.shuffled_batches(self.batch_size, seed):
             yield batch
-            if is_broken:
+            if site.number in self.broken:
                 raise OSError("disk failure")

@@ -9,9 +9,9 @@ import torch
 from conftest import Play, make_bert
 from torch import nn
 
-from scaling_fl.data.examples import Examples
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
+from scaling_fl.federation.site import Site
 from scaling_fl.training.loop import Batch, train
 from scaling_fl.training.metrics import Means
 
@@ -30,9 +30,9 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
 class Endless(Play):
     """A site that is not broken never ends."""
 
-    def batches(self, train: Examples, is_broken: bool, seed: int) -> Iterator[Batch]:
+    def batches(self, site: Site, seed: int) -> Iterator[Batch]:
         while True:
-            yield from super().batches(train, is_broken, seed)
+            yield from super().batches(site, seed)
 
 
 @pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])
@@ -110,7 +110,7 @@ def test_what_a_site_leaves_in_the_model_changes_no_bit() -> None:
 
 def test_that_a_round_was_evaluated_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     _, hashes = Play().play()
-    monkeypatch.setattr(Federation, "evaluate", lambda self: {})
+    monkeypatch.setattr(Federation, "evaluate", lambda self, round_: {})
     assert Play().play()[1] == hashes
 
 

@@ -1,6 +1,6 @@
 """Data, model, global model and sites, built out of the settings."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.examples import Examples
 from scaling_fl.data.labels import find_rows
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.reader import SPLITS, read_task, sample
@@ -24,14 +23,14 @@ from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import Site
+from scaling_fl.federation.site import LocalTraining, Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
 from scaling_fl.storage import host_path
-from scaling_fl.training.loop import Batch
+from scaling_fl.training.loop import Batch, evaluate
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
@@ -136,22 +135,30 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
     """
     data = job.data
 
-    def site_batches(examples: Examples, seed: int) -> Iterator[Batch]:
-        return training.watch(examples.shuffled_batches(settings.batch_size, seed))
+    def site_batches(site: Site, seed: int) -> Iterator[Batch]:
+        return training.watch(site.data.shuffled_batches(settings.batch_size, seed))
+
+    def evaluate_device(model: nn.Module, device: torch.device) -> Mapping[str, Any]:
+        return evaluate(model, testing.watch(part.batch() for part in data.test[device]), score_classes).totals()
 
     federation = Federation(
         job.topology,
         [
-            Site(index, device, len(data.train[index]), partial(site_batches, data.train[index]))
-            for index, device in job.topology.sites.items()
+            Site(number, device, len(data.train[number]), data.train[number])
+            for number, device in job.topology.sites.items()
         ],
         job.classifier.model,
         job.global_model,
-        make_optimiser=local_optimiser(settings),
-        score=score_classes,
-        test_batches=lambda device: testing.watch(part.batch() for part in data.test[device]),
+        train_site=LocalTraining(
+            local_optimiser(settings),
+            site_batches,
+            score_classes,
+            settings.seed,
+            settings.num_local_epochs,
+            settings.proximal_mu,
+        ),
+        evaluate_device=evaluate_device,
         seed=settings.seed,
-        proximal_mu=settings.proximal_mu,
         min_sites=settings.min_sites if settings.on_site_failure == "skip" else None,
     )
     largest = {device: largest_training_batch(settings, job, device) for device in job.topology.devices}

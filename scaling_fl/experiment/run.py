@@ -69,11 +69,11 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         metrics = {}
         if round_ > 0:
             with clock("train"), training.display(f"round {round_}, training"):
-                metrics |= federation.train(round_, settings.num_local_epochs)
+                metrics |= federation.train(round_)
             with clock("aggregate"):
                 global_model.step()
         with clock("evaluate"), testing.display(f"round {round_}, evaluating"):
-            metrics |= federation.evaluate()
+            metrics |= federation.evaluate(round_)
         metrics |= clock.read_round()
         if round_ > 0:
             metrics |= count_round(settings, job, metrics)

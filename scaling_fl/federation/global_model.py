@@ -60,11 +60,6 @@ class GlobalModel:
         """Overwrite a model's flat vector with the global weights."""
         vector.copy_(self.weights)
 
-    def trained(self, device: torch.device) -> list[Tensor]:
-        """Return the global weights that are trained, tensor by tensor, on `device`."""
-        weights = self._trained.detach().to(device)
-        return [slot.view(weights) for slot in self._slots[: self._num_tensors]]
-
     def start_round(self) -> None:
         """Note that sites are about to train. All ranks call it.
 

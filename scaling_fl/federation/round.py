@@ -2,22 +2,25 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from fractions import Fraction
+from functools import partial
 from threading import Event
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.errors import one_line
 from scaling_fl.federation.global_model import GlobalModel
-from scaling_fl.federation.site import Cost, LocalTraining, Replica, Site, describe_failure, train_site
-from scaling_fl.training.loop import Batch, Score, evaluate, try_step
+from scaling_fl.federation.isolation import isolated, seed_site
+from scaling_fl.federation.replica import Replica
+from scaling_fl.federation.site import Cost, Site, SiteFunction, describe_failure, read_scores
+from scaling_fl.training.loop import Batch, try_step
 from scaling_fl.training.metrics import Means, Metrics, spread
 
 log = logging.getLogger(__name__)
@@ -31,11 +34,11 @@ class Federation:
         sites: this rank's sites.
         model: the model to train; it is moved to this rank's first device.
         global_model: holds the global weights.
-        make_optimiser: takes the trained weights and returns a site's optimiser, a new one each round.
-        score: adds a batch's output to the means.
-        test_batches: what a device evaluates on; over all devices, the whole test set.
+        train_site: trains a site, such as `LocalTraining`. It seeds what it draws at random, and keeps no state.
+        evaluate_site: evaluates the global model on the data of a site, if there is no `evaluate_device`.
+        evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
+            each (sum, count).
         seed: of all randomness in training.
-        proximal_mu: the strength of FedProx's pull towards the global weights.
         min_sites: a round goes on without sites that fail while at least so many are left; None: any failure is an
             error.
     """
@@ -47,30 +50,23 @@ class Federation:
         model: nn.Module,
         global_model: GlobalModel,
         *,
-        make_optimiser: Callable[[Iterable[Tensor]], Optimizer],
-        score: Score,
-        test_batches: Callable[[torch.device], Iterable[Batch]],
+        train_site: SiteFunction,
+        evaluate_site: SiteFunction | None = None,
+        evaluate_device: Callable[[nn.Module, torch.device], Mapping[str, Any]] | None = None,
         seed: int,
-        proximal_mu: float = 0.0,
         min_sites: int | None = None,
     ) -> None:
+        if evaluate_site is not None and evaluate_device is not None:
+            raise ValueError("evaluate_site: expected None beside evaluate_device, got a function")
         self._topology = topology
         self._sites = sites
         self._global_model = global_model
-        self._test_batches = test_batches
-        self._min_sites = min_sites
+        self._train_site, self._evaluate_site, self._evaluate_device = train_site, evaluate_site, evaluate_device
+        self._seed, self._min_sites = seed, min_sites
         self._num_examples = sum(all_gather(sum(site.num_examples for site in sites)))
-        self._how = LocalTraining(
-            make_optimiser,
-            score,
-            seed,
-            proximal_mu,
-            may_fail=min_sites is not None,
-            seeds_cpu=len(topology.devices) == 1,
-            is_ending=Event(),
-        )
         self._failures: list[tuple[int, str]] = []  # of this round, on this rank
         self._by_site: dict[int, dict[str, float]] = {}  # scores and costs, likewise
+        self._is_ending = Event()  # a site of another device has ended the run
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
             device: Replica(copy.to(device)) for device, copy in zip(topology.devices, copies, strict=True)
@@ -101,14 +97,13 @@ class Federation:
             if not math.isfinite(loss):
                 raise ValueError(f"expected a finite loss of its longest batch ({size}), got {loss}")
 
-    def train(self, round_: int, num_epochs: int) -> Metrics:
+    def train(self, round_: int) -> Metrics:
         """Train the global weights on every site, and hand the sites' weights to the global model, which does not move.
 
         All ranks call it, then `GlobalModel.step`, which moves the global weights by the mean.
 
         Args:
             round_: the number of the round, from 1, on which the order of batches and dropout depend.
-            num_epochs: how often a site trains on its data.
 
         Returns:
             `train.<score>`, the means over all examples of all ranks; with `min_sites`, how many sites failed; and
@@ -125,7 +120,7 @@ class Federation:
 
         def train_sites(device: torch.device) -> Means:
             sites = [site for site in self._sites if site.device == device]
-            return Means().merge(self._try_site(site, round_, num_epochs) for site in sites)
+            return Means().merge(self._try_site(site, round_) for site in sites)
 
         means = self._on_devices("train", train_sites)
         means |= self._count_failures(round_)
@@ -133,22 +128,29 @@ class Federation:
             {site: of_site for of_rank in all_gather(self._by_site) for site, of_site in of_rank.items()}
         )
 
-    def _try_site(self, site: Site, round_: int, num_epochs: int) -> Means:
-        """Train a site, and note its scores and costs or its failure."""
-        cost = Cost(site.device)
-        weight = Fraction(site.num_examples, self._num_examples)
+    def _try_site(self, site: Site, round_: int) -> Means:
+        """Train a site and hand its weights to the global model; note its scores and costs, or its failure."""
+        cost, replica = Cost(site.device), self._replicas[site.device]
         try:
-            replica = self._replicas[site.device]
-            means = train_site(site, replica, self._global_model, self._how, weight, round_, num_epochs)
+            if not replica.is_reset:
+                replica.reset(self._global_model)
+            replica.is_reset = False  # until the exchange
+            seed_site(self._seed, round_, site, is_alone=len(self._replicas) == 1)
+            with replica.stopped_by(self._is_ending):
+                returned = self._train_site(replica.model.train(), site, round_)
+            num_examples, means = read_scores(site, returned)
+            if num_examples:
+                weight = Fraction(num_examples, self._num_examples)
+                replica.exchange(self._global_model, weight, check_first=self._min_sites is not None)
         except Exception as error:
             if self._min_sites is not None:
-                self._failures.append((site.index, describe_failure(site, round_, error)))
+                self._failures.append((site.number, describe_failure(site, round_, error)))
                 return Means()
             if isinstance(error, FloatingPointError | ValueError):
                 raise ValueError(describe_failure(site, round_, error)) from error
-            error.add_note(f"(of site {site.index} in round {round_})")
+            error.add_note(f"(of site {site.number} in round {round_})")
             raise
-        self._by_site[site.index] = means.result() | cost.metrics()
+        self._by_site[site.number] = means.result() | cost.metrics()
         return means
 
     def _count_failures(self, round_: int) -> Metrics:
@@ -167,37 +169,57 @@ class Federation:
             log.warning("%s; the round goes on without it", sentence)
         return {"sites.failed": len(failures)}
 
-    def evaluate(self) -> Metrics:
-        """Return `validation.<score>`, the means of the global weights over the whole test set.
+    def evaluate(self, round_: int) -> Metrics:
+        """Return `validation.<score>`, the means of the global weights over all that is evaluated on.
 
-        The batches are the same on any number of devices, and so are the means.
+        The batches of a common test set are the same on any number of devices, and so are the means.
+
+        Args:
+            round_: the number of the round, from 0; passed to `evaluate_site`.
 
         Raises:
             ValueError: a score is not finite.
         """
 
-        def evaluate_batches(device: torch.device) -> Means:
-            replica = self._replicas[device]
-            replica.reset(self._global_model)
-            try:
-                return evaluate(replica.model, self._test_batches(device), self._how.score)
-            except FloatingPointError as error:
-                raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
+        def evaluate_on(device: torch.device) -> Means:
+            replica, means = self._replicas[device], Means()
+            for evaluate in self._evaluations(device, round_):
+                replica.reset(self._global_model)
+                try:
+                    means.merge([evaluate(replica.model.eval())])
+                except FloatingPointError as error:
+                    raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
+            return means
 
-        return self._on_devices("validation", evaluate_batches)
+        return self._on_devices("validation", evaluate_on)
+
+    def _evaluations(self, device: torch.device, round_: int) -> list[Callable[[nn.Module], Means]]:
+        """Return what evaluates the model of a device."""
+        on_device, on_site = self._evaluate_device, self._evaluate_site
+        if on_device is not None:
+            return [lambda model: Means.of(on_device(model, device))]
+        if on_site is None:
+            return []
+
+        def evaluate_site(site: Site, model: nn.Module) -> Means:
+            return read_scores(site, on_site(model, site, round_))[1]
+
+        return [partial(evaluate_site, site) for site in self._sites if site.device == device]
 
     def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> Metrics:
         """Call `work` for each device of each rank, in a thread for each, and return the means of all."""
         devices = self._topology.devices
-        if len(devices) == 1:
-            means = work(devices[0])
-        else:
-            with ThreadPoolExecutor(len(devices)) as pool:
-                futures = [pool.submit(work, device) for device in devices]
-                try:
-                    means = Means().merge(future.result() for future in as_completed(futures))
-                except BaseException:
-                    self._how.is_ending.set()
-                    raise
-        total = Means().merge(map(Means.of, all_gather(means.sums())))
+        with isolated():
+            if len(devices) == 1:
+                means = work(devices[0])
+            else:
+                with ThreadPoolExecutor(len(devices)) as pool:
+                    futures = [pool.submit(work, device) for device in devices]
+                    try:
+                        means = Means().merge(future.result() for future in as_completed(futures))
+                    except BaseException:
+                        self._is_ending.set()
+                        raise
+        totals = {key: (str(total), count) for key, (total, count) in means.totals().items()}
+        total = Means().merge(map(Means.of, all_gather(totals)))
         return {f"{name}.{key}": value for key, value in total.result().items()}

@@ -44,17 +44,17 @@ class Means:
         self._pending.clear()
         return self
 
-    def sums(self) -> dict[str, tuple[int, int, int]]:
-        """Return each sum's numerator and denominator, and its count: plain numbers, to be sent."""
+    def totals(self) -> dict[str, tuple[Fraction, int]]:
+        """Return each sum and its count."""
         self.settle()
-        return {name: (total.numerator, total.denominator, self._counts[name]) for name, total in self._sums.items()}
+        return {name: (total, self._counts[name]) for name, total in self._sums.items()}
 
     @classmethod
-    def of(cls, sums: dict[str, tuple[int, int, int]]) -> "Means":
-        """Return the means whose sums these are."""
+    def of(cls, totals: Mapping[str, tuple[Fraction | float | str, int]]) -> "Means":
+        """Return the means that have these sums, which may be texts such as 1/3, and counts."""
         means = cls()
-        for name, (numerator, denominator, count) in sums.items():
-            means._sums[name] = Fraction(numerator, denominator)
+        for name, (total, count) in totals.items():
+            means._sums[name] = Fraction(total)
             means._counts[name] = count
         return means
 

@@ -1,0 +1,117 @@
+"""The model of a device, which the sites of the device use one after another."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from threading import Event
+
+from torch import Tensor, nn
+
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.models.flat import flatten_, shared_tensors, trained_weights
+
+
+class Replica:
+    """The model of a device, which each site finds with the global weights, whatever the last site left in it.
+
+    Args:
+        model: its shared tensors become views of one flat vector.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.vector = flatten_(model)
+        self.is_reset = False  # in this round
+        self._weights = {name: weight.data_ptr() for name, weight in trained_weights(model).items()}
+        self._shared = {id(tensor): name for name, tensor in shared_tensors(model).items()}
+        self._unshared = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in self._shared]
+        # A model may put another tensor in the place of a buffer, and register more.
+        self._places = [(module, dict(module._buffers)) for module in model.modules()]
+
+    def reset(self, global_model: GlobalModel) -> None:
+        """Load the global weights, and restore all else that a site may have changed in the model."""
+        global_model.copy_to(self.vector)
+        self._restore()
+
+    def exchange(self, global_model: GlobalModel, weight: Fraction, *, check_first: bool) -> None:
+        """Hand a site's weights to the global model, and be as after a reset.
+
+        Args:
+            global_model: whose weights the site trained.
+            weight: the site's fraction of all examples.
+            check_first: refuse the site before a part of it is in the mean.
+
+        Raises:
+            FloatingPointError, ValueError: as for `GlobalModel.check`; or a weight is another tensor than before the
+                training, or a buffer has another shape or type.
+        """
+        self._check_weights()
+        self._collect_buffers()
+        if check_first:
+            global_model.check(self.vector)
+        global_model.exchange(self.vector, weight)
+        self._restore()
+        self.is_reset = True
+
+    @contextmanager
+    def stopped_by(self, is_ending: Event) -> Iterator[None]:
+        """Let the model raise a RuntimeError at its next pass once `is_ending` is set."""
+
+        def check(*_: object) -> None:
+            if is_ending.is_set():
+                raise RuntimeError("the run is ending")
+
+        handle = self.model.register_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def release(self) -> nn.Module:
+        """Return the model, with copies of the shared buffers: torch saves no two types of numbers in one memory."""
+        copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places()}
+        for module, key, buffer in self._shared_places():
+            module._buffers[key] = copies[id(buffer)]
+        return self.model
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are no views of the flat vector any more, as after `model.half()`."""
+        found = {name: weight.data_ptr() for name, weight in trained_weights(self.model).items()}
+        for name, place in self._weights.items():
+            if found.get(name) != place:
+                raise ValueError(
+                    f"weight {name}: expected to be trained in place, got another tensor, or one without a gradient. "
+                    "Change no type, device or requires_grad of the model that a site trains"
+                )
+
+    def _collect_buffers(self) -> None:
+        """Copy tensors that the model has put in the place of shared buffers into these."""
+        for module, key, buffer in self._shared_places():
+            found = module._buffers.get(key)
+            if _form(found) != _form(buffer):
+                name = self._shared[id(buffer)]
+                raise ValueError(f"buffer {name}: expected {_form(buffer)} after training, got {_form(found)}")
+            if found is not None and found is not buffer:
+                buffer.copy_(found)
+
+    def _shared_places(self) -> list[tuple[nn.Module, str, Tensor]]:
+        return [
+            (module, key, buffer)
+            for module, buffers in self._places
+            for key, buffer in buffers.items()
+            if buffer is not None and id(buffer) in self._shared
+        ]
+
+    def _restore(self) -> None:
+        for weight in self.model.parameters():
+            weight.grad = None
+        for module, buffers in self._places:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, first in self._unshared:
+            buffer.copy_(first)
+
+
+def _form(tensor: Tensor | None) -> str:
+    """Return the shape and type of a tensor in words."""
+    return "none" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"

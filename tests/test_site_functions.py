@@ -1,0 +1,165 @@
+"""What trains and evaluates a site is a function: what it returns counts, and what it leaves behind does not."""
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal
+from torch import nn
+
+from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.placement import place_sites
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.round import Federation
+from scaling_fl.federation.site import Site, SiteFunction
+from scaling_fl.federation.strategies import make_strategy
+
+SIZES = (10, 30, 20)  # examples of each site
+
+
+class OneNumber(nn.Module):
+    """A model of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **options: Any) -> tuple[dict, dict, Any]:
+    """Return the metrics of a round, those of its evaluation, and the global weight after it."""
+    with world():
+        topology = place_sites([0] * len(SIZES))
+        model = OneNumber()
+        global_model = GlobalModel(model, make_strategy("fedavg"))
+        sites = [Site(number, device, SIZES[number], data=number) for number, device in topology.sites.items()]
+        federation = Federation(
+            topology, sites, model, global_model, train_site=train_site, evaluate_site=evaluate_site, seed=0, **options
+        )
+        metrics = federation.train(1)
+        global_model.step()
+        return metrics, federation.evaluate(1), global_model.weights[0].item()
+
+
+def move(model: nn.Module, site: Site, **returned: Any) -> dict[str, Any]:
+    """Move the weight by the number of the site."""
+    with torch.no_grad():
+        model.get_parameter("weight").add_(site.number)
+    return {"num_examples": site.num_examples, **returned}
+
+
+def test_a_mean_counts_examples_and_a_sum_its_own_count() -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        return move(model, site, loss=float(site.number), tokens=(torch.tensor(8.0 * site.number), 4 + site.number))
+
+    metrics, _, weight = play(train_site)
+    assert weight == pytest.approx((0 * 10 + 1 * 30 + 2 * 20) / 60)
+    assert metrics["train.loss"] == pytest.approx((0 * 10 + 1 * 30 + 2 * 20) / 60)
+    assert metrics["train.tokens"] == pytest.approx((0 + 8 + 16) / (4 + 5 + 6))
+    assert metrics["site.tokens"] == pytest.approx({0: 0, 1: 8 / 5, 2: 16 / 6})
+
+
+def test_a_site_that_trains_on_fewer_examples_weighs_less() -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        return move(model, site) | {"num_examples": (10, 3, 0)[site.number]}
+
+    assert play(train_site)[2] == pytest.approx((0 * 10 + 1 * 3) / 13)
+
+
+def test_an_evaluation_is_the_mean_over_all_that_the_sites_evaluated_on() -> None:
+    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        assert not model.training
+        seen.append(model.get_parameter("weight").item())
+        return {"num_examples": 5 * site.number, "accuracy": site.number / 4, "round": (round_, 1)}
+
+    seen: list[float] = []
+    _, validation, weight = play(lambda model, site, round_: move(model, site), evaluate_site)
+    assert seen == [weight] * 3
+    assert validation == {"validation.accuracy": (5 * 0.25 + 10 * 0.5) / 15, "validation.round": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (None, "num_examples: expected a whole number from the site's function, got None"),
+        ({"loss": 1.0}, "num_examples: expected a whole number from the site's function, got {'loss': 1.0}"),
+        ({"num_examples": 11}, "num_examples: expected 0 to 10, the number of the site's examples, got 11"),
+        ({"num_examples": -1}, "num_examples: expected 0 to 10, the number of the site's examples, got -1"),
+        (
+            {"num_examples": 1, "loss": "low"},
+            "loss: expected a mean, or (sum, count), from the site's function, got 'low'",
+        ),
+    ],
+)
+def test_what_a_function_must_not_return_is_refused(returned: Any, expected: str) -> None:
+    assert refusal(lambda: play(lambda model, site, round_: returned)) == f"site 0 failed in round 1: {expected}"
+
+
+def test_a_score_that_is_not_finite_has_diverged() -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        return move(model, site, loss=float("nan"))
+
+    assert refusal(lambda: play(train_site)).startswith("site 0 diverged in round 1: loss: expected a finite number")
+
+
+def replace_weight(model: nn.Module) -> None:
+    model.weight = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.Module.half, replace_weight, lambda model: model.requires_grad_(False)],
+    ids=["type", "weight", "freezes"],
+)
+def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.Module], Any]) -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        change(model)
+        return {"num_examples": site.num_examples}
+
+    assert refusal(lambda: play(train_site)).startswith(
+        "site 0 failed in round 1: weight weight: expected to be trained in place"
+    )
+
+
+def draw(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+    """Move the weight by what the global generators draw, and use up their numbers; leave a gradient and variables."""
+    for _ in range(1 + site.number):
+        step = random.random() + np.random.random() + torch.rand(()).item()
+    weight = model.get_parameter("weight")
+    assert weight.grad is None
+    (weight * step).sum().backward()
+    with torch.no_grad():
+        weight.add_(weight.grad)
+    assert "RANK" not in os.environ
+    assert "TORCHELASTIC_RUN_ID" not in os.environ
+    os.environ["LEFT_BEHIND"] = "1"
+    return {"num_examples": site.num_examples, "loss": step}
+
+
+def play_and_look() -> tuple[dict[str, Any], float, bool]:
+    """Return what changed for others in the process."""
+    before = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    metrics, _, weight = play(draw)
+    after = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return metrics["site.loss"], weight, before == after
+
+
+def test_a_function_may_draw_from_the_global_generators_and_no_placement_changes_a_bit() -> None:
+    alone = play_and_look()
+    assert alone[2]
+    assert len(set(alone[0].values())) == 3
+    for num_ranks in (2, 3):
+        assert launch(play_and_look, num_ranks=num_ranks) == [alone] * num_ranks
+
+
+def test_a_federation_is_evaluated_in_one_way() -> None:
+    def evaluate(*_: object) -> Mapping[str, Any]:
+        return {}
+
+    assert refusal(lambda: play(evaluate, evaluate, evaluate_device=evaluate)) == (
+        "evaluate_site: expected None beside evaluate_device, got a function"
+    )
