@@ -187,7 +187,7 @@ def run_library(comm_dtype: str, case: Case, result: Path) -> None:
         with world():
             library_rank()
 
-    launch(in_world, num_ranks=NUM_RANKS)
+    launch(in_world, num_ranks=NUM_RANKS, fork=True)
 
 
 def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float, float]]:

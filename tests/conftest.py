@@ -327,7 +327,7 @@ class Play:
 
     def on_ranks(self, num_ranks: int) -> tuple[list[dict[str, float]], list[Any]]:
         """Play on forked local ranks; all must agree. Returns the metrics and what was watched, by round."""
-        results = launch(self.play, num_ranks=num_ranks)
+        results = launch(self.play, num_ranks=num_ranks, fork=True)
         assert all(repr(result) == repr(results[0]) for result in results)
         return results[0]
 

@@ -58,7 +58,7 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
 @pytest.mark.parametrize(("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), (3 * PIECE + 17, 1.0)])
 def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest: float) -> None:
     runs = [
-        launch(means, size, "exact", share_it, largest, num_ranks=num_ranks)
+        launch(means, size, "exact", share_it, largest, num_ranks=num_ranks, fork=True)
         for num_ranks, share_it in [(1, True), (2, True), (2, False), (4, True)]
     ]
     hashes = [{of_rank[round_][0] for of_rank in run} for run in runs for round_ in (0, 1)]
@@ -97,14 +97,14 @@ def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
             return hashlib.sha256(mean.finish(weights).numpy().tobytes()).hexdigest()
 
     runs = [(1, True), (2, True), (4, True), (4, False)]
-    hashes = [launch(mean_of_few, share_it, num_ranks=num_ranks) for num_ranks, share_it in runs]
+    hashes = [launch(mean_of_few, share_it, num_ranks=num_ranks, fork=True) for num_ranks, share_it in runs]
     assert hashes == [[hashes[0][0]] * num_ranks for num_ranks, _ in runs]
 
 
 @pytest.mark.parametrize("share_it", [True, False])
 def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
     size = 2 * PIECE + 5
-    (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2)
+    (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2, fork=True)
     weights = global_weights(size, 1.0)
     exact = sum(float(share) * (weights.double() - train(weights, site, 0)) for site, share in enumerate(SHARES))
     assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
@@ -120,8 +120,8 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
             assert not [name for name in os.listdir("/dev/shm") if "scaling_fl" in name]
             return [piece.tolist() for piece in pieces]
 
-    assert launch(write_and_read, num_ranks=3) == [[[1] * 3, [2] * 3, [3] * 3]] * 3
-    assert launch(write_and_read, num_ranks=1) == [[]]
+    assert launch(write_and_read, num_ranks=3, fork=True) == [[[1] * 3, [2] * 3, [3] * 3]] * 3
+    assert launch(write_and_read, num_ranks=1, fork=True) == [[]]
 
 
 def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,12 +140,12 @@ def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.M
     def is_ours(fd: str) -> bool:
         return os.path.exists(f"/proc/self/fd/{fd}") and "memfd:scaling_fl" in os.readlink(f"/proc/self/fd/{fd}")
 
-    assert launch(share, num_ranks=2) == [False, False]
+    assert launch(share, num_ranks=2, fork=True) == [False, False]
     monkeypatch.undo()
     monkeypatch.setattr(os, "readlink", lambda path: "/home/somebody/log.txt")
-    assert launch(share, num_ranks=2) == [False, False]
+    assert launch(share, num_ranks=2, fork=True) == [False, False]
     monkeypatch.undo()
-    assert launch(share, num_ranks=2) == [True, True]
+    assert launch(share, num_ranks=2, fork=True) == [True, True]
 
 
 def test_no_rank_takes_a_part_before_it_is_there() -> None:
@@ -158,7 +158,7 @@ def test_no_rank_takes_a_part_before_it_is_there() -> None:
             return hashlib.sha256(mean.finish(torch.ones(2 * PIECE)).numpy().tobytes()).hexdigest()
 
     ones = hashlib.sha256(torch.ones(2 * PIECE).numpy().tobytes()).hexdigest()
-    assert launch(slow_first_rank, num_ranks=2) == [ones, ones]
+    assert launch(slow_first_rank, num_ranks=2, fork=True) == [ones, ones]
 
 
 def be_late(mean: Mean) -> None:

@@ -27,7 +27,7 @@ def on_ranks(num_ranks: int, work: object) -> list:
         with world():
             return work()  # type: ignore[operator]
 
-    return launch(rank_main, num_ranks=num_ranks)
+    return launch(rank_main, num_ranks=num_ranks, fork=True)
 
 
 def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
@@ -110,7 +110,7 @@ def test_launch_ends_with_the_status_of_the_rank_that_failed(status: int, capfd:
             sys.exit(status)
 
     with pytest.raises(SystemExit) as end:
-        launch(work, num_ranks=2)
+        launch(work, num_ranks=2, fork=True)
     assert end.value.code == status
     assert capfd.readouterr().err.strip() == "what was wrong", "and says nothing more"
 

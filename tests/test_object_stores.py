@@ -310,7 +310,7 @@ def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: St
         os.environ.update(store.env)
         assert not checkpoint.exists(url)
         store.put(bucket, "runs/a/round-1.pt", b"")
-        return launch(checkpoint.exists, url, num_ranks=2)
+        return launch(checkpoint.exists, url, num_ranks=2, fork=True)
 
     process, receiver = begin(ask)
     assert receiver.recv() == (True, [True, True])

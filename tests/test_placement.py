@@ -71,7 +71,7 @@ def test_without_an_accelerator_all_sites_run_on_the_cpu() -> None:
             return place_sites([5, 5, 9])
 
     cpu = torch.device("cpu")
-    assert launch(topology, num_ranks=2) == [
+    assert launch(topology, num_ranks=2, fork=True) == [
         Topology({0: cpu, 1: cpu}, 3, (cpu,), 0, 2, {0: 0, 1: 1}, 3),
         Topology({2: cpu}, 3, (cpu,), 1, 2, {2: 2}, 3),
     ]

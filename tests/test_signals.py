@@ -230,7 +230,7 @@ def program(work: Callable[[], object], errors: str) -> int:
 
 def test_an_interrupted_program_prints_one_line(tmp_path: Path) -> None:
     def ranks() -> None:
-        launch(ask_parent, num_ranks=2)
+        launch(ask_parent, num_ranks=2, fork=True)
 
     assert program(ranks, str(tmp_path / "errors")) == INTERRUPTED
     assert (tmp_path / "errors").read_text() == "interrupted by SIGTERM\n"

@@ -153,7 +153,7 @@ def test_a_function_may_draw_from_the_global_generators_and_no_placement_changes
     assert alone[2]
     assert len(set(alone[0].values())) == 3
     for num_ranks in (2, 3):
-        assert launch(play_and_look, num_ranks=num_ranks) == [alone] * num_ranks
+        assert launch(play_and_look, num_ranks=num_ranks, fork=True) == [alone] * num_ranks
 
 
 def test_a_federation_is_evaluated_in_one_way() -> None:

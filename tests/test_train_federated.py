@@ -247,7 +247,7 @@ def test_nodes_that_were_started_differently_do_not_train(key: str, values: tupl
             return "agreed"
 
     sentence = f"{key}: expected the same on all ranks, got {values[0]!r} on rank 0 and {values[1]!r} on rank 1"
-    assert launch(node, num_ranks=2) == [sentence] * 2
+    assert launch(node, num_ranks=2, fork=True) == [sentence] * 2
 
 
 # tests/test_bad_settings.py has what is refused before the ranks start.

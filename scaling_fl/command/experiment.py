@@ -126,7 +126,7 @@ def plan(_config: dict[str, Any]) -> None:
 def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
     """Do `work` as one of the ranks of this run, or start them if no launcher has: each comes back here."""
     if not is_rank():
-        launch(main, num_ranks=count_ranks(settings))
+        launch(main, num_ranks=count_ranks(settings), fork=True)
         return None
     try:
         with world():

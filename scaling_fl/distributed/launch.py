@@ -4,6 +4,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -12,9 +13,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+import cloudpickle
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -22,9 +25,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from scaling_fl.distributed import signals
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import accelerator
-from scaling_fl.errors import whole_number_from_environment
+from scaling_fl.errors import one_line, whole_number_from_environment
 
 RUN_ID = "scaling_fl.launch on this machine"
+FUNCTION = "function.pkl"  # what the ranks call, in a folder of this user
+FRESH_RANK = (
+    "import sys, pathlib; from scaling_fl.distributed.launch import fresh_rank; fresh_rank(pathlib.Path(sys.argv[1]))"
+)
 # A rank that fails waits so many seconds before it exits. The agent reports the first rank that exits, and this
 # should be a rank that was killed, as its peers fail because of it.
 EXIT_DELAY_SECONDS = 0.5
@@ -51,55 +58,102 @@ def was_launched_here() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
 
-def launch(function: Callable[..., object], *args: object, num_ranks: int) -> list:
-    """Run `function(*args)` on `num_ranks` local ranks and return what each returned.
+def launch(function: Callable[..., object], *args: object, num_ranks: int, fork: bool = False) -> list:
+    """Run `function(*args)` on `num_ranks` ranks of this machine and return what each returned.
 
-    torchrun's agent starts the ranks. It forks them from this process, so that they share its imports; with an
-    accelerator, which does not survive a fork, it spawns them. Tensors travel over the loopback interface only, but
-    torch's rendezvous store listens on all interfaces.
+    torchrun's agent starts the ranks, each in a fresh Python, whatever threads this process has. The function is sent
+    by value if it is of a script or a notebook, and by name if it is of a module. Tensors travel over the loopback
+    interface only, but torch's rendezvous store listens on all interfaces.
+
+    Args:
+        function: what each rank does, such as `with world(): ...`.
+        args: of the function.
+        num_ranks: how many processes to start.
+        fork: fork the ranks, so that they share the imports of this process, in which nothing has computed yet. With an
+            accelerator, which does not survive a fork, they start fresh.
 
     Raises:
-        SystemExit: a rank failed, with the rank's exit status. The rank has printed its error.
+        ValueError: the function or its arguments cannot be sent to another process.
+        PeerError: a rank failed, and has printed its error; with `fork` a SystemExit with the rank's exit status.
         Interrupted: a signal ended the ranks.
     """
+    environment = dict(os.environ)
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    logs = TemporaryDirectory(prefix="scaling_fl-")
-    start_method = "fork" if accelerator() is None else "spawn"
-    all_started = multiprocessing.get_context(start_method).Barrier(num_ranks)
-    config = _configure_agent(num_ranks, start_method, logs.name)
     handlers = signals.install_handlers()
+    try:
+        with TemporaryDirectory(prefix="scaling_fl-") as folder, signals.interruptible():
+            if fork and accelerator() is None:
+                return _launch_forks(_configure_agent(num_ranks, folder), function, args)
+            return _launch_fresh(_configure_agent(num_ranks, folder), function, args, Path(folder))
+    except ChildFailedError as error:
+        end = _end_of(error)
+        if isinstance(end, SystemExit) and not fork:
+            number = error.get_first_failure()[0]
+            raise PeerError(f"rank {number} failed with exit status {end.code}; its error is printed above") from None
+        raise end from None
+    finally:
+        signals.set_handlers(handlers)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _launch_forks(config: LaunchConfig, function: Callable[..., object], args: tuple) -> list:
+    all_started = multiprocessing.get_context("fork").Barrier(config.nproc_per_node)
     # The garbage collector writes into every object that it visits, and so would copy the memory that forks share.
     gc.freeze()
     try:
-        with signals.interruptible():
-            results = elastic_launch(config, _rank_main)(all_started, function, *args)
-    except ChildFailedError as error:
-        for number, failure in error.failures.items():
-            if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
-                name = signal.Signals(-failure.exitcode).name
-                print(f"error: rank {number} was ended by {name} (SIGKILL often means: out of memory)", file=sys.stderr)
-                raise SystemExit(128 - failure.exitcode) from None
-        status = error.get_first_failure()[1].exitcode
-        if status - 128 in signals.ENDING:
-            raise signals.Interrupted(status - 128) from None
-        raise SystemExit(status) from None
+        results = elastic_launch(config, _forked_rank)(all_started, function, *args)
     finally:
-        signals.set_handlers(handlers)
-        logs.cleanup()
         gc.unfreeze()
-    return [results[number] for number in range(num_ranks)]
+    return [results[number] for number in range(config.nproc_per_node)]
 
 
-def _configure_agent(num_ranks: int, start_method: str, log_dir: str) -> LaunchConfig:
+def _launch_fresh(config: LaunchConfig, function: Callable[..., object], args: tuple, folder: Path) -> list:
+    try:
+        (folder / FUNCTION).write_bytes(cloudpickle.dumps((sys.argv, function, args)))
+    except Exception as error:
+        raise ValueError(
+            f"launch: expected a function and arguments that can be sent to other processes, got {function!r} "
+            f"({one_line(error)}). Make what cannot be sent, such as files and locks, inside the function"
+        ) from error
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # as modules go by name
+    elastic_launch(config, sys.executable)("-P", "-c", FRESH_RANK, str(folder))
+    return [pickle.loads((folder / f"{number}.pkl").read_bytes()) for number in range(config.nproc_per_node)]
+
+
+def fresh_rank(folder: Path) -> None:
+    """Do the work of a rank that `launch` has started in a fresh Python.
+
+    Args:
+        folder: with the function, and where the result goes. `launch` has made it, for this user alone.
+    """
+    sys.argv, function, args = pickle.loads((folder / FUNCTION).read_bytes())
+    result = _run_rank(function, *args)
+    (folder / f"{os.environ['RANK']}.pkl").write_bytes(cloudpickle.dumps(result))
+
+
+def _end_of(error: ChildFailedError) -> BaseException:
+    """Return what ends the launcher after a rank has failed."""
+    for number, failure in error.failures.items():
+        if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+            name = signal.Signals(-failure.exitcode).name
+            lost = PeerError(f"rank {number} was ended by {name} (SIGKILL often means: out of memory)")
+            print_error(lost)
+            return SystemExit(128 - failure.exitcode)
+    status = error.get_first_failure()[1].exitcode
+    return signals.Interrupted(status - 128) if status - 128 in signals.ENDING else SystemExit(status)
+
+
+def _configure_agent(num_ranks: int, folder: str) -> LaunchConfig:
     # The rank has printed its error, which the agent's own stack trace would hide.
     elastic = "torch.distributed.elastic"
     for name in (f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return LaunchConfig(
-        logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
@@ -109,30 +163,39 @@ def _configure_agent(num_ranks: int, start_method: str, log_dir: str) -> LaunchC
         local_addr="127.0.0.1",
         max_restarts=0,
         shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL
-        start_method=start_method,
+        start_method="fork",  # of a function; a fresh Python is a program
         signals_to_handle="",  # an error of the agent's own handlers can be lost, as at a fork
     )
 
 
-def _rank_main(all_started: Barrier, function: Callable[..., object], *args: object) -> object:
-    """Call `function` and print its error, which the agent would hide or interrupt.
+def _forked_rank(all_started: Barrier, function: Callable[..., object], *args: object) -> object:
+    """Call `function` in a fork.
 
     No rank joins the others before all are forked. A thread of the parent process serves their store, and a lock that
     it holds at the moment of a fork, such as the name resolver's, is never released in the child.
     """
+
+    def start(*args: object) -> object:
+        all_started.wait()
+        return function(*args)
+
+    return _run_rank(start, *args)
+
+
+def _run_rank(function: Callable[..., object], *args: object) -> object:
+    """Call `function`, and print its error, which the agent would hide or interrupt."""
     try:
         with signals.interruptible():
-            all_started.wait()
             return function(*args)
     except signals.Interrupted as error:
         raise SystemExit(128 + error.number) from None
     except BaseException as error:
-        status = _print_error(error)
+        status = print_error(error)
         time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(status) from None
 
 
-def _print_error(error: BaseException) -> int:
+def print_error(error: BaseException) -> int:
     """Print an error that ends a program, in one write as several ranks may print; return the exit status."""
     if isinstance(error, SystemExit):
         text = error.code if isinstance(error.code, str) else ""
@@ -162,7 +225,7 @@ def run_program(program: Callable[[], object]) -> NoReturn:
     try:
         program()
     except BaseException as error:
-        status = _print_error(error)
+        status = print_error(error)
     if status:
         with suppress(OSError):  # the disk is full, or the reader has ended
             sys.stdout.flush()
