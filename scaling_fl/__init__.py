@@ -1,1 +1,51 @@
-"""Federated fine-tuning of language models in plain PyTorch."""
+"""Federated fine-tuning of language models in plain PyTorch.
+
+What is named here is imported when it is first used, so that `import scaling_fl` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaling_fl.data.partition import by_label, dirichlet, iid, partition_indices
+    from scaling_fl.distributed.collectives import rank
+    from scaling_fl.distributed.heartbeat import PeerError
+    from scaling_fl.distributed.launch import launch
+    from scaling_fl.distributed.placement import Topology, place_sites
+    from scaling_fl.distributed.world import world
+    from scaling_fl.experiment.result import Run
+    from scaling_fl.experiment.settings import Settings
+    from scaling_fl.experiment.start import plan, train
+    from scaling_fl.federation.global_model import GlobalModel
+    from scaling_fl.federation.round import Federation
+    from scaling_fl.federation.site import LocalTraining, Site
+    from scaling_fl.federation.strategies import make_strategy
+
+_MODULES = {
+    "data.partition": ("by_label", "dirichlet", "iid", "partition_indices"),
+    "distributed.collectives": ("rank",),
+    "distributed.heartbeat": ("PeerError",),
+    "distributed.launch": ("launch",),
+    "distributed.placement": ("Topology", "place_sites"),
+    "distributed.world": ("world",),
+    "experiment.result": ("Run",),
+    "experiment.settings": ("Settings",),
+    "experiment.start": ("plan", "train"),
+    "federation.global_model": ("GlobalModel",),
+    "federation.round": ("Federation",),
+    "federation.site": ("LocalTraining", "Site"),
+    "federation.strategies": ("make_strategy",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'scaling_fl' has no attribute {name!r}")
+    return getattr(import_module(f"scaling_fl.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,18 +17,19 @@ from sacred.config.config_files import load_config_file
 from sacred.config.config_summary import ConfigSummary
 from sacred.run import Run
 
-from scaling_fl.distributed import signals
+from scaling_fl.distributed import caller, signals
 from scaling_fl.distributed.collectives import local_rank
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
 from scaling_fl.distributed.world import launched, lost_after, num_threads, world
 from scaling_fl.errors import one_line
 from scaling_fl.experiment.plan import plan as plan_run
-from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train
+from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train_on_rank
 from scaling_fl.experiment.settings import (
     FIELDS,
     Settings,
     check,
+    default_beside,
     find_contradictions,
     find_problems,
     quote_text,
@@ -35,7 +37,7 @@ from scaling_fl.experiment.settings import (
 )
 from scaling_fl.records import observers
 from scaling_fl.records.console import escape_unprintable
-from scaling_fl.records.rounds import ROUNDS
+from scaling_fl.records.rounds import ROUNDS, Record
 
 T = TypeVar("T")
 
@@ -57,11 +59,6 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     )
     summary.update({**vars(Settings(**known)), **given})
     return summary
-
-
-def default_beside(given: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a setting if only the others are given: the task and the model bring defaults."""
-    return getattr(Settings(**{other: value for other, value in given.items() if other != name}), name)
 
 
 experiment.configurations.append(configure)
@@ -110,17 +107,24 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
         with signals.interruptible():
-            return on_ranks(read_settings(_config), lambda settings: train(settings, observers.make_record(_run)))
+            return on_ranks(read_settings(_config), lambda settings: train_on_rank(settings, make_record(_run)))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
+
+
+def make_record(run: Run) -> Record:
+    """Return where a run leaves its results. A caller in Python learns of its folder and rounds, and may end it."""
+    record = observers.make_record(run)
+    caller.tell(folder=os.path.abspath(record.folder or ""))
+    return replace(record, goes_on=lambda metrics: caller.ask(metrics=metrics) is not False)
 
 
 @experiment.command(unobserved=True)
 def plan(_config: dict[str, Any]) -> None:
     """Print what would run where, and what it takes, or what would be refused. Trains nothing."""
     folder = observers.runs_dir() if is_observed() else None
-    on_ranks(read_settings(_config), lambda settings: plan_run(settings, folder))
+    on_ranks(read_settings(_config), lambda settings: caller.tell(plan=plan_run(settings, folder)))
 
 
 def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:
@@ -142,6 +146,8 @@ def main() -> None:
     # A process that was started with its standard output closed has None in its place, which Sacred does not expect.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     signals.install_handlers()
+    if not launched():
+        caller.end_with_caller()
     with signals.interruptible():
         run_command()
     signals.restore_defaults()

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scaling_fl.distributed import signals
+from scaling_fl.distributed.caller import is_called, tell
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import accelerator
 from scaling_fl.errors import one_line, whole_number_from_environment
@@ -206,7 +207,11 @@ def print_error(error: BaseException) -> int:
     else:
         where = f"error on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
         text = where + "".join(traceback.format_exception(error)).rstrip()
-    if text:
+    if text and is_called():
+        is_ours = isinstance(error, SystemExit) and not isinstance(error.__cause__, PeerError)
+        kind = ValueError if is_ours else signals.Interrupted if isinstance(error, signals.Interrupted) else PeerError
+        tell(error="\n".join(line.removeprefix("error: ") for line in text.splitlines()), kind=kind.__name__)
+    elif text:
         with suppress(OSError):  # the terminal was closed
             print(f"{text}\n", end="", file=sys.stderr, flush=True)
     if isinstance(error, signals.Interrupted):

@@ -1,5 +1,7 @@
 """What would run where, its memory and bytes, found out without training."""
 
+from typing import Any
+
 import torch
 
 from scaling_fl.distributed.collectives import all_gather, rank, world_size
@@ -18,12 +20,17 @@ from scaling_fl.models.memory import estimate_bytes, state_bytes
 from scaling_fl.records import console, export
 
 
-def plan(settings: Settings, folder: str | None = None) -> None:
-    """Build a run as if to train, and print what it is, as one of its ranks.
+def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
+    """Build a run as if to train, print what it is, and return that, as one of its ranks.
 
     Args:
         settings: of the run.
         folder: where the record of the run would be; None has none.
+
+    Returns:
+        `labels`; `sites`, a dict for each with `rank`, `device`, `examples`, `tokens`, `steps` of a round, and `labels`
+        (examples by label); `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and
+        `weights` and `bytes` that a round sends, `num_test`, `newly_initialised`, and `resumed_after` (a round).
 
     Raises:
         ValueError: something of the run would be refused.
@@ -32,16 +39,36 @@ def plan(settings: Settings, folder: str | None = None) -> None:
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
     make_federation(settings, job, *job.make_progress(num_epochs=0))  # which tries the model
-    num_weights, num_bytes = job.global_model.weights.numel(), job.global_model.bytes_a_round
+    labels = job.data.label_names
+    planned: dict[str, Any] = {
+        "labels": list(labels),
+        "num_test": job.data.num_test,
+        "newly_initialised": list(job.classifier.new),
+        "weights": job.global_model.weights.numel(),
+        "bytes": job.global_model.bytes_a_round,
+        "sites": [
+            site
+            | {
+                "steps": settings.num_local_epochs * -(-site["examples"] // settings.batch_size),
+                "labels": dict(zip(labels, site["labels"], strict=True)),
+            }
+            for site in job.data.describe_sites(job.topology)
+        ],
+        "devices": [
+            {"rank": number, "device": device, "bytes": size}
+            for number, of_rank in enumerate(memory)
+            for device, size in of_rank.items()
+        ],
+        "resumed_after": len(job.history) - 1 if job.history else None,
+    }
     console.print_once(
         *describe(settings, job),
-        f"round     {num_weights:,} weights shared, {num_bytes * 1e-6:.1f} MB sent by all ranks",
-        *console.site_table(
-            job.data.describe_sites(job.topology), job.data.label_names, settings.batch_size, settings.num_local_epochs
-        ),
-        *console.device_table(memory),
+        f"round     {planned['weights']:,} weights shared, {planned['bytes'] * 1e-6:.1f} MB sent by all ranks",
+        *console.site_table(planned["sites"]),
+        *console.device_table(planned["devices"]),
         "the plan holds: nothing of it would be refused",
     )
+    return planned
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaling_fl.data.sites import files_of
-from scaling_fl.distributed.collectives import rank
+from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.build import Job, build, make_federation
 from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings
@@ -19,7 +19,7 @@ from scaling_fl.training.metrics import Metrics
 REPORT = "report.html"  # among a run's files
 
 
-def train(settings: Settings, record: Record | None = None) -> float:
+def train_on_rank(settings: Settings, record: Record | None = None) -> float:
     """Train as one of the ranks of a run, and return the last round's validation accuracy.
 
     Args:
@@ -85,12 +85,16 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
             metrics |= clock.read()
         table.print_round(round_, metrics)
         record.add_round(round_, metrics)
+        if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
+            break
     if rank() == 0:
         if record.folder is not None:
             console.print_once(f"model     {save_model(record.folder, federation.model, job.tokenizer)}")
             if settings.report:
                 console.print_once(f"report    {os.path.join(record.folder, REPORT)}")
-        console.print_once(f"weights   SHA-256 {global_model.sha256()}", *console.summarise(history))
+        sha256 = global_model.sha256()
+        record.add_info({"sha256": sha256})
+        console.print_once(f"weights   SHA-256 {sha256}", *console.summarise(history))
 
 
 def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:

@@ -93,8 +93,9 @@ class Settings:
             return value() if callable(value) else value
 
         def resolve(name: str, value: Any) -> None:
-            if getattr(self, name) is NOT_GIVEN:
-                object.__setattr__(self, name, value)
+            given = getattr(self, name)
+            if given is NOT_GIVEN or isinstance(given, os.PathLike):
+                object.__setattr__(self, name, value if given is NOT_GIVEN else os.fspath(given))
 
         for name in ("task_name", "model", "iid_split"):
             resolve(name, default(name))
@@ -105,6 +106,11 @@ class Settings:
 
 
 FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
+
+
+def default_beside(given: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a setting if only the others are given: the task and the model bring defaults."""
+    return getattr(Settings(**{other: value for other, value in given.items() if other != name}), name)
 
 
 def check(values: Mapping[str, Any]) -> None:

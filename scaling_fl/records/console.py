@@ -2,13 +2,15 @@
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from tqdm import tqdm
 
+from scaling_fl.distributed.caller import is_called, tell
 from scaling_fl.distributed.collectives import rank
 from scaling_fl.distributed.signals import check_interrupt
 from scaling_fl.errors import printable
@@ -57,38 +59,28 @@ class Table:
         print_once(" | ".join(cells))
 
 
-def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_size: int, num_epochs: int) -> list[str]:
+def site_table(sites: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table with where each site runs and what it trains on in a round.
 
     Args:
-        sites: as `SiteData.describe_sites` returns them.
-        label_names: of the classes.
-        batch_size: examples in a step.
-        num_epochs: of a round.
+        sites: as `experiment.plan.plan` returns them.
     """
     lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
     for number, site in enumerate(sites):
-        num_steps = num_epochs * -(-site["examples"] // batch_size)
-        labels = ", ".join(
-            f"{printable(name)} {count:,}" for name, count in zip(label_names, site["labels"], strict=True)
-        )
+        labels = ", ".join(f"{printable(name)} {count:,}" for name, count in site["labels"].items())
         lines.append(
             f"{number:>4} | {site['rank']:>4} | {site['device']:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
-            f"{num_steps:>13,} | {labels}"
+            f"{site['steps']:>13,} | {labels}"
         )
     return lines
 
 
-def device_table(num_bytes: list[dict[str, int | None]]) -> list[str]:
-    """Return the lines of a table with the memory that the tensors of each device take.
-
-    Args:
-        num_bytes: for each rank, device -> bytes, or None where they are not known.
-    """
+def device_table(devices: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table with the memory that the tensors of each device take, likewise."""
     lines = ["rank | device | memory of tensors, estimated"]
-    for number, of_rank in enumerate(num_bytes):
-        for device, size in of_rank.items():
-            lines.append(f"{number:>4} | {device:>6} | {'unknown' if size is None else f'{size / 1e6:,.0f} MB'}")
+    for of in devices:
+        size = "unknown" if of["bytes"] is None else f"{of['bytes'] / 1e6:,.0f} MB"
+        lines.append(f"{of['rank']:>4} | {of['device']:>6} | {size}")
     return lines
 
 
@@ -105,17 +97,36 @@ def summarise(history: History) -> list[str]:
     ]
 
 
+class CallerBar:
+    """The bar that the caller in Python shows, which is told at most ten times a second how far it is."""
+
+    def __init__(self) -> None:
+        self._count, self._told = 0, time.monotonic()
+
+    def update(self, count: int) -> None:
+        """Move the bar."""
+        self._count += count
+        if time.monotonic() - self._told > 0.1:
+            self._told = time.monotonic()
+            tell(done=self._count)
+
+
 class Progress:
     """A bar over the examples of this rank with their speed and the time that is left, from rank 0 on a terminal."""
 
     def __init__(self, num_examples: int) -> None:
         self._num_examples = num_examples
-        self._bar: tqdm | None = None
+        self._bar: tqdm | CallerBar | None = None
         self._lock = Lock()  # of the threads of a rank's devices
 
     @contextmanager
     def display(self, name: str) -> Iterator[None]:
         """Show an empty bar, and take it away at the end."""
+        if rank() == 0 and is_called():
+            tell(bar=name, total=self._num_examples)
+            self._bar = CallerBar()
+            yield
+            return
         with tqdm(
             total=self._num_examples,
             desc=name,

@@ -134,6 +134,7 @@ class Record:
         add_info: keeps facts about the run.
         check: raises a WriteError if something of the record could not be written.
         places: where the record is, in words without credentials.
+        goes_on: is given the metrics of each new round and tells whether another one may follow; asked on rank 0.
     """
 
     folder: str | None = None
@@ -141,6 +142,7 @@ class Record:
     add_info: Callable[[Mapping[str, Any]], object] = lambda info: None
     check: Callable[[], object] = lambda: None
     places: tuple[str, ...] = ()
+    goes_on: Callable[[Metrics], bool] = lambda metrics: True
 
     def add_round(self, round_: int, metrics: Metrics) -> None:
         """Keep a round's metrics: those of the whole by `log_scalar`, all of them in a line of `rounds.jsonl`.

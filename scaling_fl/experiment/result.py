@@ -1,0 +1,144 @@
+"""A run that has ended, read from its folder."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from scaling_fl.experiment.settings import FIELDS, Settings
+from scaling_fl.records.export import MODEL_FOLDER
+from scaling_fl.records.rounds import ROUNDS
+from scaling_fl.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in a folder, such as runs/3, whether it was finished or interrupted.
+
+    Args:
+        folder: of the run's files.
+    """
+
+    folder: str
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Run":
+        """Return the run in a folder.
+
+        Raises:
+            ValueError: the folder is not that of a run.
+        """
+        path = os.path.abspath(folder)
+        if not all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "run.json")):
+            raise ValueError(
+                f"{os.fspath(folder)!r}: expected the folder of a run, such as runs/1, got one without config.json and "
+                "run.json"
+            )
+        return cls(path)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings; `train(run.settings)` continues the run if it has `checkpoints_dir`, or else repeats it."""
+        values = self._read("config.json")
+        return Settings(**{name: value for name, value in values.items() if name in FIELDS})
+
+    @property
+    def status(self) -> str:
+        """How the run ended: COMPLETED, INTERRUPTED or FAILED; or RUNNING."""
+        return self._read("run.json")["status"]
+
+    @cached_property
+    def history(self) -> list[Metrics]:
+        """The metrics of each round from round 0, with its number as `round`; see docs/records.md."""
+        path = os.path.join(self.folder, ROUNDS)
+        if not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.endswith("\n")]  # the last may be half written
+        return [sites_as_numbers(metrics) for metrics in {line["round"]: line for line in lines}.values()]
+
+    @property
+    def rounds(self) -> Any:
+        """The history as a pandas frame, a row a round; a metric by site is a dict."""
+        import pandas
+
+        return pandas.DataFrame(self.history).set_index("round") if self.history else pandas.DataFrame()
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of the classes, by their number in the model's output."""
+        return self._read("info.json")["labels"]
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the last global weights.
+
+        Raises:
+            ValueError: the run did not reach its end.
+        """
+        return self._read("info.json").get("sha256") or self._miss("the SHA-256 of its weights")
+
+    @cached_property
+    def model(self) -> Any:
+        """The model with the last global weights, a `PreTrainedModel` in evaluation mode.
+
+        Raises:
+            ValueError: the run did not reach its end.
+        """
+        from transformers import AutoModelForSequenceClassification
+        from transformers.utils import logging
+
+        folder, had_bar = self._model_folder(), logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            return AutoModelForSequenceClassification.from_pretrained(folder)
+        finally:
+            if had_bar:
+                logging.enable_progress_bar()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, likewise."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._model_folder())
+
+    def report(self, output: str | os.PathLike[str]) -> list[str]:
+        """Write the report of the run, a page and its charts beside it.
+
+        Args:
+            output: path of the page, such as report.html.
+
+        Returns:
+            The paths of the written files, the page first.
+
+        Raises:
+            ValueError: the run has no finished round.
+            OSError: the files cannot be written.
+        """
+        from scaling_fl import report
+
+        return report.write([self.folder], os.fspath(output))
+
+    def _model_folder(self) -> str:
+        folder = os.path.join(self.folder, MODEL_FOLDER)
+        return folder if os.path.isdir(folder) else self._miss("a model")
+
+    def _miss(self, what: str) -> str:
+        raise ValueError(
+            f"{self.folder}: expected a run with {what}, got one that is {self.status}. train(run.settings) continues "
+            "it from its checkpoints, or repeats it"
+        )
+
+    def _read(self, name: str) -> dict[str, Any]:
+        with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+            return json.load(file)
+
+
+def sites_as_numbers(metrics: Metrics) -> Metrics:
+    """Return metrics read from JSON, in which the numbers of sites are texts."""
+    return {
+        name: {int(site): number for site, number in value.items()} if isinstance(value, dict) else value
+        for name, value in metrics.items()
+    }
