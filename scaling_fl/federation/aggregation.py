@@ -6,6 +6,7 @@ An aggregator gets a round's sites one by one (`add`) and returns the mean over 
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from threading import Lock
 
 import torch
@@ -103,7 +104,14 @@ class Mean:
         with self._lock:
             self._prepare(global_weights)
             for before, after, total in self._pieces(global_weights, local_weights, self._sum):
-                self._add_piece(before, after, factor, total if self._weights else self._origin, total)
+                term = self._buffer[: len(after)].copy_(after)
+                check_size(after if self._adds_weights else term.sub_(before))
+                after.copy_(before)
+                start = total if self._weights else self._origin
+                if self._grid is None:
+                    torch.add(start, term, alpha=factor, out=total)
+                else:
+                    self._grid.add(start, term, factor, total)
             self._weights.append(weight)
 
     def finish(self, global_weights: Tensor) -> Tensor:
@@ -135,11 +143,8 @@ class Mean:
                 f"{float(total):.2g}. The mean is divided by this fraction, which would magnify its rounding"
             )
         factors = Counter(tie_free(float(weight)) for rank in self._vector.ranks for weight in by_rank[rank])
-
-        def drift_of(piece: Tensor, where: slice) -> Tensor:
-            return self._drift_of(piece, global_weights[where], factors)
-
-        mean = self._vector.all_reduce(drift_of, float(total or 1), self._scale)
+        work = partial(self._drift_of, global_weights, factors)
+        mean = self._vector.all_reduce(work, float(total or 1), self._scale)
         self._weights = []
         return mean
 
@@ -151,29 +156,20 @@ class Mean:
         if self._grid is not None and not self._weights:
             self._adds_weights = all(is_below(piece, LIMIT / 2) for piece in global_weights.split(self._piece))
 
-    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
-        """Write the sum `total` plus a piece of a site to `out`, and its global weights to `after`."""
-        term = self._buffer[: len(after)].copy_(after)
-        check_size(after if self._adds_weights else term.sub_(before))
-        after.copy_(before)
-        if self._grid is None:
-            torch.add(total, term, alpha=factor, out=out)
-        else:
-            self._grid.add(total, term, factor, out)
-
-    def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
-        """Return the sum of the drifts of the sites of the ranks `self._vector.ranks`.
+    def _drift_of(self, global_weights: Tensor, factors: Counter[float], total: Tensor, where: slice) -> Tensor:
+        """Return a piece of the sum of the drifts of the sites of the ranks `self._vector.ranks`.
 
         Args:
-            total: the sum of a piece of these ranks' vectors, which may be overwritten.
-            weights: the global ones.
+            global_weights: as for `check`.
             factors: of these sites, and how often each occurs.
+            total: the sum of a piece of these ranks' vectors, which may be overwritten.
+            where: the place of the piece in the vector.
         """
         if self._grid is not None:
             total = to_sum_(total, len(self._vector.ranks))
         drift = torch.sub(self._origin, total, out=self._buffer[: len(total)])
         if self._grid is not None and self._adds_weights:
-            wide = weights.double()
+            wide = global_weights[where].double()
             for factor, count in factors.items():
                 # Multiples of UNIT below 2**8, of which nothing is rounded.
                 drift.add_(self._grid.place(wide, factor).sub_(self._origin), alpha=count)
