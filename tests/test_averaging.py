@@ -15,7 +15,7 @@ from torch import Tensor
 from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, share_memory, world_size
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
-from scaling_fl.federation.aggregation import PIECE, Mean, make_mean
+from scaling_fl.federation.aggregation import PIECE, Mean
 
 NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
@@ -41,7 +41,7 @@ def world_that(shares: bool) -> Iterator[None]:
 def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
     """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
     with world_that(share_it):
-        mean = make_mean(size, comm_dtype, torch.device("cpu"))
+        mean = Mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._vector._parts) == (share_it or world_size() == 1)
         found, weights = [], global_weights(size, largest)
         for round_ in range(2):
@@ -85,7 +85,7 @@ def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
 
     def mean_of_few(share_it: bool) -> str:
         with world_that(share_it):
-            mean, weights = make_mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
+            mean, weights = Mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
             for site in range(rank(), 3, world_size()):
                 local = train(weights, site, 0)
                 if site == 1:
@@ -126,23 +126,19 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
 
 def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where ranks are in containers that number their processes each for itself."""
-    open_file = torch.from_file
-    monkeypatch.setattr(torch, "from_file", lambda _, **options: open_file(own_memory(), **options))
+    read_link = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: read_link(f"/proc/self/fd/{os.path.basename(path)}"))
 
     def share() -> bool:
         with world():
             return bool(share_memory(100))
 
-    def own_memory() -> str:
-        (found,) = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd") if is_ours(fd)]
-        return found
-
-    def is_ours(fd: str) -> bool:
-        return os.path.exists(f"/proc/self/fd/{fd}") and "memfd:scaling_fl" in os.readlink(f"/proc/self/fd/{fd}")
+    def is_own(path: str) -> bool:
+        return path.startswith(f"/proc/{os.getpid()}/")
 
     assert launch(share, num_ranks=2, fork=True) == [False, False]
     monkeypatch.undo()
-    monkeypatch.setattr(os, "readlink", lambda path: "/home/somebody/log.txt")
+    monkeypatch.setattr(os, "readlink", lambda path: read_link(path) if is_own(path) else "/home/somebody/log.txt")
     assert launch(share, num_ranks=2, fork=True) == [False, False]
     monkeypatch.undo()
     assert launch(share, num_ranks=2, fork=True) == [True, True]
@@ -151,7 +147,7 @@ def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.M
 def test_no_rank_takes_a_part_before_it_is_there() -> None:
     def slow_first_rank() -> str:
         with world():
-            mean = make_mean(2 * PIECE, "exact", torch.device("cpu"))
+            mean = Mean(2 * PIECE, "exact", torch.device("cpu"))
             mean.add(torch.ones(2 * PIECE), torch.zeros(2 * PIECE), Fraction(1, 2))
             if rank() == 0:
                 be_late(mean)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from scaling_fl.distributed.collectives import (
     all_gather,
     all_reduce_,
-    broadcast,
     broadcast_,
     broadcast_bytes,
     bytes_sent,
@@ -33,7 +32,7 @@ def on_ranks(num_ranks: int, work: object) -> list:
 def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
     before = bytes_sent()
     with world():
-        assert (rank(), all_gather("x"), broadcast("y")) == (0, ["x"], "y")
+        assert (rank(), all_gather("x")) == (0, ["x"])
         assert all_reduce_(torch.ones(3)).tolist() == [1, 1, 1]
         assert torch.get_num_threads() == 1
     assert bytes_sent() == before
@@ -45,12 +44,11 @@ def test_ranks_gather_share_and_sum() -> None:
         mine = torch.full((3,), float(rank() + 1))
         return (
             all_gather(f"rank {rank()}"),
-            broadcast(rank() + 5),
             broadcast_(mine.clone()).tolist(),
             all_reduce_(mine).tolist(),
         )
 
-    assert on_ranks(3, work) == [(["rank 0", "rank 1", "rank 2"], 5, [1, 1, 1], [6, 6, 6])] * 3
+    assert on_ranks(3, work) == [(["rank 0", "rank 1", "rank 2"], [1, 1, 1], [6, 6, 6])] * 3
 
 
 def test_every_byte_handed_to_a_collective_is_counted() -> None:
@@ -68,10 +66,7 @@ VALUES = [None, True, 3, 2**80, 0.1, "a 'quoted' é\n", (1, 2), [(), {"a": {3: [
 
 
 def test_values_arrive_as_they_are_and_lengths_may_differ() -> None:
-    def work() -> tuple:
-        return all_gather(VALUES[: 3 * rank()]), broadcast(VALUES if rank() == 0 else None), broadcast(rank(), source=2)
-
-    assert on_ranks(3, work) == [([[], VALUES[:3], VALUES[:6]], VALUES, 2)] * 3
+    assert on_ranks(4, lambda: all_gather(VALUES[: 3 * rank()])) == [[[], VALUES[:3], VALUES[:6], VALUES]] * 4
 
 
 def test_bytes_arrive_from_the_rank_that_has_them() -> None:

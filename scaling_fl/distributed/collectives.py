@@ -16,7 +16,7 @@ from scaling_fl.distributed.signals import PeerLost, check_interrupt
 
 T = TypeVar("T")
 Work = Callable[[Tensor, slice], Tensor]
-MEMORY = "scaling_fl"  # name of shared memory among a process's files
+MEMORY = "scaling_fl"  # first part of the name of shared memory among a process's files
 POLL = 5e-4  # seconds from one check whether a collective is complete to the next
 
 _bytes_sent = 0
@@ -61,7 +61,7 @@ def all_gather(value: T) -> list[T]:
 
     It is sent as the text of a Python literal: numbers, texts, None, and tuples, lists and dicts of them.
     """
-    text = _encode(value)
+    text = torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)
     sizes = torch.zeros(world_size(), dtype=torch.int64)
     sizes[rank()] = len(text)
     all_reduce_(sizes)
@@ -69,7 +69,9 @@ def all_gather(value: T) -> list[T]:
     padded = torch.zeros_like(texts[0])
     padded[: len(text)] = text
     _wait(len(text), dist.all_gather(list(texts), padded, async_op=True))
-    return [_decode(text[:size]) for text, size in zip(texts, sizes.tolist(), strict=True)]
+    return [
+        literal_eval(text[:size].numpy().tobytes().decode()) for text, size in zip(texts, sizes.tolist(), strict=True)
+    ]
 
 
 def check_equal(values: dict[str, Any]) -> None:
@@ -88,25 +90,12 @@ def check_equal(values: dict[str, Any]) -> None:
                 )
 
 
-def broadcast(value: T, source: int = 0) -> T:
-    """Return the `value` of rank `source`, which is of a type that `all_gather` sends, on every rank."""
-    return _decode(broadcast_bytes(lambda: _encode(value).numpy().tobytes(), source))
-
-
 def broadcast_bytes(read: Callable[[], bytes], source: int = 0) -> bytes:
     """Return on every rank what `read` returns on rank `source`."""
     found = read() if rank() == source else b""
     size = int(broadcast_(torch.tensor(len(found)), source))
     data = torch.frombuffer(bytearray(found), dtype=torch.uint8) if found else torch.empty(size, dtype=torch.uint8)
     return broadcast_(data, source).numpy().tobytes()
-
-
-def _encode(value: object) -> Tensor:
-    return torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)
-
-
-def _decode(text: Tensor | bytes) -> Any:
-    return literal_eval((text if isinstance(text, bytes) else text.numpy().tobytes()).decode())
 
 
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
@@ -218,20 +207,19 @@ def share_memory(num_bytes: int) -> list[Tensor]:
     """
     if world_size() == 1 or not is_one_node() or not hasattr(os, "memfd_create"):
         return []
-    file, mark, size = os.memfd_create(MEMORY), os.urandom(16).hex(), max(num_bytes, 32)
-    os.truncate(file, size)
-    os.write(file, mark.encode())
-    names = all_gather((f"/proc/{os.getpid()}/fd/{file}", mark))
-    pieces = []
+    file = os.memfd_create(f"{MEMORY}-{os.urandom(16).hex()}")
+    os.truncate(file, num_bytes)
+    path = f"/proc/{os.getpid()}/fd/{file}"
+    links = all_gather((path, os.readlink(path)))
+    memory = []
     # Where ranks have process ids of their own, as in containers, a path names another file or none; and some systems
     # let no process open another's files.
     with suppress(OSError, RuntimeError):
-        if all(MEMORY in os.readlink(path) for path, _ in names):
-            pieces = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path, _ in names]
-    found = [piece[: len(mark)].numpy().tobytes() for piece in pieces]
-    all_see = all(all_gather(found == [mark.encode() for _, mark in names]))
+        if all(os.readlink(path) == link for path, link in links):
+            memory = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path, _ in links]
+    all_see = all(all_gather(bool(memory)))
     os.close(file)
-    return [piece[:num_bytes] for piece in pieces] if all_see else []
+    return memory if all_see else []
 
 
 def local_first(work: Callable[[], T]) -> T:

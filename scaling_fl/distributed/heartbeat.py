@@ -115,10 +115,19 @@ class Heartbeat:
                 self._reports[rank] = literal_eval(value.decode())
 
     def _check_peers(self) -> None:
-        """Interrupt the main thread if another rank has ended or is lost."""
+        """Interrupt the main thread if another rank has ended or is lost.
+
+        If it does not react, as in a collective of NCCL, end the process.
+        """
         while not self._is_done.wait(BEAT_SECONDS / 4):
-            if self._reports or self._find_silent(self._timeout) or not self._has_store:
-                self._wake()
+            if self._state != ALIVE or not (self._reports or self._find_silent(self._timeout) or not self._has_store):
+                continue
+            if self._wake_time is None:
+                self._wake_time = time.monotonic()
+                signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+            elif time.monotonic() - self._wake_time > KILL_SECONDS:
+                print(f"error: {self._find_cause(is_peer_lost=True)}\n", end="", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _find_silent(self, seconds: float) -> list[int]:
         """Return the ranks without a report and without a heartbeat for so many seconds."""
@@ -128,18 +137,6 @@ class Heartbeat:
             for rank, last_beat in enumerate(self._last_beats)
             if rank != self._rank and rank not in self._reports and now - last_beat > seconds
         ]
-
-    def _wake(self) -> None:
-        """Interrupt the main thread; if it does not react, as in a collective of NCCL, end the process."""
-        if self._state != ALIVE or self._is_done.is_set():
-            return
-        now = time.monotonic()
-        if self._wake_time is None:
-            self._wake_time = now
-            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
-        elif now - self._wake_time > KILL_SECONDS:
-            print(f"error: {self._find_cause(is_peer_lost=True)}\n", end="", file=sys.stderr, flush=True)
-            os._exit(1)
 
     def _on_wake(self, _: int, frame: FrameType | None) -> None:
         if self._wake_time is not None and self._state == ALIVE:

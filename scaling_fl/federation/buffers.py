@@ -125,14 +125,11 @@ class BufferMean:
             ValueError: as for `check`.
         """
         changes = []
-        words = [
-            vector.view(torch.int32) for vector in (global_weights, local_weights)
-        ]  # as NaN is not equal to itself
         for number, slot in enumerate(self._slots):
-            if torch.equal(*(vector[slot.start : slot.end] for vector in words)):
-                continue
             before, after = _elements(slot, global_weights), _elements(slot, local_weights)
             has_moved = _differ(before, after)
+            if not has_moved.any():
+                continue
             wrong = after[has_moved & ~after.double().isfinite()]
             if len(wrong):
                 raise ValueError(
@@ -150,7 +147,7 @@ def _elements(slot: Slot, vector: Tensor) -> Tensor:
 
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
-    """Tell which numbers have not the same bits: bool, of their shape."""
+    """Tell which numbers have not the same bits, as NaN is not equal to itself: bool, of their shape."""
     pair = (elements.view(torch.uint8).view(len(elements), elements.itemsize) for elements in (before, after))
     return torch.ne(*pair).any(1)
 

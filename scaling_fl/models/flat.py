@@ -1,9 +1,12 @@
 """The flat vector: the trained weights of a model and its buffers, end to end."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, combinations
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,52 +108,39 @@ def _each_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def _check_memory(model: nn.Module, shared: dict[str, Tensor]) -> None:
     """Refuse shared tensors whose memory other tensors use, too, as moving them to a vector would separate them."""
     for name, tensor in shared.items():
-        if tensor.requires_grad and not tensor.is_contiguous() and _bytes_of(tensor).sum() < tensor.nbytes:
+        if tensor.requires_grad and not tensor.is_contiguous() and _repeats(tensor):
             raise ValueError(
                 f"{name}: expected memory for each of its elements, got a view in which some are the same, such as an "
                 "expanded tensor. A copy (.clone()) can be trained"
             )
     moved = {id(tensor) for tensor in shared.values()}
-    for before, after in _pairs_that_overlap([*model.named_parameters(), *model.named_buffers()]):
-        if moved & {id(before[1]), id(after[1])}:
+    by_storage: defaultdict[int, list[tuple[str, bool, np.ndarray]]] = defaultdict(list)
+    for name, tensor in _each_once([*model.named_parameters(), *model.named_buffers()]).items():
+        if tensor.layout == torch.strided:
+            item = name, id(tensor) in moved, _addresses(tensor)
+            by_storage[tensor.untyped_storage().data_ptr()].append(item)
+    for before, after in chain.from_iterable(combinations(tensors, 2) for tensors in by_storage.values()):
+        if (before[1] or after[1]) and np.shares_memory(before[2], after[2]):
             raise ValueError(
                 f"{before[0]} and {after[0]}: expected the same tensor, or memory for each, got two tensors that share "
                 "memory. To tie weights assign the parameter itself, not its .data; else make one a copy (.clone())"
             )
 
 
-def _pairs_that_overlap(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, Tensor], ...]]:
-    """Yield tensors, with their names, that are not the same and have a byte in common."""
-    by_storage: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-    for name, tensor in _each_once(named).items():
-        if tensor.layout == torch.strided and tensor.numel():
-            by_storage[tensor.untyped_storage().data_ptr()].append((name, tensor))
-    for tensors in by_storage.values():
-        reaching: list[tuple[str, Tensor]] = []  # that end behind the start of the next
-        for item in sorted(tensors, key=lambda item: item[1].data_ptr()):
-            reaching = [before for before in reaching if _end(before[1]) > item[1].data_ptr()]
-            yield from ((before, item) for before in reaching if _overlap(before[1], item[1]))
-            reaching.append(item)
-
-
-def _overlap(before: Tensor, after: Tensor) -> bool:
-    """Tell whether two tensors of one storage, the first of which starts first, have a byte in common."""
-    taken, others = _bytes_of(before)[after.data_ptr() - before.data_ptr() :], _bytes_of(after)
-    length = min(len(taken), len(others))
-    return bool((taken[:length] & others[:length]).any())
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return which bytes a tensor has, of those from its first to its last: bool (num_bytes,)."""
-    taken = torch.zeros(_end(tensor) - tensor.data_ptr(), dtype=torch.bool)
-    # A dimension of stride 0 repeats the same bytes.
-    dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-    sizes, strides = [size for size, _ in dimensions], [stride * tensor.itemsize for _, stride in dimensions]
-    taken.as_strided([*sizes, tensor.itemsize], [*strides, 1]).fill_(True)
-    return taken
-
-
-def _end(tensor: Tensor) -> int:
-    """Return the address behind a tensor's last element."""
+def _repeats(tensor: Tensor) -> bool:
+    """Tell whether some elements of a tensor are the same memory."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.itemsize
+    places = torch.arange(last + 1).as_strided(tensor.shape, tensor.stride())
+    return len(places.unique()) < tensor.numel()
+
+
+def _addresses(tensor: Tensor) -> np.ndarray:
+    """Return an array at the tensor's addresses, which must not be read, as they may be another device's."""
+    interface = {
+        "version": 3,
+        "typestr": f"|V{tensor.itemsize}",
+        "data": (tensor.data_ptr(), True),
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * tensor.itemsize for stride in tensor.stride()),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -7,10 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from scaling_fl.errors import one_line
@@ -85,14 +84,10 @@ def _weight_names(path: str, **options: Any) -> Iterable[str]:
     """Return the names of the weights in a model's file, or in the index of its files."""
     for name in WEIGHT_FILES:
         file = find_file(path, name, **options)
-        if file is None:
-            continue
-        if name.endswith(".json"):
+        if file is not None and name.endswith(".json"):
             return json.loads(Path(file).read_text())["weight_map"]
-        if name.endswith(".bin"):
-            return torch.load(file, map_location="meta", weights_only=True)
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+        if file is not None:
+            return load_state_dict(file, map_location="meta")
     return ()
 
 

@@ -64,11 +64,11 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
         text_config.pad_token_id = tokenizer.pad_token_id
     model_without_head = load(model, lambda *_, **__: _make_empty(config))
-    positions = _find_positions(model_without_head)
-    if positions is None or positions.padding_idx is None:
+    num_positions, padding = _find_positions(model_without_head)
+    if padding is None:
         # Other models find the end of a text by it. Models like RoBERTa count positions from it: theirs stays.
         text_config.pad_token_id = tokenizer.pad_token_id
-    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), _num_positions(positions)
+    limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), num_positions
     longest = min(limit for limit in limits if limit and limit > 0)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if max_seq_len > longest:
@@ -126,19 +126,16 @@ def _make_empty(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
-def _find_positions(model: nn.Module) -> Any:
-    """Return a model's position embedding, None if it has none. In I-BERT it is not an nn.Embedding."""
+def _find_positions(model: nn.Module) -> tuple[int | None, int | None]:
+    """Return how many tokens a model's position embedding fits, and its padding; None where it has none.
+
+    In I-BERT it is not an nn.Embedding. Models like RoBERTa reserve its first rows for padding.
+    """
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and hasattr(module, "padding_idx"):
-            return module
-    return None
-
-
-def _num_positions(positions: Any) -> int | None:
-    """Return how many tokens a position embedding fits: models like RoBERTa reserve its first rows for padding."""
-    if positions is None:
-        return None
-    return len(positions.weight) - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+            padding: Any = module.padding_idx
+            return len(module.weight) - (0 if padding is None else padding + 1), padding
+    return None, None
 
 
 def _num_embeddings(model: PreTrainedModel) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from scaling_fl.training.metrics import Means
@@ -46,7 +47,7 @@ def try_step(model: nn.Module, batch: Batch) -> float:
     Restores buffers, gradients, modes and random generators; weights do not change.
     """
     device = next(model.parameters()).device
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [(weight, weight.grad) for weight in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     generators = random.getstate(), np.random.get_state()
@@ -56,7 +57,7 @@ def try_step(model: nn.Module, batch: Batch) -> float:
             for weight, _ in gradients:
                 weight.grad = None
             model.train()
-            loss = model(**_to_device(batch, model)).loss
+            loss = functional_call(model, buffers, (), _to_device(batch, model)).loss
             loss.backward()
             return loss.item()
     finally:
@@ -66,9 +67,6 @@ def try_step(model: nn.Module, batch: Batch) -> float:
             module.training = mode
         for weight, gradient in gradients:
             weight.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _to_device(batch: Batch, model: nn.Module) -> Batch:
