@@ -4,11 +4,10 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import datasets
 from datasets import Dataset, load_dataset
@@ -41,13 +40,16 @@ def from_hub(name: str, load: Callable[[str | None], T]) -> T:
     problem = None if os.path.exists(name) or constants.is_offline_mode() else _find_problem()
     if problem is None:
         return _load(load)
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        with _offline():
-            return _load(load)
+        return _load(load)
     except Exception as error:
         raise ConnectionError(
             f"the hub, {constants.ENDPOINT}, does not answer: {problem}; and loading from its cache: {one_line(error)}"
         ) from None
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def load_split(name: str, split: str) -> Dataset:
@@ -79,7 +81,7 @@ def _load(load: Callable[[str | None], T]) -> T:
 
 def _is_of_cache(error: Exception) -> bool:
     """Tell whether the error means that the cache could not be written."""
-    cause = find_os_error(error)
+    cause = _find_os_error(error)
     caches = constants.HF_HOME, constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)
     return cause is not None and (cause.errno in WRITE_ERRORS or str(cause.filename).startswith(caches))
 
@@ -106,16 +108,6 @@ def _find_problem() -> str | None:
     return problems[0] if problems else f"no answer within {seconds:.0f} seconds"
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
 def warn_of_cache(error: Exception, folder: object = None, name: str = "HF_DATASETS_CACHE") -> None:
     """Warn once, on the first rank of a node, that a cache cannot be written.
 
@@ -130,20 +122,17 @@ def warn_of_cache(error: Exception, folder: object = None, name: str = "HF_DATAS
             "%s: expected a folder where the cache can be written, got %r (%s). The run goes on without the cache",
             name if name in os.environ else "HF_HOME",
             str(folder or datasets.config.HF_DATASETS_CACHE),
-            one_line(find_os_error(error) or error),
+            one_line(_find_os_error(error) or error),
         )
     _has_warned = True
 
 
-def find_os_error(error: BaseException | None) -> OSError | None:
-    """Return the error of the operating system that caused another one, None if there is none."""
-    while (found := find_error(error, OSError)) is not None and not found.errno:
-        error = found.__cause__ or found.__context__
-    return found
+def _find_os_error(error: Exception) -> OSError | None:
+    return next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno), None)
 
 
-def find_error(error: BaseException | None, classes: Any) -> Any:
-    """Return the first error of a class among an error and its causes, None if there is none."""
-    while error is not None and not isinstance(error, classes):
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and its causes, the last one first."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error

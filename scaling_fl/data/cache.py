@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
-from scaling_fl.hub import find_error, warn_of_cache
+from scaling_fl.hub import causes, warn_of_cache
 
 T = TypeVar("T")
 Row = tuple[str | None, ...]
@@ -51,7 +51,7 @@ def cached(rows: Dataset, work: Callable[[Dataset], T]) -> T:
     try:
         return work(rows)
     except Exception as error:
-        if not rows.cache_files or find_error(error, (OSError, pa.ArrowException)) is None:
+        if not (rows.cache_files and any(isinstance(cause, OSError | pa.ArrowException) for cause in causes(error))):
             raise
         table = rows.flatten_indices(keep_in_memory=True).data.table
         # Datasets writes beside the file that rows have: the same rows without one stay in memory.

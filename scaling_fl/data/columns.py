@@ -13,31 +13,22 @@ NOT_UTF8 = "expected UTF-8, got an {}. Save the file as UTF-8"
 KEYS = ("text_column", "label_column")  # the settings that name them
 
 
-class ColumnError(Exception):
+class ColumnError(ValueError):
     """A file lacks a column that is to be read."""
 
-    def __init__(self, column: str, names: Iterable[str]) -> None:
-        super().__init__(column)
-        self.column, self.names = column, tuple(names)
 
-    def sentence(self, path: str, columns: Sequence[str]) -> str:
-        """Return the error of a file, given its path and the columns that are to be read."""
-        key = KEYS[columns.index(self.column)]
-        return f"{key}: expected a column of {path!r} ({preview(map(repr, self.names))}), got {self.column!r}"
-
-
-def find_columns(columns: Columns | None, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns to read: those given, or all.
+def find_columns(columns: Columns | None, names: Sequence[str], place: str) -> tuple[str, ...]:
+    """Return the columns to read: those given, or all that the file at a place has.
 
     Raises:
         ColumnError: one is not in the file.
         ValueError: the file has one several times.
     """
-    found = tuple(dict.fromkeys(columns)) if columns else tuple(names)
     counts = Counter(names)
-    for column in found:
+    for key, column in zip(KEYS, columns or (), strict=False):
         if not counts[column]:
-            raise ColumnError(column, names)
+            raise ColumnError(f"{key}: expected a column of {place!r} ({preview(map(repr, names))}), got {column!r}")
+    found = columns or tuple(names)
     twice = sorted({column for column in found if counts[column] > 1})
     if twice:
         raise ValueError(f"expected each column once, got several called {', '.join(twice)}. Rename them")

@@ -32,7 +32,7 @@ def read_csv(path: str, columns: Columns | None, names: Sequence[str]) -> Iterat
         names: of the columns where there is no header. A header with the columns to read is used where there is one.
     """
     head = _find_head(path, columns, names)
-    used = find_columns(columns, head.names)
+    used = find_columns(columns, head.names, path)
     yield used
     places = [head.names.index(column) for column in used]
     number = 0
@@ -51,10 +51,10 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
     """Read the header: by the separator that the file's name promises, or by another one that finds the columns."""
     wanted = set(columns or names)
     promised = "\t" if TABS.search(path) else ","
-    others = [separator for separator in SEPARATORS if separator != promised]
+    separators = sorted(SEPARATORS, key=promised.__ne__) if wanted else [promised]
     heads: list[tuple[int, list[str]]] = []
     problem: ValueError | None = None  # of the promised separator; an error of others only means that they do not fit
-    for separator in (promised, *others) if wanted else (promised,):
+    for separator in separators:
         try:
             line, row = next(_rows(path, separator), (0, []))
         except ValueError as error:
@@ -138,21 +138,15 @@ def _is_plain(path: str, separator: str) -> bool:
     """
     if separator != "\t":
         return False
-    tabs, num_lines, has_quotes = set(), 0, False
     with open_text(path) as file:
-        for line in filter(str.strip, file):
-            tabs.add(line.count(separator))
-            num_lines += 1
-            has_quotes = has_quotes or '"' in line
-            if len(tabs) > 1:
-                return False
-    if not has_quotes:
-        return True
+        tabs = Counter(line.count(separator) for line in file if line.strip())
+    if len(tabs) > 1:
+        return False
     try:
         widths = Counter(len(row) - 1 for _, row in _rows(path, separator))
     except ValueError:
         return True
-    if widths.total() < num_lines and set(widths) == tabs:
+    if widths.total() < tabs.total() and widths.keys() == tabs.keys():
         raise ValueError(
             "expected quotes of one kind, got some that stand for themselves or enclose several rows. Save it as CSV"
         )

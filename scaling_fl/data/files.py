@@ -51,8 +51,8 @@ def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = N
         if filesystem.size(inner) == 0:
             raise ValueError("expected rows, got an empty file")
         return store(fsspec.utils.tokenize(VERSION, filesystem.info(inner), columns, list(names)), rows)
-    except ColumnError as error:
-        raise ValueError(error.sentence(path, columns or [error.column])) from None
+    except ColumnError:
+        raise
     except Exception as error:
         ours = "" if type(error) is ValueError else f"expected {kind}, got an error: "
         raise ValueError(f"{path!r}: {ours}{reason(error)}") from error

@@ -1,7 +1,6 @@
 """Rows of JSON Lines, or of a list in JSON, one at a time: a string stays that string, a number all its digits."""
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -11,7 +10,7 @@ from scaling_fl.data.labels import as_number, as_text
 
 CHUNK = 2**20  # characters that are read at once
 NEAR = 16  # characters before the end of a chunk where an error may be a cut
-SPACE = re.compile(r"[ \t\r\n]*")
+SPACE = " \t\r\n"
 NO_OBJECT = 'row {}: expected an object such as {{"text": "...", "label": "..."}} in UTF-8, got another value'
 TWICE = object()  # the value of a field that a row has twice
 KINDS = {bool: "True or False", list: "a list", dict: "a record"}
@@ -49,7 +48,7 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise ValueError(NO_OBJECT.format(number))
             if number == 1:
-                used = find_columns(columns, columns or tuple(row))
+                used = find_columns(columns, columns or tuple(row), path)
                 yield used
             seen |= dict.fromkeys(row)
             fields = tuple(_field(row.get(name), name, number, columns) for name in used)
@@ -57,7 +56,7 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
             yield fields
     if not seen:
         raise ValueError("expected a row, got none")
-    find_columns(columns, tuple(seen))
+    find_columns(columns, tuple(seen), path)
 
 
 def _field(value: Any, name: str, number: int, columns: Columns | None) -> str | None:
@@ -82,13 +81,12 @@ def _values(file: TextIO) -> Iterator[Any]:
     def peek() -> str:
         """Move to the next character that is no space and return it, "" at the end."""
         nonlocal text, at
-        at = _end_of_space(text, at)
-        while at == len(text):
-            text = file.read(CHUNK)
-            at = _end_of_space(text, 0)
-            if not text:
-                return ""
-        return text[at]
+        while True:
+            if at == len(text):
+                text, at = file.read(CHUNK), 0
+            if not text or text[at] not in SPACE:
+                return text[at : at + 1]
+            at += 1
 
     def value() -> Any:
         nonlocal text, at, number
@@ -107,10 +105,10 @@ def _values(file: TextIO) -> Iterator[Any]:
 
     is_list = peek() == "["
     at += is_list
-    if peek() not in ("{", "]" if is_list else ""):
+    mark, end = peek(), "]" if is_list else ""
+    if mark not in ("{", end):
         raise ValueError(NO_OBJECT.format(1))
-    mark = peek()
-    while mark != ("]" if is_list else ""):
+    while mark != end:
         yield value()
         mark = peek()
         if is_list and mark not in (",", "]"):
@@ -120,8 +118,3 @@ def _values(file: TextIO) -> Iterator[Any]:
         at += 1
         if peek():
             raise ValueError("expected one list, got more after it")
-
-
-def _end_of_space(text: str, start: int) -> int:
-    match = SPACE.match(text, start)
-    return match.end() if match else start

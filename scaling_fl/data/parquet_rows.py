@@ -26,9 +26,9 @@ def read_parquet(path: str, columns: Columns | None) -> Iterator[Row]:
         if table.metadata.num_rows == 0:
             raise ValueError("expected a row, got none")
         schema = table.schema_arrow
-        used = find_columns(columns, schema.names)
-        if columns and not is_text(kind := schema.field(columns[0]).type):
-            raise ValueError(f"{KEYS[0]}={columns[0]!r}: expected texts, got {kind!s:.80}")
+        used = find_columns(columns, schema.names, path)
+        if columns:
+            check_texts(schema, columns[0])
         yield used
         classes = {name: _class_names(schema, name) for name in used}
         for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
@@ -42,11 +42,22 @@ def _fields(column: pa.Array, name: str, classes: Sequence[str] | None) -> list[
         raise ValueError(f"{KEYS[1]}={name!r}: expected texts or numbers, got {column.type!s:.80}") from None
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Tell whether values of a type of Arrow are texts, or missing."""
-    kind = getattr(kind, "storage_type", kind)  # of an extension
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
+def check_texts(schema: pa.Schema, name: str) -> None:
+    """Check that the values of a column are texts, or missing.
+
+    Raises:
+        ValueError: they are of another type.
+    """
+    kind = schema.field(name).type
+    plain = _plain(kind)
+    if not any(is_(plain) for is_ in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)):
+        raise ValueError(f"{KEYS[0]}={name!r}: expected texts, got {kind!s:.80}")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values of an extension or a dictionary."""
+    kind = getattr(kind, "storage_type", kind)
+    return kind.value_type if types.is_dictionary(kind) else kind
 
 
 def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None = None) -> list[str | None]:
@@ -60,23 +71,17 @@ def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None =
         TypeError: they are bytes, lists or records.
         ValueError: there is no such class.
     """
-    kind = column.type
-    if isinstance(kind, pa.BaseExtensionType):
-        return as_texts(column.cast(kind.storage_type), classes)
-    if types.is_dictionary(kind):
-        return as_texts(column.cast(kind.value_type), classes)
-    # As a number of Python, 0.1 in 32 bits would be 0.10000000149011612.
-    is_short = types.is_float16(kind) or types.is_float32(kind)
+    column = column.cast(_plain(column.type))
     values: list[Any] = column.to_pylist()
-    if is_short:
+    if types.is_float16(column.type) or types.is_float32(column.type):
+        # As a number of Python, 0.1 in 32 bits would be 0.10000000149011612.
         values = [float(str(value)) for value in column.to_numpy(zero_copy_only=False)]
     if not classes:
         return [as_text(value) for value in values]
-    values = [None if value is None or value < 0 else value for value in values]
-    unknown = next((value for value in values if value is not None and value >= len(classes)), None)
-    if unknown is not None:
-        raise ValueError(f"expected labels of {len(classes)} classes from 0, got class {unknown}")
-    return [None if value is None else classes[value] for value in values]
+    unknown = [value for value in values if value is not None and value >= len(classes)]
+    if unknown:
+        raise ValueError(f"expected labels of {len(classes)} classes from 0, got class {unknown[0]}")
+    return [None if value is None or value < 0 else classes[value] for value in values]
 
 
 def _class_names(schema: pa.Schema, name: str) -> Sequence[str] | None:

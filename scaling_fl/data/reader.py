@@ -9,7 +9,7 @@ from fsspec.utils import tokenize
 from scaling_fl.data.cache import cached, mapped
 from scaling_fl.data.columns import KEYS, ColumnError, Columns, find_columns
 from scaling_fl.data.labels import NUMBER, check_alike, label_name, settle_labels
-from scaling_fl.data.parquet_rows import as_texts, is_text
+from scaling_fl.data.parquet_rows import as_texts, check_texts
 from scaling_fl.data.tasks import find_task, name_labels
 from scaling_fl.data.tasks.task import Task
 from scaling_fl.errors import preview
@@ -108,17 +108,16 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         ValueError: there is no such column, no row, a row without a label or text, or a label that is not known.
     """
     try:
-        find_columns(columns, table.column_names)
-    except ColumnError as error:
-        raise ValueError(error.sentence(place, columns)) from None
+        find_columns(columns, table.column_names, place)
+        check_texts(table.data.schema, columns[0])
+    except ColumnError:
+        raise
     except ValueError as error:
         raise ValueError(f"{place!r}: {error}") from None
     if len(table) == 0:
         raise ValueError(f"{place!r}: expected one row or more, got none")
     rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, ("text", "label"), strict=True)))
-    kind, feature = rows.data.schema.field("text").type, rows.features["label"]
-    if not is_text(kind):
-        raise ValueError(f"{place!r}: {KEYS[0]}={columns[0]!r}: expected texts, got {kind!s:.80}")
+    feature = rows.features["label"]
     if not isinstance(feature, Value | ClassLabel):
         raise ValueError(
             f"{place!r}: {KEYS[1]}={columns[1]!r}: expected texts alone or numbers alone, got lists, records or "

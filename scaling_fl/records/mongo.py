@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Any
@@ -59,30 +58,27 @@ class Mongo(MongoObserver):
         if self._before and not is_resumed:  # it starts from round 0
             self.metrics.delete_many({"run_id": self._before["_id"]})
             self._before.pop("info", None)
-        self.overwrite = deepcopy(self._before) or None
+        self.overwrite = {key: value for key, value in self._before.items() if key not in END_FIELDS} or None
         return super().started_event(**{**event, "_id": None})
 
     def _claim(self) -> None:
         unchanged = {key: self._before.get(key) for key in ("_id", "status", "heartbeat")}
         now = datetime.now(UTC)
-        if self.runs.update_one(unchanged, {"$set": {"status": "RUNNING", "heartbeat": now}}).matched_count == 0:
+        claim = {"$set": {"status": "RUNNING", "heartbeat": now}, "$unset": dict.fromkeys(END_FIELDS, "")}
+        if self.runs.update_one(unchanged, claim).matched_count == 0:
             raise SystemExit(
                 f"error: run {self._before['_id']} in MongoDB was taken over by another process of the same job"
             )
 
     def insert(self) -> None:
-        """Write the document at the start, with the fields of the resumed run and without an end."""
-        before = {key: value for key, value in self._before.items() if key in RESUMED_FIELDS}
-        before["heartbeat"] = datetime.now(UTC)
-        self.run_entry = {key: value for key, value in self.run_entry.items() if key not in END_FIELDS} | before
+        """Write the document at the start, with the fields of the resumed run."""
+        self.run_entry |= {key: value for key, value in self._before.items() if key in RESUMED_FIELDS}
+        self.run_entry["heartbeat"] = datetime.now(UTC)
         super().insert()
-        if self._before:
-            self.runs.update_one({"_id": self.run_entry["_id"]}, {"$unset": dict.fromkeys(END_FIELDS, "")})
 
     def heartbeat_event(self, **event: Any) -> None:
         """Save the changes, after the information and output from before the run was resumed."""
-        before = {**self._before.get("info", {}), **self.run_entry.get("info", {})}
-        info = {**before, **event["info"]}
+        info = {**self.run_entry["info"], **event["info"]}
         output = self._before.get("captured_out", "") + event["captured_out"]
         super().heartbeat_event(**{**event, "info": info, "captured_out": output})
 
