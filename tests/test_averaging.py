@@ -56,7 +56,7 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
 
 
 @pytest.mark.parametrize(("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), (3 * PIECE + 17, 1.0)])
-def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest: float) -> None:
+def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size: int, largest: float) -> None:
     runs = [
         launch(means, size, "exact", share_it, largest, num_ranks=num_ranks, fork=True)
         for num_ranks, share_it in [(1, True), (2, True), (2, False), (4, True)]
@@ -79,7 +79,7 @@ def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest
 
 
 @pytest.mark.parametrize("largest", [1.0, 100.0])
-def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
+def test_ranks_without_sites_change_no_bit_of_the_mean(largest: float) -> None:
     """The second of four sites is refused, and the fourth rank has none."""
     size = 3 * PIECE + 1  # so that the fourth rank has a part of the mean
 
@@ -102,7 +102,7 @@ def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
 
 
 @pytest.mark.parametrize("share_it", [True, False])
-def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
+def test_a_float32_mean_equals_a_mean_computed_in_float32(share_it: bool) -> None:
     size = 2 * PIECE + 5
     (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2, fork=True)
     weights = global_weights(size, 1.0)
@@ -110,7 +110,7 @@ def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
     assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
 
 
-def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name() -> None:
+def test_shared_memory_is_written_by_one_rank_read_by_all_and_unnamed() -> None:
     def write_and_read() -> list[list[int]]:
         with world():
             pieces = share_memory(3)
@@ -124,7 +124,7 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
     assert launch(write_and_read, num_ranks=1, fork=True) == [[]]
 
 
-def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where ranks are in containers that number their processes each for itself."""
     open_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda _, **options: open_file(own_memory(), **options))
@@ -148,7 +148,7 @@ def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.M
     assert launch(share, num_ranks=2, fork=True) == [True, True]
 
 
-def test_no_rank_takes_a_part_before_it_is_there() -> None:
+def test_no_rank_reads_a_part_of_the_mean_before_it_is_written() -> None:
     def slow_first_rank() -> str:
         with world():
             mean = make_mean(2 * PIECE, "exact", torch.device("cpu"))

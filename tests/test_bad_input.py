@@ -142,9 +142,7 @@ def sentence_of(result: tuple[int, str]) -> str:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_sentence_and_nothing_is_written_over(
-    name: str, command: Command, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_clear_sentence_and_overwrites_nothing(name: str, command: Command, tmp_path: Path) -> None:
     bad = BAD[name]
     write(tmp_path, bad.files)
     before = contents(tmp_path)
@@ -158,7 +156,7 @@ def test_bad_input_is_one_clear_sentence_and_nothing_is_written_over(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_one_clear_sentence(command: Command, tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_one_clear_sentence(command: Command, tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": ROWS, "checkpoints/round-1.pt": b""})
     for name in ("t.csv", "checkpoints/round-1.pt"):
         (tmp_path / name).chmod(0)
@@ -185,13 +183,13 @@ def test_a_text_without_a_token_is_one_clear_sentence(command: Command, tmp_path
 HUGE = [b"x" * 3_000_000, b'"' + b"goal, " * 10_000 + b'"', b""]
 
 
-def test_texts_of_megabytes_and_texts_of_nothing_are_texts(command: Command, tmp_path: Path) -> None:
+def test_very_long_texts_and_empty_texts_are_accepted(command: Command, tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": ROWS + b"".join(text + b",sport\n" for text in HUGE)})
     output = succeed(command(train_path="t.csv", test_path="t.csv", num_rounds=1))
     assert "11 examples to train on" in output
 
 
-def test_a_label_that_the_output_has_no_code_for_is_escaped(
+def test_a_label_that_the_output_encoding_lacks_is_escaped(
     tmp_path: Path, small_run: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["\U0001f600 <b>s\xe4d</b>", "a/b\nc"]
@@ -326,12 +324,12 @@ NOT_OURS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
-def test_what_is_no_whole_checkpoint_is_not_read(name: str, scratch: Path, small: bytes) -> None:
+def test_an_invalid_checkpoint_is_not_read(name: str, scratch: Path, small: bytes) -> None:
     assert read_or_refuse(NOT_OURS[name](small), None)
 
 
 @pytest.mark.parametrize("name", ["empty", "a flipped bit in a weight", "a text", "a pickle that runs code"])
-def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
+def test_an_invalid_checkpoint_is_one_clear_sentence_and_stays_unchanged(
     name: str, command: Command, tmp_path: Path, small: bytes
 ) -> None:
     write(tmp_path, {"checkpoints/round-7.pt": NOT_OURS[name](small)})
@@ -344,7 +342,7 @@ def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_traps_are_traps(scratch: Path) -> None:
+def test_the_traps_run_code_when_pickle_reads_them(scratch: Path) -> None:
     for name in ("a pickle that runs code", "an old pickle that runs code", "code by name"):
         pickle.loads(NOT_OURS[name](b""))
         Path("sprung").rmdir()
@@ -362,7 +360,7 @@ def test_a_checkpoint_cut_at_any_kilobyte_is_refused(scratch: Path, tmp_path: Pa
 
 @given(where=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=250)
-def test_a_checkpoint_with_flipped_bits_is_the_same_or_refused(
+def test_a_checkpoint_with_flipped_bits_is_read_correctly_or_refused(
     small: bytes, scratch: Path, where: list[tuple[float, int]]
 ) -> None:
     content = small
@@ -378,7 +376,7 @@ def state_of(content: bytes) -> dict:
     return state
 
 
-def test_a_whole_checkpoint_is_what_was_saved(small: bytes, scratch: Path) -> None:
+def test_a_checkpoint_is_restored_as_it_was_saved(small: bytes, scratch: Path) -> None:
     state = state_of(small)
     assert read_or_refuse(small, state) == ""
     assert (state["round"], state["history"], state["settings"]) == (1, HISTORY, SETTINGS)
@@ -397,7 +395,7 @@ def test_a_whole_checkpoint_is_what_was_saved(small: bytes, scratch: Path) -> No
     )
 )
 @settings(deadline=None, max_examples=200)
-def test_bytes_of_any_kind_are_no_checkpoint_and_run_no_code(
+def test_random_bytes_are_refused_as_a_checkpoint_and_run_no_code(
     small: bytes, scratch: Path, pieces: list[bytes | tuple[float, float]]
 ) -> None:
     def piece(part: bytes | tuple[float, float]) -> bytes:

@@ -100,7 +100,7 @@ def test_a_bad_setting_is_one_clear_sentence(refuse: Callable[..., str], words: 
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_host_that_is_none_is_one_clear_sentence_without_the_password(
+def test_an_invalid_host_is_one_clear_sentence_without_the_password(
     refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     for name, value in (("HOST", host), ("USER", "so me@:/%$"), ("PASSWORD", "s@cr:e/t%$")):

@@ -276,7 +276,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_table_is_one_clear_sentence_and_stays_as_it_is(name: str, here: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bad_table_is_one_clear_sentence_and_stays_unchanged(name: str, here: dict[str, Any], tmp_path: Path) -> None:
     bad = BAD[name]
     write(tmp_path, bad.files)
     sentence = refusal(lambda: read({**here, **bad.settings}))
@@ -296,6 +296,6 @@ def test_a_url_whose_package_is_missing_names_the_package(here: dict[str, Any], 
     assert re.search(rf"[Ii]nstall.*{package}|{package}.*install", sentence)
 
 
-def test_nan_among_words_is_a_word(here: dict[str, Any], tmp_path: Path) -> None:
+def test_nan_among_labels_that_are_words_is_a_label(here: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": b"text,label\n" + b"goal,nan\nchip,en\n" * 4})
     assert read({**here, "train_path": "t.csv", "test_path": "t.csv"}) == ("en", "nan")

@@ -108,7 +108,7 @@ def empty(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [lose, replace_by_a_file, cut, empty])
-def test_a_cache_that_is_lost_halfway_changes_no_token(
+def test_a_cache_that_is_removed_during_use_changes_no_token(
     harm: Callable[[Path], None], corpus_of: Callable, tiny_model: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = corpus_of()
@@ -118,7 +118,7 @@ def test_a_cache_that_is_lost_halfway_changes_no_token(
     assert len(caplog.records) <= 1
 
 
-def test_a_file_of_the_cache_that_lacks_its_end_is_made_again(folder: Path) -> None:
+def test_a_truncated_cache_file_is_written_again(folder: Path) -> None:
     rows = [("text",), *((str(i),) for i in range(250))]
     assert cache.store("key", lambda: iter(rows))["text"][:] == [str(i) for i in range(250)]
     (file,) = folder.rglob("*.arrow")
@@ -133,7 +133,7 @@ def test_a_file_of_the_cache_that_lacks_its_end_is_made_again(folder: Path) -> N
     assert file.read_bytes() == whole
 
 
-def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
+def test_an_error_of_a_file_is_not_reported_as_an_error_of_the_cache(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "t.csv").write_text("stars,text\n1,a\n2\n")
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
     assert not list(folder.rglob("rows*"))
 
 
-def test_a_run_goes_on_without_the_cache_and_says_so_once(command: Command, folder: Path) -> None:
+def test_a_run_continues_without_the_cache_and_warns_once(command: Command, folder: Path) -> None:
     with_cache = succeed(command("--unobserved", num_rounds=1, ranks=2))
     shutil.rmtree(folder)
     folder.write_text("")
@@ -179,7 +179,7 @@ def silent_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
-def test_a_hub_that_does_not_answer_is_said_at_once(
+def test_a_hub_that_does_not_answer_is_reported_at_once(
     is_silent: bool, online: Callable[[int], None], silent_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = silent_port if is_silent else 9
@@ -210,7 +210,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_waits_for_a_slow_hub(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 20.0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever).start()
@@ -220,7 +220,7 @@ def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
-def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
+def test_a_download_that_the_hub_cache_cannot_store_goes_to_a_temporary_folder(
     number: int, tiny_model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     used = []
@@ -242,7 +242,7 @@ def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
 
 
 @pytest.mark.parametrize("error", [OSError("no such model"), PermissionError(errno.EACCES, "no", "/some/model")])
-def test_an_error_that_is_not_of_the_cache_is_not_tried_again(error: OSError) -> None:
+def test_an_error_outside_the_cache_is_not_retried(error: OSError) -> None:
     used = []
 
     def load(folder: str | None) -> None:

@@ -66,7 +66,7 @@ def results(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
+def test_a_run_whose_ranks_are_killed_ends_with_the_result_of_the_uninterrupted_run(
     results: dict[str, tuple[Result, Result]], strategy: str
 ) -> None:
     alone, killed = results[strategy]
@@ -77,7 +77,7 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
     assert killed.metrics["train.loss"][0] == list(range(1, NUM_ROUNDS + 1))
 
 
-def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result, Result]]) -> None:
+def test_ranks_are_killed_often_and_in_different_phases(results: dict[str, tuple[Result, Result]]) -> None:
     kills = [kill for _, killed in results.values() for kill in killed.kills]
     assert len(kills) >= 20
     # The phase depends on the machine: a kill planned for the optimiser's step may come in a collective.
@@ -90,7 +90,7 @@ def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result
     assert len({alone.weights for alone, _ in results.values()}) == len(STRATEGIES), "a strategy does not act"
 
 
-def test_a_run_that_is_interrupted_at_random_moments_ends_as_one_that_was_left_alone(
+def test_a_run_interrupted_at_random_moments_ends_with_the_result_of_the_uninterrupted_run(
     results: dict[str, tuple[Result, Result]], settings: dict[str, object], tmp_path: Path
 ) -> None:
     alone, _ = results["fedadam"]
@@ -99,7 +99,7 @@ def test_a_run_that_is_interrupted_at_random_moments_ends_as_one_that_was_left_a
     assert len(stopped.stops) == 2
 
 
-def test_the_federation_of_the_benchmark_is_that_of_the_command(
+def test_the_benchmark_runs_the_same_federation_as_the_command(
     results: dict[str, tuple[Result, Result]], settings: dict[str, object], command: Command
 ) -> None:
     output = succeed(command(**settings, strategy="diloco"))

@@ -43,7 +43,7 @@ def put_csv(content: bytes) -> str:
 
 @given(data=st.data(), names=NAMES, is_all_quoted=st.booleans(), has_mark=st.booleans())
 @settings(deadline=None, max_examples=120)
-def test_fields_come_back_as_python_wrote_them(
+def test_fields_are_read_as_python_wrote_them(
     data: st.DataObject, names: list[str], is_all_quoted: bool, has_mark: bool
 ) -> None:
     rows = data.draw(st.lists(st.lists(FIELDS, min_size=len(names), max_size=len(names)), min_size=1, max_size=5))
@@ -93,7 +93,7 @@ ENCODINGS = st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "latin-1", 
 @example(content=b"a,b\nc\n")
 @example(content=b"a,b\nc,d,e\n")
 @settings(deadline=None, max_examples=300)
-def test_bytes_of_any_kind_are_the_rows_that_python_reads_or_refused(content: bytes) -> None:
+def test_random_bytes_are_read_as_python_reads_them_or_refused(content: bytes) -> None:
     rows, name = rows_of(content), put_csv(content)
     if not is_table(rows):
         assert repr(name) in refusal(lambda: read_table(name))

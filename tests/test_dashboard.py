@@ -51,7 +51,7 @@ def dashboard(mongo: dict[str, str], command: Command, tmp_path: Path) -> Iterat
         print(output.read_text())
 
 
-def test_the_dashboard_shows_a_run_to_this_machine_alone_and_its_password_nowhere(
+def test_the_dashboard_shows_a_run_on_this_machine_only_and_never_its_password(
     dashboard: tuple[int, Path], tmp_path: Path
 ) -> None:
     if BROWSER is None:

@@ -107,7 +107,7 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     wait_until(lambda: not is_open(free_port), "left the port")
 
 
-def test_a_debugger_that_leaves_lets_the_run_go_on(program: Callable[..., Program], free_port: int) -> None:
+def test_a_run_continues_after_its_debugger_disconnects(program: Callable[..., Program], free_port: int) -> None:
     running = program({})
     running.says("waits for a debugger")
     with Debugger(free_port) as debugger:
@@ -118,7 +118,7 @@ def test_a_debugger_that_leaves_lets_the_run_go_on(program: Callable[..., Progra
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_ended_while_it_waits_leaves_nothing_behind(
+def test_a_run_that_is_ended_while_it_waits_for_a_debugger_leaves_no_process(
     program: Callable[..., Program], free_port: int, number: int
 ) -> None:
     running = program({})
@@ -137,9 +137,7 @@ def test_a_run_that_is_ended_while_it_waits_leaves_nothing_behind(
         ({"DEBUG_PORT": "99999"}, "DEBUG_PORT: expected a free port, got 127.0.0.1:99999 (invalid port number)"),
     ],
 )
-def test_a_debugger_that_cannot_be_waited_for_is_one_sentence(
-    command: Command, env: dict[str, str], sentence: str
-) -> None:
+def test_an_unusable_debugger_setting_is_one_sentence(command: Command, env: dict[str, str], sentence: str) -> None:
     assert command(env={"DEBUG": "1", **env}) == (1, f"error: {sentence}\n")
 
 

@@ -56,7 +56,7 @@ def test_kubernetes_has_each_field_of_the_pods_that_the_operator_makes(replica: 
     assert kubernetes_validate.validate(pod, version, strict=True) == version
 
 
-def test_the_validator_says_no_to_a_field_that_is_not_there() -> None:
+def test_the_validator_refuses_an_unknown_field() -> None:
     job = copy.deepcopy(JOB)
     job["spec"]["template"]["spec"]["containers"][0]["privilege"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="privilege"):
@@ -86,7 +86,7 @@ def test_the_operator_has_each_field_of_the_pytorchjob() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_pod_may_do_no_more_than_it_must(template: dict[str, Any]) -> None:
+def test_a_pod_has_only_the_rights_that_it_needs(template: dict[str, Any]) -> None:
     pod = template["spec"]
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -100,7 +100,7 @@ def test_a_pod_may_do_no_more_than_it_must(template: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_credentials_come_from_a_secret_alone(template: dict[str, Any]) -> None:
+def test_credentials_come_only_from_a_secret(template: dict[str, Any]) -> None:
     (container,) = template["spec"]["containers"]
     assert [list(source) for source in container["envFrom"]] == [["secretRef"]]
     secret = re.compile("HOST|USER|PASSWORD|TOKEN|KEY|CREDENTIAL|mongodb|://[^ ]*@")
@@ -110,7 +110,7 @@ def test_credentials_come_from_a_secret_alone(template: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("manifest", "template"), [("kubernetes.yaml", "Job"), ("pytorchjob.yaml", "Worker")])
-def test_only_the_ranks_reach_the_ranks(manifest: str, template: str) -> None:
+def test_only_ranks_can_connect_to_ranks(manifest: str, template: str) -> None:
     labels = TEMPLATES[template]["metadata"]["labels"]
     policy = OBJECTS[manifest, "NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress"]
@@ -121,7 +121,7 @@ def test_only_the_ranks_reach_the_ranks(manifest: str, template: str) -> None:
 # What belongs together.
 
 
-def test_the_first_pod_of_the_job_has_the_name_that_the_others_look_for() -> None:
+def test_the_first_pod_of_the_job_has_the_name_that_the_other_pods_resolve() -> None:
     service = OBJECTS["kubernetes.yaml", "Service"]
     pod = JOB["spec"]["template"]
     assert service["spec"]["clusterIP"] == "None"
@@ -132,7 +132,7 @@ def test_the_first_pod_of_the_job_has_the_name_that_the_others_look_for() -> Non
     assert f"--master-addr={JOB['metadata']['name']}-0.{service['metadata']['name']}" in args
 
 
-def test_the_job_starts_all_its_nodes_at_once_and_each_has_its_settings() -> None:
+def test_the_job_starts_all_nodes_at_once_with_the_settings_of_each() -> None:
     num_nodes = JOB["spec"]["completions"]
     assert JOB["spec"]["completionMode"] == "Indexed"
     assert JOB["spec"]["parallelism"] == num_nodes
@@ -143,7 +143,7 @@ def test_the_job_starts_all_its_nodes_at_once_and_each_has_its_settings() -> Non
 
 
 @pytest.mark.parametrize(("manifest", "template"), [("kubernetes.yaml", "Job"), ("pytorchjob.yaml", "Worker")])
-def test_what_a_pod_mounts_is_there(manifest: str, template: str) -> None:
+def test_every_volume_that_a_pod_mounts_is_defined(manifest: str, template: str) -> None:
     pod = TEMPLATES[template]["spec"]
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -344,7 +344,7 @@ def wait_for(path: Path) -> None:
 TRAINS_FOR_EVER = "trap 'echo >>ended; exit 143' TERM; echo >>started-$SLURM_NODEID; while :; do sleep 0.1; done"
 
 
-def test_a_job_whose_time_is_up_ends_its_ranks_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_ends_its_ranks_and_is_requeued(tmp_path: Path) -> None:
     process = start_slurm(tmp_path, TRAINS_FOR_EVER)
     wait_for(tmp_path / "started-0")
     wait_for(tmp_path / "started-1")
@@ -357,14 +357,14 @@ def test_a_job_whose_time_is_up_ends_its_ranks_and_goes_back_into_the_queue(tmp_
     assert calls(tmp_path)[1:] == [f"scancel --signal=TERM {job}", f"requeue {job}"]
 
 
-def test_a_run_that_failed_is_a_failed_job_and_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_failed_run_is_a_failed_job_and_is_not_requeued(tmp_path: Path) -> None:
     process = start_slurm(tmp_path, "exit 41")
     process.communicate(timeout=30)
     assert process.returncode == 41
     assert calls(tmp_path) == ["show hostnames n[1-2]"]
 
 
-def test_slurm_is_asked_for_what_the_batch_file_counts_on() -> None:
+def test_the_batch_file_requests_the_slurm_options_that_it_needs() -> None:
     options = dict(re.findall("^#SBATCH --([a-z-]+)(?:=(.*))?$", SLURM.read_text(), re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert options["signal"].startswith("B:USR1@")
@@ -373,12 +373,12 @@ def test_slurm_is_asked_for_what_the_batch_file_counts_on() -> None:
     assert options["open-mode"] == "append"  # what it printed before it was requeued stays
 
 
-def test_bash_can_read_the_batch_file() -> None:
+def test_bash_parses_the_batch_file() -> None:
     subprocess.run(["bash", "-n", SLURM], check=True)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_reports_nothing() -> None:
     subprocess.run(["shellcheck", SLURM], check=True)
 
 
@@ -392,7 +392,7 @@ def test_the_page_explains_each_file_and_its_links_lead_to_files() -> None:
     assert all((ROOT / "docs" / link).exists() for link in links), links
 
 
-def test_bash_can_read_each_command_of_the_page() -> None:
+def test_bash_parses_each_command_of_the_page() -> None:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL)
     assert len(blocks) > 10
     for block in blocks:

@@ -18,6 +18,7 @@ from scaling_fl.records import checkpoint
 
 pytestmark = pytest.mark.long
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
+WAITS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"  # of torchrun, seconds and a count
 PATIENCE = 150.0  # seconds after which torchrun hangs
 SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}
 SETTINGS |= {"num_local_epochs": 4, "num_rounds": 12, "report": False}
@@ -112,7 +113,7 @@ def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
         time.sleep(0.02)
 
 
-def test_torchrun_starts_ranks_again_however_often_they_are_killed(
+def test_torchrun_restarts_killed_ranks_and_the_weights_are_those_of_the_uninterrupted_run(
     torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path
 ) -> None:
     expected = alone(12)
@@ -132,7 +133,7 @@ def test_torchrun_starts_ranks_again_however_often_they_are_killed(
 
 
 @pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("own", 0, False)])
-def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_that_comes_back(
+def test_the_remaining_node_trains_the_sites_of_the_lost_node_until_it_returns(
     torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path, disks: str, lost: int, comes_back: bool
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
@@ -141,7 +142,7 @@ def test_the_node_that_is_left_takes_the_sites_of_the_one_that_is_lost_until_tha
     expected = alone(num_rounds)
 
     def start(node: int, name: str) -> Agent:
-        conf = f"--rdzv-conf=is_host={int(node != lost)},last_call_timeout=3"
+        conf = f"--rdzv-conf=is_host={int(node != lost)},{WAITS}"
         options = ["--nnodes=1:2", "--max-restarts=3", *meeting, conf, "--local-addr=127.0.0.1"]
         where = tmp_path / "checkpoints" if disks == "shared" else "checkpoints"
         return torchrun(

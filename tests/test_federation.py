@@ -36,7 +36,7 @@ class Endless(Play):
 
 
 @pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])
-def test_a_site_that_fails_ends_those_on_the_other_devices_of_its_rank(
+def test_a_site_that_fails_ends_the_sites_on_the_other_devices_of_its_rank(
     two_devices: Callable[[], None], broken: tuple[int, ...]
 ) -> None:
     two_devices()
@@ -49,7 +49,7 @@ def test_a_site_that_diverges_ends_the_run_and_is_named() -> None:
         Play(learning_rate=1e30).play()
 
 
-def test_skipped_sites_are_counted_and_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_sites_are_counted_and_named_and_the_other_sites_continue(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         history, hashes = BROKEN.but(min_sites=1).play()
     assert [metrics["sites.failed"] for metrics in history[1:]] == [2, 2]
@@ -72,7 +72,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 
 
 @pytest.mark.parametrize("what", ["disk", "weight"])
-def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_placement_of_a_failed_site_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
         monkeypatch.setattr("scaling_fl.federation.site.train", train_or_overflow)
         monkeypatch.setattr("scaling_fl.federation.aggregation.PIECE", 1_000)  # so that it is not in the first
@@ -82,7 +82,7 @@ def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch
     assert [play.on_ranks(num_ranks) for num_ranks in (2, 3)] == [alone, alone]
 
 
-def test_a_run_of_which_no_site_fails_does_not_depend_on_what_would_happen() -> None:
+def test_a_run_without_failed_sites_does_not_depend_on_min_sites() -> None:
     whole, skipping = Play().play(), Play(min_sites=5).play()
     assert whole[1] == skipping[1]
     assert [metrics["sites.failed"] for metrics in skipping[0][1:]] == [0, 0]
@@ -101,14 +101,14 @@ def make_counting_bert() -> nn.Module:
     return model
 
 
-def test_what_a_site_leaves_in_the_model_changes_no_bit() -> None:
+def test_a_failed_site_changes_no_bit_of_the_next_site() -> None:
     play = Play(make_model=make_counting_bert)
     alone = play.on_ranks(1)
     assert alone != Play().on_ranks(1)
     assert play.on_ranks(2) == alone
 
 
-def test_that_a_round_was_evaluated_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluating_a_round_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     _, hashes = Play().play()
     monkeypatch.setattr(Federation, "evaluate", lambda self, round_: {})
     assert Play().play()[1] == hashes

@@ -49,7 +49,7 @@ def test_a_float32_mean_is_close_but_depends_on_placement() -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_resuming_is_exactly_not_having_stopped(strategy: str, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_weights_and_metrics_of_the_uninterrupted_run(strategy: str, tmp_path: Path) -> None:
     play = Play(strategy=strategy, num_rounds=3)
     history, hashes = play.on_ranks(2)
     stopping = play.but(checkpoints_dir=str(tmp_path))
@@ -105,7 +105,7 @@ def test_a_full_batch_step_of_many_sites_is_the_centralised_step() -> None:
     assert torch.allclose(after, expected, atol=1e-6)
 
 
-def test_evaluation_does_not_depend_on_how_the_test_set_is_dealt() -> None:
+def test_evaluation_does_not_depend_on_the_partition_of_the_test_set() -> None:
     play = Play(num_rounds=0)
     whole = play.on_ranks(1)[0][0]
     assert [play.on_ranks(num_ranks)[0][0] for num_ranks in (2, 3)] == [whole, whole]

@@ -80,7 +80,7 @@ def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
     assert estimate == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.1)
 
 
-def test_a_global_model_knows_its_memory() -> None:
+def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
     with world():
         server = GlobalModel(make_bert(), make_strategy("fedavg", None, None))
     held = {**vars(server), **vars(server._mean)}.values()

@@ -87,7 +87,7 @@ def test_a_model_without_a_limit_accepts_any_length(config: PreTrainedConfig, tm
     assert "max_seq_len: expected at most 9 for model=" in refusal(lambda: load_pretrained(str(tmp_path), 10))
 
 
-def test_a_length_without_room_for_a_token_is_refused(tiny_model: str) -> None:
+def test_a_length_that_fits_no_token_is_refused(tiny_model: str) -> None:
     assert "max_seq_len: expected at least 3 for model=" in refusal(lambda: load_pretrained(tiny_model, 2))
     assert load_pretrained(tiny_model, 3).tokenizer("goal team", truncation=True, max_length=3)["input_ids"][1] > 4
 
@@ -123,7 +123,7 @@ def test_a_model_without_a_family_gets_the_family_of_its_weights(
     assert load_pretrained(str(tmp_path), 8).config.model_type == family
 
 
-def test_the_names_of_weights_are_found_in_torch_files_too(copy: Path) -> None:
+def test_the_names_of_weights_are_read_from_torch_files(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save(make_bert().state_dict(), copy / "pytorch_model.bin")
     (copy / "config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 50}')

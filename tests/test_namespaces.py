@@ -227,7 +227,7 @@ def folders(tmp_path: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.long
-def test_two_nodes_that_find_each_other_end_as_one_process(
+def test_two_torchrun_nodes_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=10.77.0.1:{PORT}", "--rdzv-id=job"]
@@ -237,14 +237,14 @@ def test_two_nodes_that_find_each_other_end_as_one_process(
     assert job.weights() == alone
 
 
-def test_three_nodes_with_the_bare_variables_of_kubeflow_end_as_one_process(
+def test_three_nodes_with_the_variables_of_kubeflow_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     assert Job(network, folders(tmp_path, 3)).start_bare(settings, [3, 2, 1]).weights() == alone
 
 
 @pytest.mark.long
-def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
+def test_a_cut_link_ends_torchrun_on_all_nodes_and_the_same_commands_resume(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     options = ["--nnodes=2", "--node-rank={node}", "--master-addr=10.77.0.1", f"--master-port={PORT}"]
@@ -261,7 +261,7 @@ def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
 
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_cut_link_soon_ends_all_ranks_and_they_go_on_when_it_is_healed(
+def test_a_cut_link_ends_all_ranks_and_the_same_commands_resume(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path, lost: int
 ) -> None:
     job = Job(network, folders(tmp_path, 3)).start_bare(settings, [1, 2, 3])

@@ -274,7 +274,7 @@ def rounds_of(store: Store, bucket: str) -> list[int]:
     return sorted(int(name[6:-3]) for name in store.names(bucket) if re.fullmatch(r"round-\d+\.pt", name))
 
 
-def test_a_run_with_all_files_in_a_store_is_that_on_a_disk(
+def test_a_run_with_all_files_in_a_store_equals_the_run_on_disk(
     store: Store, bucket: str, command: Command, corpus: tuple[Path, Path], on_disk: Callable[[int], str]
 ) -> None:
     whole = on_disk(4)
@@ -289,7 +289,7 @@ def test_a_run_with_all_files_in_a_store_is_that_on_a_disk(
     assert SECRET not in first + resumed
 
 
-def test_another_writers_checkpoint_is_seen_at_once(store: Store, bucket: str) -> None:
+def test_a_checkpoint_of_another_writer_is_visible_at_once(store: Store, bucket: str) -> None:
     url = store.url(bucket, "runs/a")
 
     def look() -> tuple[bool, int, bool, int]:
@@ -303,7 +303,7 @@ def test_another_writers_checkpoint_is_seen_at_once(store: Store, bucket: str) -
     assert apart(store, look) == (False, 1, True, 2)
 
 
-def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: Store, bucket: str) -> None:
+def test_ranks_forked_after_an_access_to_the_store_can_access_it(store: Store, bucket: str) -> None:
     url = store.url(bucket, "runs/a")
 
     def ask() -> list[bool]:
@@ -342,9 +342,7 @@ def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
 
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["soon", "when it is aside", "when it is there"])
-def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
-    store: Store, bucket: str, tmp_path: Path, moment: str
-) -> None:
+def test_a_killed_writer_leaves_no_partial_checkpoint(store: Store, bucket: str, tmp_path: Path, moment: str) -> None:
     url = store.url(bucket, "runs/a")
     apart(store, lambda: save(url, rounds=1))
 
@@ -386,7 +384,7 @@ def test_a_damaged_object_is_skipped_with_a_warning(
 
 
 @pytest.mark.long
-def test_a_run_outlives_its_store(
+def test_a_run_continues_when_its_store_is_unavailable_for_a_while(
     store: Store,
     bucket: str,
     command: Command,
@@ -463,7 +461,9 @@ NOT_WRITABLE = "checkpoints_dir: expected a folder that can be written to, got "
 NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # what is wrong is found before data is read
 
 
-def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_made(store: Store, command: Command) -> None:
+def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_created(
+    store: Store, command: Command
+) -> None:
     url = store.url("mispelt", "runs")
     sentence = sentence_of(command(ranks=2, env=store.env, checkpoints_dir=url, **NO_DATA))
     assert sentence == f"error: {NOT_WRITABLE}{url!r} (there is no such bucket)"
@@ -556,7 +556,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
-def test_a_denied_access_to_gs_is_one_sentence_at_once(
+def test_denied_access_to_gs_is_one_sentence_at_once(
     answering: Callable[..., Store], command: Command, status: str
 ) -> None:
     store = answering(status, "gs")
@@ -571,7 +571,7 @@ def test_a_denied_access_to_gs_is_one_sentence_at_once(
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_store_that_does_not_answer_is_one_sentence_soon(
+def test_a_store_that_does_not_answer_is_one_sentence_within_seconds(
     answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     assert storage.ANSWER_SECONDS <= 30

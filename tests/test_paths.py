@@ -42,7 +42,7 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("/data/there.csv", "/data/there.csv"),
     ],
 )
-def test_a_path_of_the_container_leads_to_the_mounted_folder(path: str, found: str, mount: Path) -> None:
+def test_a_container_path_is_translated_to_the_mounted_folder(path: str, found: str, mount: Path) -> None:
     assert host_path(path) == found.format(mount=mount)
 
 

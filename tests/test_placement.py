@@ -46,7 +46,7 @@ site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), site_id_lists), min_size=1, max_size=3), st.none() | st.integers(1, 30))
-def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(
+def test_every_site_has_one_rank_and_its_number_depends_only_on_the_lists(
     nodes: list[tuple[int, list[int]]], num_sites: int | None
 ) -> None:
     ranks = [rank for count, site_ids in nodes for rank in node(count, site_ids)]

@@ -84,7 +84,7 @@ def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def test_the_same_sites_end_with_the_same_weights_wherever_they_are(
+def test_the_same_sites_have_the_same_weights_on_any_nodes(
     command: Command, two_nodes: Callable[..., list[str]], files: list
 ) -> None:
     alone = succeed(command(ranks=1, **own(files)))
@@ -103,7 +103,7 @@ def test_the_same_sites_end_with_the_same_weights_wherever_they_are(
     assert hashes == {weights_hash(alone)}
 
 
-def test_a_run_whose_nodes_come_back_in_another_order_goes_on(
+def test_a_run_resumes_with_its_nodes_in_another_order(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
     whole = succeed(command(num_rounds=3, **own(files)))
@@ -130,7 +130,7 @@ def test_the_test_files_are_evaluated_as_one_set(command: Command, files: list, 
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_ranks(
+def test_ranks_exchange_only_weights_counts_metrics_labels_and_settings(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every collective call of a run is read, on both nodes."""
@@ -211,7 +211,7 @@ REFUSED = {  # a file's name and content, what its own node says, and where othe
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_peers_learn_of_a_wrong_file_without_a_word_of_it(
+def test_peers_learn_of_a_wrong_file_but_nothing_of_its_content(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_labels_that_may_be_texts_are_not_sent(monkeypatch: pytest.MonkeyPatch) 
         )
 
 
-def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
+def test_an_unexpected_error_sends_nothing_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
         SiteFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
     assert _make_report(caught.value) == repr(
@@ -253,7 +253,7 @@ def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
-def test_a_file_that_is_refused_is_explained_by_its_own_rank_alone(
+def test_a_refused_file_is_explained_only_by_its_rank(
     local_rank: int, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
     name, content, says, where = REFUSED["a row"]
@@ -270,7 +270,7 @@ def test_a_file_that_is_refused_is_explained_by_its_own_rank_alone(
     assert own_node == f"error: '{tmp_path / name}': {says}\n"
 
 
-def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
+def test_a_site_with_a_unique_label_trains_if_the_setting_names_the_labels(
     command: Command, files: list, tmp_path: Path
 ) -> None:
     (tmp_path / "one.csv").write_text("text,label\ngoal,typo\n")
@@ -334,7 +334,7 @@ def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: P
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_go_with_own_files_are_refused(
+def test_settings_that_conflict_with_site_files_are_refused(
     command: Command, files: list, settings: dict[str, object], sentence: str
 ) -> None:
     extra = {"max_train_examples": None} if settings.get("task_name") == "bbcnews" else {}

@@ -115,7 +115,7 @@ def test_the_real_file_is_split_as_the_paper_did(shared: Path, tmp_path: Path, m
         ),
     ],
 )
-def test_what_cannot_be_split_is_refused_in_one_line(
+def test_a_file_that_cannot_be_split_is_refused_in_one_line(
     content: bytes | None, paths: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if content is not None:

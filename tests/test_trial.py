@@ -84,7 +84,7 @@ def test_a_plan_accepts_a_model_that_works(
 
 
 @pytest.mark.parametrize("own_files", [False, True])
-def test_a_head_is_judged_by_the_names_of_its_labels(
+def test_a_head_is_matched_by_the_names_of_its_labels(
     own_files: bool, command: Command, texts: dict[str, object], tmp_path: Path
 ) -> None:
     model = str(tmp_path / "model")
