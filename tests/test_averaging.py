@@ -1,4 +1,4 @@
-"""Ranks that share memory and ranks that send messages take the same mean."""
+"""Ranks that share memory and ranks that send messages compute the same mean."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def train(weights: Tensor, site: int, round_: int) -> Tensor:
 
 @contextmanager
 def world_that(shares: bool) -> Iterator[None]:
-    """Let a rank meet the others, which share memory with it or are as if on nodes of their own."""
+    """Join the other ranks, either with shared memory or as if each rank was on a separate node."""
     if not shares:
         os.environ.pop("LOCAL_WORLD_SIZE", None)
     with world():
@@ -39,7 +39,7 @@ def world_that(shares: bool) -> Iterator[None]:
 
 
 def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
-    """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
+    """Return for two rounds the hash of the mean, its first numbers, and the bytes sent for it."""
     with world_that(share_it):
         mean = make_mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._vector._parts) == (share_it or world_size() == 1)
@@ -75,7 +75,7 @@ def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size:
         ]
         assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=1e-13)
     for run in runs[1:]:
-        assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "it is on record either way"
+        assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "both kinds count the bytes"
 
 
 @pytest.mark.parametrize("largest", [1.0, 100.0])
@@ -125,7 +125,7 @@ def test_shared_memory_is_written_by_one_rank_read_by_all_and_unnamed() -> None:
 
 
 def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where ranks are in containers that number their processes each for itself."""
+    """As for ranks in containers with separate process ids."""
     open_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda _, **options: open_file(own_memory(), **options))
 

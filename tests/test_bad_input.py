@@ -1,4 +1,4 @@
-"""Bad input of any kind is one clear sentence and a status, and nothing is written over."""
+"""Bad input of any kind is one clear sentence and an exit status, and overwrites nothing."""
 
 import io
 import json
@@ -31,7 +31,7 @@ ROWS = b"text,label\n" + b"goal match,sport\nchip code,tech\n" * 4
 
 @dataclass(frozen=True)
 class Bad:
-    """What is wrong, and parts of the sentence that says so."""
+    """Wrong input, and parts of the error sentence."""
 
     says: tuple[str, ...]
     settings: dict[str, object] = field(default_factory=dict)
@@ -44,7 +44,7 @@ def table(name: str, content: bytes, *says: str) -> Bad:
     return Bad((repr(name), *says), {"train_path": name, "test_path": name}, files={name: content})
 
 
-# One or two of each way out; tests/test_bad_settings.py and tests/test_bad_tables.py have the others.
+# One or two of each kind; tests/test_bad_settings.py and tests/test_bad_tables.py have the others.
 BAD: dict[str, Bad] = {
     "a rate that is code": Bad(
         ("learning_rate: expected a number > 0",), {"learning_rate": "__import__('os').mkdir('sprung')"}, is_read=False
@@ -118,7 +118,7 @@ BAD: dict[str, Bad] = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder, but for the printed output and the record."""
+    """Return all files of a folder except the printed output and the record."""
     ours = ("output.txt", "runs")
     files = (file for file in folder.rglob("*") if file.is_file() and file.relative_to(folder).parts[0] not in ours)
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -131,7 +131,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def sentence_of(result: tuple[int, str]) -> str:
-    """The one sentence with which a command ends."""
+    """Return the one error sentence of a command."""
     status, output = result
     lines = [line for line in output.splitlines() if not line.startswith("warning: skipping ")]
     assert status == 1, output
@@ -247,7 +247,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working folder that the examples of one test share."""
+    """A working folder for all examples of one test."""
     folder = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -255,7 +255,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two states are the same to the last bit and type."""
+    """Return whether two states are equal in every bit and type."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
@@ -268,7 +268,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def read_or_refuse(content: bytes, whole: dict | None) -> str:
-    """Read a file: either it is the whole checkpoint, or the sentence that refuses it."""
+    """Read a file, which is either the complete checkpoint or refused; return the error sentence."""
     Path("round-1.pt").write_bytes(content)
     try:
         state = checkpoint.read("round-1.pt")
@@ -370,7 +370,7 @@ def test_a_checkpoint_with_flipped_bits_is_read_correctly_or_refused(
 
 
 def state_of(content: bytes) -> dict:
-    """What a whole file holds, read by torch alone."""
+    """Return the content of a checkpoint, read by torch only."""
     state = torch.load(io.BytesIO(content), weights_only=True)
     del state["sha256"]
     return state

@@ -1,4 +1,4 @@
-"""A table that is none, or not the task's, is one clear sentence of what reads it."""
+"""A table that cannot be read, or that does not fit the task, is one clear sentence."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ JSON_ROWS = b'{"text": "goal", "label": "sport"}\n{"text": "chip", "label": "tec
 
 @dataclass(frozen=True)
 class Bad:
-    """What is wrong, and parts of the sentence that says so."""
+    """A wrong table, and parts of the error sentence."""
 
     says: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -263,14 +263,14 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def read(settings: dict[str, Any]) -> tuple[str, ...]:
-    """Read what the settings name, and return the names of the labels."""
+    """Read the files of the settings, and return the names of the labels."""
     columns = settings.pop("text_column", None), settings.pop("label_column", None)
     return read_task(**settings, columns=columns)[1]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: tuple[Path, Path]) -> dict[str, Any]:
-    """A working folder of this test's own, and the settings of a task whose data is good."""
+    """A separate working folder, and the settings of a task with good data."""
     monkeypatch.chdir(tmp_path)
     return {"task_name": "text", "train_path": str(corpus[0]), "test_path": str(corpus[1])}
 

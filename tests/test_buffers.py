@@ -1,4 +1,4 @@
-"""Buffers, such as batch norm's statistics: averaged whatever their size and type, and in no site's way until then."""
+"""Buffers such as batch norm's statistics are averaged for any size and type, and sites do not affect each other."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ def alone() -> Iterator[None]:
 
 
 def averaged(first: Tensor, locals_: Sequence[Tensor], shares: Sequence[Fraction], comm_dtype: str = "exact") -> Tensor:
-    """What a buffer is after a round in which sites make these of it."""
+    """Return a buffer after a round in which the sites change it to these values."""
     model = nn.Linear(2, 3)
     model.register_buffer("seen", first.clone())
     server, vector = GlobalModel(model, make_strategy("fedadam"), comm_dtype), flatten_(model)
@@ -123,7 +123,7 @@ def test_a_mean_of_the_largest_numbers_does_not_overflow() -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_a_buffer_that_starts_infinite_has_the_mean_of_its_sites_if_all_are_finite() -> None:
-    """As the least and the most that were seen begin."""
+    """Running minima and maxima start infinite."""
     first = torch.tensor([math.inf, -math.inf])
     found = averaged(first, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -math.inf])], HALVES)
     assert found.tolist() == [2.0, -math.inf]
@@ -141,7 +141,7 @@ def test_a_buffer_that_becomes_infinite_or_nan_is_refused_by_its_name(value: flo
 
 
 class CountsInPlace(nn.Module):
-    """A mean of what it has seen, over all batches: batch norm's with `momentum=None`, and as one may write it."""
+    """A cumulative mean over all batches: by batch norm with `momentum=None`, and by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class CountsInPlace(nn.Module):
 
 
 class CountsInNewTensors(CountsInPlace):
-    """The same, but puts new tensors in the places of its buffers, and one more beside them."""
+    """The same, but replaces its buffers by new tensors and adds one buffer."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -170,7 +170,7 @@ class CountsInNewTensors(CountsInPlace):
 
 
 def bert_with(make: Callable[[], nn.Module], dropout: float = 0.1) -> BertForSequenceClassification:
-    """A model with something in its pooler that has buffers."""
+    """Return a model whose pooler contains a module with buffers."""
     model = make_bert(dropout=dropout)
     model.bert.pooler.activation = nn.Sequential(nn.Tanh(), make())
     return model
@@ -266,7 +266,7 @@ def test_a_final_model_is_saved_with_its_buffers_by_torch_and_by_transformers(tm
 
 
 class Breaks(CountsInPlace):
-    """Its buffer has no limit at a site."""
+    """Its buffer overflows at a site."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] > 15:

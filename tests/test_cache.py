@@ -1,4 +1,4 @@
-"""Where the cache cannot be written, or the hub does not answer, a run does without, and says so."""
+"""If the cache cannot be written, or the hub does not answer, a run continues without it and warns."""
 
 import errno
 import http.server
@@ -61,7 +61,7 @@ def digests(corpus: Corpus, model: str) -> list[str]:
 
 @contextmanager
 def full(num_bytes: int) -> Iterator[None]:
-    """No file may be larger, as if the disk was full."""
+    """Limit the size of files, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -162,7 +162,7 @@ def test_a_run_continues_without_the_cache_and_warns_once(command: Command, fold
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets the hub be at a port of this machine."""
+    """Sets the address of the hub to a port of this machine."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 2.0)
@@ -171,7 +171,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port that takes connections and answers nothing."""
+    """A port that accepts connections and sends no answer."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -200,14 +200,14 @@ def test_a_hub_that_does_not_answer_is_not_needed_for_what_is_in_its_cache(onlin
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """Answers late, that there is nothing."""
+    """Answers 404 after a delay."""
 
     def do_HEAD(self) -> None:
         time.sleep(0.5)
         self.send_error(404)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def test_a_run_waits_for_a_slow_hub(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:

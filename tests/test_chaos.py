@@ -31,7 +31,7 @@ from conftest import Command, succeed, weights_hash
 
 pytestmark = pytest.mark.long
 SEED = 5
-NUM_KILLS = 7  # of each strategy: one at each aim
+NUM_KILLS = 7  # of each strategy: one at each target
 torch.set_num_threads(1)
 
 if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
@@ -46,7 +46,7 @@ def settings(small_run: dict[str, object]) -> dict[str, object]:
 
 
 def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:
-    """A run without interruption, and one with kills."""
+    """Return the results of a run without interruption and of one with kills."""
     (folder / "alone").mkdir()
     alone = finish(settings, folder / "alone", num_ranks=2)
     return alone, campaign(settings, folder, NUM_KILLS, Random(seed))
@@ -56,7 +56,7 @@ def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, 
 def results(
     settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Result, Result]]]:
-    """Of each strategy; all at once, as a rank that hears of another's death waits for seconds."""
+    """The results of each strategy; all run in parallel, because a rank waits for seconds after the loss of a peer."""
     with ProcessPoolExecutor(len(STRATEGIES), multiprocessing.get_context("fork")) as pool:
         futures = {
             strategy: pool.submit(play, settings | {"strategy": strategy}, tmp_path_factory.mktemp(strategy), seed)
@@ -118,7 +118,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, 
         return pid
 
     assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
-    assert len(ranks) == 3, "these are its own"
+    assert len(ranks) == 3, "these are its ranks"
     began = time.monotonic()
     while any(is_running(rank) for rank in ranks):
         assert time.monotonic() - began < END_SECONDS

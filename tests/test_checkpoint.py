@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and a run resumes only from its own."""
+"""Checkpoints are complete or absent, and a run resumes only from checkpoints of the same run."""
 
 import logging
 import pickle

@@ -1,4 +1,4 @@
-"""A classifier has all weights of its pretrained model, and the head that is for its labels or a new one."""
+"""A classifier has all weights of its pretrained model, and a head for its labels or a new head."""
 
 import re
 import shutil
@@ -44,12 +44,12 @@ def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1)
 
 @pytest.fixture
 def copy(tiny_model: str, tmp_path: Path) -> Path:
-    """A model's folder to spoil, whose head is for three labels without a name."""
+    """A copy of a model's folder, whose head is for three unnamed labels."""
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
 def named(copy: Path, *names: str) -> str:
-    """The model with names for the labels of its head."""
+    """Give names to the labels of the model's head."""
     edit(copy / "config.json", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     return str(copy)
 
@@ -213,7 +213,7 @@ def encoder_of(pretrained: Pretrained) -> TextEncoder:
 
 
 def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: list[str], folder: Path) -> None:
-    """A text has one result, alone and beside others, before the model is saved and after, in any batch."""
+    """Check that a text has the same result in any batch, before and after saving the model."""
     pretrained = load_pretrained(model, 32)
     classifier = make_classifier(pretrained, ["a", "b"], 1, rows=None).model
     for weight in classifier.parameters():
@@ -243,7 +243,7 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
 def test_a_text_has_the_same_result_in_every_batch_and_in_transformers(family: str, tmp_path: Path) -> None:
     # FunnelModel cannot start at random.
     model = put_model(tmp_path, family, AutoModelForMaskedLM if family == "funnel" else AutoModel)
-    edit(tmp_path / "tokenizer_config.json", padding_side="left")  # as of decoders that were made to write
+    edit(tmp_path / "tokenizer_config.json", padding_side="left")  # as of generative decoders
     assert_padding_changes_nothing_here_and_in_transformers(model, TEXTS, tmp_path / "saved")
 
 

@@ -21,7 +21,7 @@ JOB = "a-job-to-be-seen"
 
 @pytest.fixture
 def dashboard(mongo: dict[str, str], command: Command, tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """A dashboard of a database with one run: its port and what it prints."""
+    """A dashboard of a database with one run: its port and its output."""
     if shutil.which("omniboard") is None:
         pytest.skip("omniboard is not on PATH: npm install omniboard@2.16.1 (532 MB) brings one, in node_modules/.bin")
     env = {**mongo, "SACRED_DATABASE": "dashboard"}

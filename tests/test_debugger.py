@@ -15,7 +15,7 @@ from dap import PATIENCE, RUN, Debugger, local_variables, stop_in_the_loop, top_
 
 
 class Program:
-    """The script under way, in a process group of its own."""
+    """The running script in a separate process group."""
 
     def __init__(self, pid: int, output: Path) -> None:
         self.pid, self.output = pid, output
@@ -23,7 +23,7 @@ class Program:
         os.setpgid(pid, pid)
 
     def says(self, words: str) -> None:
-        """Wait until it prints something."""
+        """Wait for a printed text."""
         wait_until(lambda: words in self.output.read_text() or self.has_ended(), f"printed {words!r}")
         assert words in self.output.read_text(), "it has ended instead"
 
@@ -49,11 +49,11 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture
 def program(start: Callable[..., tuple[int, Path]], free_port: int) -> Iterator[Callable[..., Program]]:
-    """Starts the script with a rank that waits for a debugger. A test that fails shows what it printed."""
+    """Starts the script with a rank that waits for a debugger. A failed test shows its output."""
     programs = []
 
     def run(env: dict[str, str], **settings: Any) -> Program:
-        # No rank is silent for a second, unless it stands at a breakpoint.
+        # No rank is silent for a second, unless it is at a breakpoint.
         env = {"DEBUG": "1", "DEBUG_PORT": str(free_port), "LOST_AFTER": "1", **env}
         programs.append(Program(*start(env=env, **settings)))
         return programs[-1]
@@ -92,7 +92,7 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     with Debugger(free_port) as debugger:
         thread, frame = stop_in_the_loop(debugger)
         assert local_variables(debugger, frame)["round_"] == "0"
-        time.sleep(3 * (ranks - 1))  # others would take it for lost after one second
+        time.sleep(3 * (ranks - 1))  # longer than the one second after which a rank counts as lost
         assert not running.has_ended()
         debugger.ask("continue", threadId=thread)
         thread = debugger.event("stopped")["threadId"]

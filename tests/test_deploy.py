@@ -1,4 +1,4 @@
-"""The files of deploy/: accepted by their schemas, closed to strangers, and their own command lines train."""
+"""The files of deploy/ fit their schemas, restrict access, and their command lines train."""
 
 import copy
 import json
@@ -82,7 +82,7 @@ def test_the_operator_has_each_field_of_the_pytorchjob() -> None:
         assert [port["name"] for port in container["ports"]] == ["pytorchjob-port"]
 
 
-# Who may do what.
+# Rights.
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
@@ -118,7 +118,7 @@ def test_only_ranks_can_connect_to_ranks(manifest: str, template: str) -> None:
     assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}]  # and on any port
 
 
-# What belongs together.
+# Consistency of the objects.
 
 
 def test_the_first_pod_of_the_job_has_the_name_that_the_other_pods_resolve() -> None:
@@ -159,14 +159,14 @@ def test_every_volume_that_a_pod_mounts_is_defined(manifest: str, template: str)
     assert all(f"{workdir}/{path}".startswith(f"{results}/") for path in kept)
 
 
-# The command lines, for real: two nodes on this machine, and then one process that has all sites.
+# The command lines: two nodes on this machine, and then one process that has all sites.
 
 SMALL = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "num_local_epochs": 1}
 
 
 @pytest.fixture
 def small(tiny_model: str, corpus: tuple[Path, Path]) -> list[str]:
-    """The settings of a federation that trains in a moment."""
+    """The settings of a federation that trains within seconds."""
     files = {"task_name": "text", "train_path": corpus[0], "test_path": corpus[1], "model": tiny_model}
     return [f"{key}={value}" for key, value in {**files, **SMALL}.items()]
 
@@ -178,7 +178,7 @@ def free_port() -> str:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of a node, whose name need not stand for this machine."""
+    """Return the environment of a node, whose name need not resolve to this machine."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -187,7 +187,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    """Do as the kubelet does with $(NAME)."""
+    """Expand $(NAME) as the kubelet does."""
     return re.sub(r"\$\(([A-Z_]+)\)", lambda match: variables[match[1]], text)
 
 
@@ -199,7 +199,7 @@ def replace_one(arguments: list[str], old: str, new: str) -> list[str]:
 def run_pods(
     pods: list[tuple[dict[str, Any], dict[str, str]]], manifest: str, folder: Path, small: list[str]
 ) -> list[str]:
-    """Run the command of each pod at the same time, with the variables of its environment; return what they print."""
+    """Run the command of each pod in parallel with its environment variables; return the outputs."""
     (folder / "scripts").symlink_to(ROOT / "scripts")
     for name, text in OBJECTS[manifest, "ConfigMap"]["data"].items():
         (folder / name).write_text(text)
@@ -232,7 +232,7 @@ ALONE: dict[int, str] = {}
 
 
 def weights_of_one(command: Command, num_sites: int) -> str:
-    """The weights of the same federation in one process, which trains once for all tests."""
+    """The weights of the same federation in one process, trained once for all tests."""
     if num_sites not in ALONE:
         ALONE[num_sites] = weights_hash(succeed(command(site_ids=[0] * num_sites, num_rounds=3, **SMALL)))
     return ALONE[num_sites]
@@ -260,7 +260,7 @@ def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
 def test_the_pods_of_the_pytorchjob_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:
-    # What the operator sets; there is no LOCAL_RANK among it.
+    # The variables that the operator sets; LOCAL_RANK is not among them.
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     pods = [(TEMPLATES[name], {**world, "RANK": str(rank)}) for rank, name in enumerate(["Master", "Worker"])]
     outputs = run_pods(pods, "pytorchjob.yaml", tmp_path, small)
@@ -296,7 +296,7 @@ kill -TERM "$(cat srun.pid)"
 
 
 def start_slurm(folder: Path, python: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start the batch file in a folder, as Slurm does on the first node, with this as the project's Python."""
+    """Start the batch file in a folder as Slurm does on the first node, with this Python."""
     for name, text in {
         "bin/srun": SRUN,
         "bin/scontrol": SCONTROL,
@@ -370,7 +370,7 @@ def test_the_batch_file_requests_the_slurm_options_that_it_needs() -> None:
     assert options["signal"].startswith("B:USR1@")
     assert " USR1\n" in SLURM.read_text()
     assert "requeue" in options
-    assert options["open-mode"] == "append"  # what it printed before it was requeued stays
+    assert options["open-mode"] == "append"  # the output from before a requeue stays
 
 
 def test_bash_parses_the_batch_file() -> None:
@@ -382,7 +382,7 @@ def test_shellcheck_reports_nothing() -> None:
     subprocess.run(["shellcheck", SLURM], check=True)
 
 
-# The page about them.
+# Their page.
 
 
 def test_the_page_explains_each_file_and_its_links_lead_to_files() -> None:

@@ -1,4 +1,4 @@
-"""Ranks: that they tell each other what they should, and that an error on one is known to all."""
+"""Ranks exchange values correctly, and an error on one rank reaches all."""
 
 import os
 import signal

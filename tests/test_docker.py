@@ -1,4 +1,4 @@
-"""What the image and its Compose files promise, as far as it shows without an engine."""
+"""The image and its Compose files, as far as they can be checked without an engine."""
 
 import os
 import re
@@ -23,7 +23,7 @@ DISTRIBUTED = (ROOT / "docs/distributed.md").read_text()
 RUN_LOCAL = (ROOT / "run-local.sh").read_text()
 LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
 
-# Who somebody is and where is as little of the image's business as the password.
+# The image must contain neither the password nor the user's name and machine.
 SECRET = re.compile(r"SACRED|PASSWORD|TOKEN|AWS|GOOGLE|SECRET|CREDENTIAL")
 COMPOSE = next((command for command in (["docker", "compose"], ["docker-compose"]) if shutil.which(command[0])), None)
 if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).returncode != 0:
@@ -31,7 +31,7 @@ if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).return
 
 
 def arguments(instruction: str) -> list[str]:
-    """Return what follows each `instruction` of the Dockerfile."""
+    """Return the arguments of each `instruction` of the Dockerfile."""
     return [line.partition(" ")[2] for line in INSTRUCTIONS if line.startswith(instruction + " ")]
 
 
@@ -272,7 +272,7 @@ def test_omniboard_reads_the_database_that_runs_write(host, user, uri):
     assert run.stdout == uri
 
 
-# Compose's own word.
+# Compose itself.
 
 
 @pytest.mark.skipif(COMPOSE is None, reason="neither docker compose nor docker-compose is here")

@@ -1,4 +1,4 @@
-"""torchrun starts ranks again that were killed, and goes on with the nodes that are left: it changes nothing."""
+"""torchrun restarts killed ranks and continues with the remaining nodes, with the same weights."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def free_port() -> str:
 
 
 class Agent:
-    """A torchrun on loopback, with the ranks that it starts."""
+    """A torchrun on loopback and its ranks."""
 
     def __init__(self, folder: Path, options: Sequence[str], settings: Sequence[str]) -> None:
         folder.mkdir(exist_ok=True)
@@ -56,13 +56,13 @@ class Agent:
         return list(descendants(self.process.pid))
 
     def kill(self) -> None:
-        """End it and all its ranks at once, as where a node loses its power."""
+        """Kill it and all its ranks, as a power failure of a node does."""
         for pid in [self.process.pid, *self.ranks()]:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def weights(self) -> str:
-        """Wait until it is done, and return the final weights."""
+        """Wait for its end, and return the final weights."""
         try:
             assert self.process.wait(PATIENCE) == 0, self.output
         finally:
@@ -94,7 +94,7 @@ ALONE: dict[int, str] = {}
 
 @pytest.fixture
 def alone(command: Command) -> Callable[[int], str]:
-    """The weights of one process with six sites after so many rounds, which trains once for all tests."""
+    """The weights of one process with six sites after a number of rounds, trained once for all tests."""
 
     def train(num_rounds: int) -> str:
         if num_rounds not in ALONE:
@@ -129,10 +129,10 @@ def test_torchrun_restarts_killed_ranks_and_the_weights_are_those_of_the_uninter
         wait_for((tmp_path / f"checkpoints/round-{round_}.pt").exists, [agent])
         os.kill(agent.ranks()[-1 - kills % 2], signal.SIGKILL)
     assert agent.weights() == expected
-    assert agent.output.count("round | ") == 3, "it was not started again"
+    assert agent.output.count("round | ") == 3, "it was not restarted twice"
 
 
-@pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("own", 0, False)])
+@pytest.mark.parametrize(("disks", "lost", "comes_back"), [("shared", 1, True), ("separate", 0, False)])
 def test_the_remaining_node_trains_the_sites_of_the_lost_node_until_it_returns(
     torchrun: Callable[..., Agent], alone: Callable[[int], str], tmp_path: Path, disks: str, lost: int, comes_back: bool
 ) -> None:
@@ -161,8 +161,10 @@ def test_the_remaining_node_trains_the_sites_of_the_lost_node_until_it_returns(
     assert left.weights() == expected
     if again is not None:
         assert again.process.wait(PATIENCE) == 0, again.output
-        first, *later = re.findall("on ([12]) device", left.output)  # before the loss, and at every start since
+        first, *later = re.findall("on ([12]) device", left.output)  # before the loss, and at every restart
         assert (first, later[-1]) == ("2", "2")
-    assert disks == "shared" or (tmp_path / "node-1/checkpoints/round-1.pt").exists(), "it had none of the others"
+    assert disks == "shared" or (tmp_path / "node-1/checkpoints/round-1.pt").exists(), (
+        "it had no checkpoint of another node"
+    )
     for path in tmp_path.glob("**/round-*.pt"):
         checkpoint.read(str(path))

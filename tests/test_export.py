@@ -1,4 +1,4 @@
-"""Saving is tried before training; a disk that fails later ends the run with a sentence, and no weights are lost."""
+"""Saving is tested before training; a later disk error ends the run with a sentence and loses no weights."""
 
 import contextlib
 import datetime
@@ -65,7 +65,7 @@ def make_read_only(place: Path) -> None:
 
 
 def block(file: Path) -> None:
-    """Put a folder in place of a file, which another thread writes now and then."""
+    """Replace a file by a folder, although another thread writes the file repeatedly."""
     while not file.is_dir():
         file.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -73,7 +73,7 @@ def block(file: Path) -> None:
 
 
 def before_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, work: Callable[[], object]) -> None:
-    """Do `work` before the `number`-th call of a function of others."""
+    """Call `work` before the `number`-th call of a library function."""
     call, calls = getattr(owner, name), iter(range(1, 1_000_000))
 
     def called(*args: Any, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def before_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, w
 
 
 def error_line(result: tuple[int, str]) -> str:
-    """The one line that says what was wrong, the last one."""
+    """Return the error line, which is the last one."""
     status, output = result
     assert status == 1, output
     (line,) = re.findall(r"^error: .*$", output, re.MULTILINE)
@@ -172,7 +172,7 @@ def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     assert [*(place / "checkpoints").iterdir()] == []
     assert [path.name for path in (tmp_path / "runs/1").iterdir() if "model" in path.name] == []
     succeed(command("--unobserved", **checkpoints, keep_checkpoints=1))
-    succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # for one more there is room
+    succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # there is space for one more
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,4 +1,4 @@
-"""Sites that fail: the end of the run, or of their part in the round."""
+"""A site that fails ends the run or is skipped in the round."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
 
 
 class Endless(Play):
-    """A site that is not broken never ends."""
+    """Its sites have endless data unless they are broken."""
 
     def batches(self, site: Site, seed: int) -> Iterator[Batch]:
         while True:
@@ -62,7 +62,7 @@ def test_skipped_sites_are_counted_and_named_and_the_other_sites_continue(caplog
 
 
 def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
-    """Train, and where a disk fails let the last weight of all be infinite."""
+    """Train, and set the last weight to infinity if the disk fails."""
     try:
         return train(model, *arguments)
     except OSError:
@@ -89,7 +89,7 @@ def test_a_run_without_failed_sites_does_not_depend_on_min_sites() -> None:
 
 
 def make_counting_bert() -> nn.Module:
-    """Return a model that counts what it trains on, and whose loss depends on it."""
+    """Return a model that counts its batches, and whose loss depends on the count."""
     model = make_bert()
     model.register_buffer("seen", torch.tensor(0))
 
@@ -101,7 +101,7 @@ def make_counting_bert() -> nn.Module:
     return model
 
 
-def test_a_failed_site_changes_no_bit_of_the_next_site() -> None:
+def test_state_that_a_site_leaves_in_the_model_changes_no_bit() -> None:
     play = Play(make_model=make_counting_bert)
     alone = play.on_ranks(1)
     assert alone != Play().on_ranks(1)

@@ -18,7 +18,7 @@ COUNTS = [17, 1, 250, 33, 8]
 
 @pytest.fixture(params=["fused", "unfused"])
 def grid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Grid:
-    """With the fused multiply-add that most processors have, and as for those that have none."""
+    """With and without the fused multiply-add of the processor."""
     if request.param == "unfused":
         monkeypatch.setattr("scaling_fl.federation.fixed_point.is_fused", lambda origin: False)
     return Grid(CPU)

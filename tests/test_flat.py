@@ -1,4 +1,4 @@
-"""What is shared of a model lies in one vector, and what was one tensor before is one tensor in it."""
+"""The shared tensors of a model are views of one flat vector, and tied tensors stay tied."""
 
 from collections.abc import Callable
 from functools import partial

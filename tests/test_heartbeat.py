@@ -1,4 +1,4 @@
-"""When a rank fails, vanishes, hangs or is asked to end, the others end soon and name the cause."""
+"""When a rank fails, dies, hangs or is interrupted, the others end within seconds and name the cause."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ SOON = 20.0  # seconds on a very busy machine; without the heartbeat a collectiv
 
 @pytest.fixture
 def start() -> Callable[..., dict[int, int]]:
-    """Starts ranks without a launcher, as on nodes of their own; returns each one's process id."""
+    """Starts ranks without a launcher, as on separate nodes; returns their process ids."""
 
     def start(
         work: Callable[[], object], num_ranks: int = 2, without: tuple[int, ...] = (), **environment: str
@@ -38,7 +38,7 @@ def start() -> Callable[..., dict[int, int]]:
                 try:
                     run_program(lambda: within_world(work))
                 finally:
-                    os._exit(0)  # it has ended itself if there was an error
+                    os._exit(0)  # an error has ended the process before
         return processes
 
     return start
@@ -64,7 +64,7 @@ def wait(process: int) -> int:
 
 
 def train_for_hours(*_: object) -> None:
-    """Do what no collective interrupts."""
+    """Work for hours without a collective."""
     for _ in range(360_000):
         time.sleep(0.01)
 
@@ -103,7 +103,7 @@ def test_an_error_of_one_rank_soon_ends_the_others_with_its_message(
 
 
 def swallow_errors(*_: object) -> None:
-    """Do as a library that catches every error."""
+    """Catch every error, as some libraries do."""
     with contextlib.suppress(BaseException):
         train_for_hours()
 
@@ -223,7 +223,7 @@ def test_each_of_several_failing_ranks_prints_its_error(start: Callable, capfd: 
 def test_a_rank_that_does_not_react_is_killed(
     start: Callable, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the main thread is inside a kernel that waits for another GPU."""
+    """As for a main thread inside a kernel that waits for another GPU."""
     monkeypatch.setattr(heartbeat, "KILL_SECONDS", 1.0)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Which package may use which, held by reading the code's imports."""
+"""The packages that each package may import, checked against the imports in the code."""
 
 import ast
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-# Each package, or module beside the packages, and those of ours that it may import. Inside a package all may import
-# all, as long as there is no circle.
+# Each package or top-level module, and the packages of this library that it may import. Modules of one package may
+# import each other, but not in a circle.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "training": set(),

@@ -1,4 +1,4 @@
-"""The estimated memory is the measured memory."""
+"""The estimated memory equals the measured memory."""
 
 from collections.abc import Callable
 from functools import partial

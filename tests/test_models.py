@@ -1,4 +1,4 @@
-"""A pretrained model and its tokenizer fit each other, and what does not fit is said."""
+"""A pretrained model and its tokenizer fit each other, or an error names the mismatch."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from scaling_fl.models.pretrained import load_pretrained
 
 @pytest.fixture
 def copy(tiny_model: str, tmp_path: Path) -> Path:
-    """A model's folder to spoil."""
+    """A copy of a model's folder."""
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
@@ -66,7 +66,7 @@ def test_the_longest_text_has_as_many_tokens_as_the_model_has_positions(
     config: PreTrainedConfig, limit: int, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
-    model = put_tokenizer(tmp_path, pad_token="<unk>")  # no limit of its own
+    model = put_tokenizer(tmp_path, pad_token="<unk>")  # without a limit
     load_pretrained(model, limit)
     assert refusal(lambda: load_pretrained(model, limit + 1)) == (
         f"max_seq_len: expected at most {limit} for model={model!r}, got {limit + 1}"
@@ -167,7 +167,7 @@ def test_the_error_for_minilm_without_its_package_tells_how_to_install_it(monkey
 
 
 def put_sentencepiece(folder: Path) -> str:
-    """Write a T5 whose tokenizer is a SentencePiece file alone."""
+    """Write a T5 whose only tokenizer file is a SentencePiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = put_model(folder, "t5", vocab_size=60)
     for file in folder.glob("tokenizer*"):

@@ -24,15 +24,15 @@ from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 @pytest.fixture
 def database(mongo: dict[str, str], request: pytest.FixtureRequest) -> Iterator[pymongo.database.Database]:
-    """A database of this test's own."""
+    """A separate database for this test."""
     with pymongo.MongoClient(mongo_url(mongo["SACRED_HOST"], USER, PASSWORD)) as client:
         yield client[request.node.name[:40].replace("[", "-").replace("]", "")]
 
 
 @pytest.fixture
-def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mongod, pymongo.database.Database]]:
-    """A server of this test's own, which it may stop, and a database there."""
-    server = Mongod(tmp_path_factory.mktemp("mortal"))
+def separate_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mongod, pymongo.database.Database]]:
+    """A separate server that the test may stop, and a database on it."""
+    server = Mongod(tmp_path_factory.mktemp("separate"))
     with pymongo.MongoClient(mongo_url(server.environment["SACRED_HOST"], USER, PASSWORD)) as client:
         yield server, client["sacred"]
     server.stop()
@@ -43,7 +43,7 @@ def environment(mongo: dict[str, str], database: pymongo.database.Database) -> d
 
 
 class Background:
-    """The command under way, whose lines can be waited for."""
+    """The running command."""
 
     def __init__(self, pid: int, file: Path) -> None:
         self.pid, self.file = pid, file
@@ -54,14 +54,14 @@ class Background:
         return self.file.read_text()
 
     def wait_for(self, pattern: str) -> None:
-        """Wait for a line."""
+        """Wait for a line that matches."""
         while not re.search(f"^{pattern}", self.output, re.MULTILINE):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             assert not pid, (status, self.output)
             time.sleep(0.02)
 
     def end(self) -> str:
-        """Wait for its end, and return what it printed."""
+        """Wait for its end, and return its output."""
         self.status = wait_for_exit(self.pid)
         return self.output
 
@@ -135,7 +135,7 @@ def test_a_resumed_job_keeps_its_entry_and_has_every_step_once(
     assert [entry["name"] for entry in after["info"]["metrics"]] == [m["name"] for m in before["info"]["metrics"]]
     last = metric(database, "validation.loss")
     assert (last["steps"], last["values"][:3]) == ([0, 1, 2, 3, 4], first["values"])
-    assert last["timestamps"][:3] == first["timestamps"], "what happened then keeps its time"
+    assert last["timestamps"][:3] == first["timestamps"], "old steps keep their times"
     assert metric(database, "train.loss")["steps"] == [1, 2, 3, 4]
 
 
@@ -178,18 +178,18 @@ def test_a_job_that_failed_before_its_first_checkpoint_restarts_in_its_entry(
 
 
 @pytest.fixture
-def soon_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a run notice within seconds that its database does not answer."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a run notice within two seconds that its database does not answer."""
     monkeypatch.setattr(mongo_module, "TIMEOUT_MS", 500)
     monkeypatch.setattr(SETTINGS, "DEFAULT_BEAT_INTERVAL", 1.0)
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("soon_missed")
+@pytest.mark.usefixtures("impatient")
 def test_training_continues_without_the_database_and_the_record_is_complete_afterwards(
-    mortal: tuple[Mongod, pymongo.database.Database], background: Callable[..., Background], tmp_path: Path
+    separate_server: tuple[Mongod, pymongo.database.Database], background: Callable[..., Background], tmp_path: Path
 ) -> None:
-    server, database = mortal
+    server, database = separate_server
     settings = {"num_rounds": 16, "num_local_epochs": 6}
     run = background(environment(server.environment, database), **settings)
     run.wait_for(r" +2 \|")
@@ -211,14 +211,14 @@ def test_training_continues_without_the_database_and_the_record_is_complete_afte
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("soon_missed")
+@pytest.mark.usefixtures("impatient")
 def test_the_same_command_completes_the_record_after_the_database_was_down(
-    mortal: tuple[Mongod, pymongo.database.Database],
+    separate_server: tuple[Mongod, pymongo.database.Database],
     command: Command,
     background: Callable[..., Background],
     tmp_path: Path,
 ) -> None:
-    server, database = mortal
+    server, database = separate_server
     env = environment(server.environment, database)
     settings = {"job_name": "lonely", "checkpoints_dir": tmp_path / "checkpoints", "num_local_epochs": 6}
     run = background(env, **settings)

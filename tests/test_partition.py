@@ -1,4 +1,4 @@
-"""Each example is in the part of one site, whatever the partition."""
+"""Every partition assigns each example to exactly one site."""
 
 from functools import partial
 
@@ -60,7 +60,7 @@ def test_iid_gives_each_site_the_labels_in_their_proportions() -> None:
 
 
 def unevenness(alpha: float) -> float:
-    """How far the sites' fractions of a label are from equal: 0 is equal, 1 is one site has it all."""
+    """Return how unequal the sites' fractions of a label are: 0 for equal, 1 for all at one site."""
     labels = np.arange(4000) % 4
     parts = partition_indices(labels, 4, partial(dirichlet, alpha=alpha), 1)
     fractions = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000

@@ -26,7 +26,7 @@ def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
         (node(3, [0, 0, 1]), [{0: 0}, {2: 2}, {1: 1}]),
         (node(3, [7]), [{0: 0}, {}, {}]),
         (node(2, [0, 1]) + node(1, [0, 0]), [{0: 0}, {1: 1}, {2: 0, 3: 1}]),
-        # Managed platforms that start one process a machine say nothing of local ranks.
+        # Managed platforms that start one process per machine set no local rank.
         (node(1, [0]) + node(1, [0, 1]) + node(1, [0]), [{0: 0}, {1: 0, 2: 1}, {3: 0}]),
     ],
 )

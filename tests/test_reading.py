@@ -1,4 +1,4 @@
-"""Files of every format are read as they stand, and what is wrong with one is said in a sentence."""
+"""Files of every format are read unchanged, and an error in one is one sentence."""
 
 import bz2
 import csv
@@ -31,7 +31,7 @@ from scaling_fl.data.labels import label_name, settle_labels, sort_labels
 from scaling_fl.data.reader import pick, read_file
 from scaling_fl.errors import printable
 
-# Each is a text that some reader takes for something else.
+# Each is a text that some readers convert to another type.
 TEXTS = [
     *("null", "NA", "nan", "None", "N/A", "", " spaced ", "007", "1.0", "2020-01-01", "True", "[1]"),
     *("a, b", 'say "so"', '"', "two\nlines", "two\r\nlines", "a\\nb\\", "tab\there", "ünïcødé 漢字 🙂"),
@@ -46,7 +46,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """A folder of fsspec that is not on the disk."""
+    """A folder in the memory of fsspec."""
     yield "memory://tables"
     fsspec.filesystem("memory").store.clear()
 
@@ -56,7 +56,7 @@ def quoted(field: object) -> str:
 
 
 def as_bytes(suffix: str, columns: dict[str, Sequence[Any]]) -> bytes:
-    """A table in a format."""
+    """Return a table in a format."""
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if suffix == ".csv":
         rows = [columns, *(record.values() for record in records)]
@@ -234,7 +234,7 @@ def test_a_folder_without_texts_of_a_label_is_refused(tmp_path: Path) -> None:
 
 
 def texts_and_labels(path: str, columns: tuple[str | None, str | None] = (None, None)) -> tuple[list[str], list[str]]:
-    """The texts of a file, and the names of their labels."""
+    """Return the texts of a file and the names of their labels."""
     rows = read_file("text", path, "train", columns)
     return rows["text"][:], rows["label"][:]
 
@@ -278,7 +278,7 @@ def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("t.csv", "text,label,more\na,x\n", "row 1: expected 3 fields, got 2"),  # it may be half of a row
+        ("t.csv", "text,label,more\na,x\n", "row 1: expected 3 fields, got 2"),  # it may be an incomplete row
         ("t.csv", "text,label,,\na,x\nb\n", "row 2: expected 4 fields, got 1"),
         ("t.csv", "text,label,,\na,x,,,1\n", "row 1: expected 4 fields, got 5"),
         ("t.csv", "text;labels\na;x\n", "label_column: expected a column of 't.csv' ('text', 'labels'), got 'label'"),
@@ -566,7 +566,7 @@ KNOWN = {"1": "World", "2": "Sports"}
 def settle(
     train: Dataset, test: Dataset, known: dict[str, str] | None = None, named: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[str], list[str]]:
-    """The names of the labels of a training and a test set, and the label of each row."""
+    """Return the label names of a training and a test set, and the label of each row."""
     known = {name: name for name in named} if named else known
     rows = {split: pick(of, "t.csv", ("text", "label"), known) for split, of in (("train", train), ("test", test))}
     found = [(split, split, of_split.unique("label")) for split, of_split in rows.items()]

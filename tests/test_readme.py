@@ -1,4 +1,4 @@
-"""Every command of the README, run as a reader would, on small data where it names a file of the reader's."""
+"""Every command of the README, run as a reader runs it, with small data in place of the reader's files."""
 
 import os
 import re
@@ -26,7 +26,7 @@ IN_OTHER_TESTS = "torch.distributed.run|DEBUG|dashboard"  # the last in test_das
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
-# By a word of the command: what stands for the reader's own files and models, and what is added.
+# A word of the command -> replacements for the reader's files and models, and additional settings.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
         {
@@ -76,9 +76,9 @@ def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[s
 
 
 def start(command: str, tmp_path: Path) -> subprocess.Popen[str]:
-    """Start a command as it stands."""
+    """Start a command unchanged."""
     if Path(sys.prefix) != ROOT / ".venv":
-        pytest.skip("run-local.sh would make another virtual environment: the tests were not started by it")
+        pytest.skip("run-local.sh makes another virtual environment: the tests were not started by it")
     env = {**os.environ, **environment(tmp_path)}
     return subprocess.Popen(
         ["bash", "-c", command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -96,7 +96,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def run_warm(command: str, tmp_path: Path, ranks: str = "auto") -> str:
-    """Run a command with the words that bash makes of it, but in a fork of this process in place of run-local.sh."""
+    """Run a command with the words that bash makes of it, in a fork of this process instead of by run-local.sh."""
     print_words = f"function ./run-local.sh {{ printf '%s\\0' \"$@\"; }}; {command}"
     env = {**os.environ, **environment(tmp_path)}
     words = subprocess.run(["bash", "-c", print_words], env=env, capture_output=True, text=True, check=True).stdout
@@ -118,7 +118,7 @@ def fill(command: str, places: dict[str, str]) -> str:
 
 def test_the_two_commands_come_first() -> None:
     assert COMMANDS[:2] == ["./run-local.sh scripts/train_federated.py", "./run-local.sh -m pytest"]
-    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines(), "that one is running now"
+    assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines(), "this command is running now"
 
 
 @pytest.mark.long
@@ -149,7 +149,7 @@ def test_two_nodes_end_with_the_weights_of_one(places: dict[str, str], tmp_path:
     nodes = [start(c, tmp_path) for c in (command, command.replace("--node-rank=0", "--node-rank=1"))]
     first, second = map(finish, nodes)
     assert "4 with" in first
-    assert "round" not in second, "rank 0 alone speaks"
+    assert "round" not in second, "only rank 0 prints"
     settings = command.partition(" with ")[2].replace("[0,0]", "[0,0,0,0]")
     alone = run_warm(f"./run-local.sh scripts/train_federated.py with {settings}", tmp_path, ranks="1")
     assert weights_hash(first) == weights_hash(alone)
@@ -163,7 +163,7 @@ def test_the_debugged_run_waits_for_a_debugger_and_continues(places: dict[str, s
     deadline.start()
     try:
         assert process.stdout is not None
-        assert any("waits for a debugger" in line for line in process.stdout), "it has ended instead"
+        assert any("waits for a debugger" in line for line in process.stdout), "it ended without waiting"
         with Debugger(int(places["port"])) as debugger:
             stop_in_the_loop(debugger)
             debugger.ask("disconnect", terminateDebuggee=False)

@@ -1,4 +1,4 @@
-"""The report of runs: what it says, what it refuses, and how it looks in a real browser."""
+"""The report of runs: its content, its errors, and its look in a real browser."""
 
 import json
 import os
@@ -125,7 +125,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Runs of a sweep: one ends well, one has a bad name and labels, one of many sites failed."""
+    """The runs of a sweep: one completes, one has a malicious name and labels, one of many sites fails."""
     folder = tmp_path_factory.mktemp("runs")
     evil = {"job_name": EVIL, "strategy": EVIL, EVIL: EVIL, "learning_rate": 3e-4}
     runs = [
@@ -142,7 +142,7 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(three_runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The report of these, the page first."""
+    """The files of their report, the page first."""
     return [Path(path) for path in report.write(three_runs, str(tmp_path_factory.mktemp("report") / "sweep.html"))]
 
 
@@ -431,7 +431,7 @@ def browser() -> str:
 
 @dataclass(frozen=True)
 class View:
-    """What a browser shows of a page, with its console."""
+    """The content of a page in a browser, and its console."""
 
     picture: Image.Image
     dom: str
@@ -439,7 +439,7 @@ class View:
 
 
 def view(browser: str, path: Path, folder: Path, width: int, *flags: str) -> View:
-    """Open a page in a browser of its own, as wide as that and rather high."""
+    """Open a page in a new browser of a given width."""
     picture = folder / "picture.png"
     options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2400", f"--screenshot={picture}"]
     options += ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
@@ -494,4 +494,4 @@ def test_the_page_lets_no_script_run(browser: str, written: list[Path], tmp_path
     (tmp_path / "attacked.html").write_text(text)
     shown = view(browser, tmp_path / "attacked.html", tmp_path, 360)
     assert "<title>changed</title>" not in shown.dom
-    assert len(shown.console) == 1  # the browser says why
+    assert len(shown.console) == 1  # the browser states the reason

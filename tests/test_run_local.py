@@ -1,4 +1,4 @@
-"""run-local.sh for real, in a copy of what it reads. Docker, pip and the user's name are stand-ins that tell tales."""
+"""run-local.sh in a copy of the files that it reads. Docker, pip and the user's name are stand-ins that log calls."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FILES = ["run-local.sh", "pyproject.toml", "constraints.txt", "demo-requirements
 ODD_ARGUMENTS = ["a.py", "with", "a b", 'it\'s "so"', "$HOME `id` $(id)", "ids=[0,0,1]", "2\nlines", "", "*", "-x", "ü"]
 PRINT_ENVIRONMENT = ["-c", "import json, os; print(json.dumps(dict(os.environ)))"]
 
-# Notes each call that does something, and its environment. A call with the word of FAIL fails.
+# Logs each call with an effect, and its environment. A call that contains the word in FAIL fails.
 DOCKER = f"""#!/bin/sh
 case "$*" in
   info | "compose version") [ "${{*##* }}" != "$FAIL" ] ;;
@@ -31,7 +31,7 @@ esac
 ID = """#!/bin/sh
 case $1 in -un) echo "Jo.Doe" ;; -u) echo 1234 ;; -g) echo 567 ;; esac
 """
-# The Python of a virtual environment, but for pip.
+# The Python of a virtual environment, without pip.
 VENV_PYTHON = f"""#!/bin/sh
 if [ "$1 $2" = "-m pip" ]; then
   [ "$3" = --version ] || echo "$*" >>"$CALLS"
@@ -46,7 +46,7 @@ PYTHON = """#!/bin/sh
 
 
 class Project:
-    """A copy of the project's files in a folder of its own, beside the stand-ins."""
+    """A copy of the project's files in a separate folder, and the stand-ins."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.home = folder / "the project", folder / "bin", folder / "home"
@@ -66,13 +66,13 @@ class Project:
         }
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        """Run run-local.sh, from another folder, as a user might."""
+        """Run run-local.sh from another folder."""
         command = [self.folder / "run-local.sh", *arguments]
         variables = self.environment | environment
         return subprocess.run(command, env=variables, cwd=self.home, capture_output=True, text=True, timeout=30)
 
     def calls(self) -> list[str]:
-        """Return what the stand-ins noted since the last time."""
+        """Return the new calls that the stand-ins logged."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return lines
@@ -160,7 +160,7 @@ def test_the_output_of_a_program_is_separate_from_that_of_the_build(project):
 
 
 def test_compose_does_not_read_env_itself(project):
-    # Compose would take the quotes and the dollar in another way, and refuse the second line.
+    # Compose interprets the quotes and the dollar differently, and refuses the second line.
     (project.folder / ".env").write_text("SACRED_PASSWORD='p$w'\nOTHER=\"open\n")
     argv, environment = project.compose("a.py")
     assert argv[argv.index("--env-file") + 1] == "/dev/null"
@@ -224,7 +224,7 @@ def test_a_dashboard_that_cannot_start_is_one_sentence(project, environment, sen
     assert (result.returncode, result.stderr) == (1, f"run-local: {sentence}\n")
 
 
-# Which of the two.
+# The choice between the two.
 
 
 def test_one_line_states_where_a_program_runs(project):

@@ -1,4 +1,4 @@
-"""The exact mean, and every strategy against its formula."""
+"""The exact mean and every strategy equal their formulas."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ COUNTS = [17, 1, 250, 33, 8]
 
 @pytest.fixture(params=["fused", "unfused"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the fused multiply-add that most processors have, and as for those that have none."""
+    """With and without the fused multiply-add of the processor."""
     if request.param == "unfused":
         monkeypatch.setattr("scaling_fl.federation.fixed_point.is_fused", lambda origin: False)
     return request.param == "fused"
@@ -177,7 +177,7 @@ def test_every_comm_dtype_gives_the_mean_to_its_precision(comm_dtype: str, relat
     torch.manual_seed(0)
     server = make_server(comm_dtype=comm_dtype, weights=torch.zeros(100_003))
     drift = 1e-4 * torch.randn(100_003)
-    drift[:1000] *= 1e-4  # float16 as it is would make nothing of these
+    drift[:1000] *= 1e-4  # these vanish in float16 without scaling
     server.exchange(-drift, Fraction(1, 4))
     server.exchange(-3 * drift, Fraction(3, 4))
     server.step()
@@ -208,7 +208,7 @@ def play_rounds(strategy: str, drifts: list[Tensor], **options: float) -> list[T
 
 
 def by_formula(strategy: str, drifts: list[Tensor], rate: float, beta: float) -> Tensor:
-    """The papers' equations, one term at a time, in float64; the gradient is the drift."""
+    """Compute the papers' equations in float64; the drift is the gradient."""
     weights, m, v = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for t, drift in enumerate(drifts, 1):
         g = drift.double()
@@ -254,7 +254,7 @@ def test_a_momentum_that_would_be_ignored_is_refused(strategy: str) -> None:
 
 
 class WithBuffers(nn.Module):
-    """Frozen weights, trained ones, and the buffers of a batch norm."""
+    """A model with frozen weights, trained weights, and the buffers of a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every setting is of its kind, or a sentence says what was expected."""
+"""Every setting has a valid value, or a sentence states the expected one."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Signals end a process at any moment: in code that catches every error, at a lock, twice, while it prints an error."""
+"""Signals end a process at any moment: in code that catches every error, at a lock, and while it prints an error."""
 
 import os
 import queue
@@ -21,7 +21,7 @@ PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is kil
 
 
 def in_fork(work: Callable[[], object]) -> int:
-    """Do `work` in a process with handlers of signals; return its exit status."""
+    """Call `work` in a process with signal handlers; return its exit status."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -52,7 +52,7 @@ def work_for_hours() -> None:
 
 
 class Hashed:
-    """Asks for the end while it is pickled."""
+    """Requests the end of the process while it is pickled."""
 
     def __reduce__(self) -> tuple:
         ask()

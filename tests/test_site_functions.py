@@ -1,4 +1,4 @@
-"""What trains and evaluates a site is a function: what it returns counts, and what it leaves behind does not."""
+"""A function trains and evaluates a site: its result counts, and its side effects do not."""
 
 import os
 import random
@@ -46,7 +46,7 @@ def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **
 
 
 def move(model: nn.Module, site: Site, **returned: Any) -> dict[str, Any]:
-    """Move the weight by the number of the site."""
+    """Add the number of the site to the weight."""
     with torch.no_grad():
         model.get_parameter("weight").add_(site.number)
     return {"num_examples": site.num_examples, **returned}
@@ -126,7 +126,7 @@ def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.
 
 
 def draw(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
-    """Move the weight by what the global generators draw, and use up their numbers; leave a gradient and variables."""
+    """Add random numbers of the global generators to the weight; leave a gradient and variables."""
     for _ in range(1 + site.number):
         step = random.random() + np.random.random() + torch.rand(()).item()
     weight = model.get_parameter("weight")
@@ -141,7 +141,7 @@ def draw(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
 
 
 def play_and_look() -> tuple[dict[str, Any], float, bool]:
-    """Return what changed for others in the process."""
+    """Play, and return the state that changed in the process."""
     before = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     metrics, _, weight = play(draw)
     after = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

@@ -1,4 +1,4 @@
-"""Sites with files of their own: the same run wherever they are, and nothing of a file leaves its node."""
+"""Sites with separate files: the placement changes nothing, and no content of a file leaves its node."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def start_node(command: Command, number: int, port: int, local_rank: int = 0, **
 
 @pytest.fixture
 def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs two nodes with settings of their own, and returns what each of them printed."""
+    """Runs two nodes with different settings, and returns their outputs."""
     monkeypatch.chdir(tmp_path)
 
     def run(*nodes: dict[str, object], status: int = 0) -> list[str]:
@@ -133,7 +133,7 @@ def test_the_test_files_are_evaluated_as_one_set(command: Command, files: list, 
 def test_ranks_exchange_only_weights_counts_metrics_labels_and_settings(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every collective call of a run is read, on both nodes."""
+    """All collective calls of a run are recorded on both nodes."""
 
     def recorded(collective: Callable, kind: str) -> Callable:
         def call(*tensors: object, **options: object) -> object:
@@ -180,7 +180,7 @@ def test_ranks_exchange_only_weights_counts_metrics_labels_and_settings(
 
 
 SECRET = "raspberry"
-REFUSED = {  # a file's name and content, what its own node says, and where other nodes hear that it is
+REFUSED = {  # a file's name and content, the error on its node, and the place that other nodes report
     "a row": (
         "a.csv",
         f'text,label\na,x\n{SECRET},y,"{SECRET}"\n',

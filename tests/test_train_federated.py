@@ -1,4 +1,4 @@
-"""The main job as a user meets it: its command line, from a folder of the user's own."""
+"""The main job on its command line, from a folder of the user."""
 
 import contextlib
 import fcntl
@@ -252,7 +252,7 @@ def test_nodes_with_different_settings_do_not_train(key: str, values: tuple) -> 
     assert launch(node, num_ranks=2, fork=True) == [sentence] * 2
 
 
-# tests/test_bad_settings.py has what is refused before the ranks start.
+# tests/test_bad_settings.py has the settings that are refused before the ranks start.
 REFUSED = {
     "site_ids="
     + str([0] * 62).replace(" ", ""): "site_ids, num_sites: expected at most 61 sites for 61 training examples, got 62",
@@ -404,8 +404,8 @@ def test_a_signal_ends_a_run_at_once_and_is_recorded(
 
 
 SWALLOW, PASS = (BaseException,), ()
-# Of a run, from its start to its end: before which function of others the signal comes, whether its error is swallowed
-# there, how many rounds there are, and ranks.
+# In the order of a run: the library function before which the signal comes, the exceptions caught there, the rounds,
+# and the ranks.
 MOMENTS = {
     "the record is opened": (FileStorageObserver, "save_sources", PASS, 1, 1),
     "the tokenizer is loaded": (AutoTokenizer, "from_pretrained", SWALLOW, 1, 1),
@@ -420,7 +420,7 @@ MOMENTS = {
 
 
 def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) -> Callable:
-    """Send SIGTERM before a first call."""
+    """Send SIGTERM before the first call of a function."""
     asked: list[bool] = []
 
     def called(*args: Any, **options: Any) -> Any:
@@ -436,7 +436,7 @@ def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) 
 def test_a_signal_at_any_moment_ends_a_run_and_leaves_no_partial_file(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # who has work to do looks, too
+    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # working ranks check it as well
     runs = {}
     for moment, (owner, name, swallowed, num_rounds, ranks) in MOMENTS.items():
         folder = tmp_path / moment

@@ -1,4 +1,4 @@
-"""Training one model, against the same thing written out."""
+"""Training of one model equals a loop written out."""
 
 import math
 import random
@@ -62,7 +62,7 @@ def test_the_proximal_pull_is_the_gradient_of_the_proximal_term() -> None:
 
 
 class Noisy(nn.Module):
-    """A model with a state of every kind, which it draws from every generator."""
+    """A model with state of every kind, which uses every generator."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model that cannot be trained on the sites' texts is refused before round 0, by a plan as by a run."""
+"""A model that cannot be trained on the sites' texts is refused before round 0, by a plan and by a run."""
 
 from collections.abc import Callable
 from pathlib import Path

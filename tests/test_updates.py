@@ -1,4 +1,4 @@
-"""What follows `with` on the command line: settings by their names, and files of settings."""
+"""The words after `with` on the command line: settings by name, and files of settings."""
 
 import json
 import pickle
