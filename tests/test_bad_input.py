@@ -312,7 +312,7 @@ NOT_OURS: dict[str, Callable[[bytes], bytes]] = {
     "a text": lambda whole: ROWS,
     "another program's": lambda whole: in_zip({"epoch": 3, "model": nn.Linear(1, 1).state_dict()}),
     "another program's of one tensor": lambda whole: in_zip(torch.zeros(3)),
-    "with a checksum of its own": lambda whole: in_zip({"round": 1, "sha256": "0" * 64}),
+    "with another checksum": lambda whole: in_zip({"round": 1, "sha256": "0" * 64}),
     "a module": lambda whole: in_zip(nn.Linear(1, 1)),
     "a ring": lambda whole: in_zip({"round": cycle()}),
     "a pickle that runs code": lambda whole: pickle.dumps(Trap()),

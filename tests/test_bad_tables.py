@@ -83,21 +83,19 @@ def no_label(row: int) -> str:
 
 
 BAD: dict[str, Bad] = {
-    "a label that is not named": Bad(
-        ("row 3: expected a label out of sport, tech, got food",), {"labels": ["sport", "tech"]}
-    ),
+    "an unnamed label": Bad(("row 3: expected a label out of sport, tech, got food",), {"labels": ["sport", "tech"]}),
     "one column for both": Bad(
         ("text_column, label_column: expected two columns, got 'label' for both",), {"text_column": "label"}
     ),
-    "a row with a field too many": csv(b"text,label\na,x\nb,y,z\n", "row 2: expected 2 fields, got 3"),
-    "a quote left open": csv(b'text,label\n"a,x\nb,y\n', "line 3: unexpected end of data"),
+    "a row with an extra field": csv(b"text,label\na,x\nb,y,z\n", "row 2: expected 2 fields, got 3"),
+    "an unclosed quote": csv(b'text,label\n"a,x\nb,y\n', "line 3: unexpected end of data"),
     "a NUL byte in a text": csv(b"text,label\na\0b,x\nb,y\n", utf8("line 2", "unexpected NUL byte")),
     "a NUL byte in the header": csv(b"te\0xt,label\na,x\nb,y\n", utf8("line 1", "unexpected NUL byte")),
-    "nothing but NUL bytes": csv(bytes(5000), utf8("line 1", "unexpected NUL byte")),
+    "only NUL bytes": csv(bytes(5000), utf8("line 1", "unexpected NUL byte")),
     "an empty file": csv(b"", "expected rows, got an empty file"),
-    "a byte order mark alone": csv("\ufeff".encode(), "expected rows, got an empty file"),
-    "a header alone": csv(b"text,label\n", "expected a row below the header, got none"),
-    "blank lines alone": csv(b"\n\r\n\n", "expected rows, got an empty file"),
+    "only a byte order mark": csv("\ufeff".encode(), "expected rows, got an empty file"),
+    "only a header": csv(b"text,label\n", "expected a row below the header, got none"),
+    "only blank lines": csv(b"\n\r\n\n", "expected rows, got an empty file"),
     "lines of spaces": csv(b"  \n  \n", no_column("text", "' '")),
     "a column twice": csv(b"text,label,text\na,x,b\n", "expected each column once, got several called text"),
     "no column of texts": csv(b"body,label\na,x\n", no_column("text", "'body', 'label'")),
@@ -105,26 +103,26 @@ BAD: dict[str, Bad] = {
     "names with a space before them": csv(b"text, label\na, x\n", no_column("label", "'text', ' label'")),
     "names in capitals": csv(b"Text,Label\na,x\n", no_column("text", "'Text', 'Label'")),
     "semicolons and another header": csv(b"body;label\na;x\n", no_column("text", "'body', 'label'")),
-    "tabs and a field too many": csv(b"text\tlabel\na\tx\ty\n", "row 1: expected 2 fields, got 3"),
-    "a text that is no table": table(
+    "tabs and an extra field": csv(b"text\tlabel\na\tx\ty\n", "row 1: expected 2 fields, got 3"),
+    "a text file": table(
         "t.txt", ROWS, "expected a file that ends in .csv, .tsv, .jsonl, .json, .parquet, got another ending"
     ),
-    "a packed file that is none": table("t.csv.gz", ROWS, "expected csv, got an error: Not a gzipped file (b'te')"),
+    "an uncompressed gz file": table("t.csv.gz", ROWS, "expected csv, got an error: Not a gzipped file (b'te')"),
     "Latin-1": csv("text,label\ncafé,x\n".encode("latin-1"), utf8("line 2", "invalid continuation byte")),
     "Latin-1 far down": csv(ROWS * 999 + "café,x\n".encode("latin-1"), utf8("line 8992", "invalid continuation byte")),
     "UTF-16": csv(ROWS.decode().encode("utf-16"), utf8("line 1", "invalid start byte")),
     "UTF-16 without its mark": csv(ROWS.decode().encode("utf-16-le"), utf8("line 1", "unexpected NUL byte")),
     "UTF-32": csv(ROWS.decode().encode("utf-32"), utf8("line 1", "invalid start byte")),
-    "half a character": csv(b"text,label\n\xed\xa0\x80,x\n", utf8("line 2", "invalid continuation byte")),
-    "what gzip wrote": csv(b"\x1f\x8b\x08\0" + bytes(range(256)), utf8("line 1", "invalid start byte")),
-    "a label left empty": csv(b"text,label\na,x\nb,\n", no_label(2)),
+    "an incomplete character": csv(b"text,label\n\xed\xa0\x80,x\n", utf8("line 2", "invalid continuation byte")),
+    "compressed bytes": csv(b"\x1f\x8b\x08\0" + bytes(range(256)), utf8("line 1", "invalid start byte")),
+    "an empty label": csv(b"text,label\na,x\nb,\n", no_label(2)),
     "nan among labels that are numbers": csv(b"text,label\na,1\nb,NaN\nc,2.5\n", no_label(2)),
     "nan for every label": csv(b"text,label\na,nan\nb,nan\n", no_label(1)),
     "a header of a megabyte": csv(
         b"text " * 200_000 + b",label\na,x\n", no_column("text", "'text text text text ..., 'label'")
     ),
     "one label": labels("x x x x", "x", "labels: expected two or more in the training data, got x"),
-    "labels that print alike": labels(
+    "labels that look equal": labels(
         "x\u200dy xy", "xy", "got xy (U+0078 U+0079) and x\\u200dy (U+0078 U+200D U+0079). Write it one way"
     ),
     "a label that the training set lacks": labels(
@@ -132,12 +130,12 @@ BAD: dict[str, Bad] = {
         "x z y",
         "labels: expected the same in train and test, or each at two sites or more, got z only in test",
     ),
-    "labels in other letters": labels("pos neg", "Pos Neg", "neg, pos only in train, Neg, Pos only in test"),
+    "labels in upper case": labels("pos neg", "Pos Neg", "neg, pos only in train, Neg, Pos only in test"),
     "a file of another task": Bad(
         ("expected the 3 columns Class Index, Title, Description, got 2 columns",), {"task_name": "agnews"}
     ),
-    "half a row of JSON": jsonl(JSON_ROWS + b'{"text": "b",', "row 3: expected JSON, got an error"),
-    "words for JSON": jsonl(b"hello\n", NOT_A_ROW),
+    "an incomplete row of JSON": jsonl(JSON_ROWS + b'{"text": "b",', "row 3: expected JSON, got an error"),
+    "words instead of JSON": jsonl(b"hello\n", NOT_A_ROW),
     "null for JSON": jsonl(b"null\n" + JSON_ROWS, NOT_A_ROW),
     "null first in a list": table("t.json", b"\xef\xbb\xbf [ null, {}]", NOT_A_ROW),
     "lists for rows": jsonl(b'["a", "x"]\n["b", "y"]\n', NOT_A_ROW),
@@ -162,7 +160,7 @@ BAD: dict[str, Bad] = {
         '{"text": "café", "label": "x"}\n'.encode("latin-1"), utf8("row 1", "invalid continuation byte")
     ),
     "JSON in UTF-16": jsonl(JSON_ROWS.decode().encode("utf-16"), NOT_A_ROW),
-    "half a surrogate in JSON": jsonl(b'{"text": "\\ud800", "label": "x"}\n', "surrogate"),
+    "an incomplete surrogate in JSON": jsonl(b'{"text": "\\ud800", "label": "x"}\n', "surrogate"),
     "half a parquet file": parquet(PARQUET[: len(PARQUET) // 2], "Parquet"),
     "a parquet file without its start": parquet(PARQUET[20:], "expected parquet, got an error"),
     "a parquet file with a hole": parquet(PARQUET[:8] + bytes(40) + PARQUET[48:], "expected parquet, got an error"),
@@ -180,20 +178,20 @@ BAD: dict[str, Bad] = {
         "expected parquet, got an error: expected UTF-8, got an unexpected end of data",
     ),
     "a NaN in parquet": parquet(parquet_bytes(text=["a", "b"], label=[1.0, float("nan")]), no_label(2)),
-    "a file that is not there": path("none.csv", "there is no such file"),
+    "a missing file": path("none.csv", "there is no such file"),
     "a folder for a file": path("t.csv", "there is no such file", **{"t.csv/t.csv": ROWS}),
     "a path of two lines": path("a\nb.csv", "there is no such file"),
     "a path with a NUL byte": path("a\0b.csv", "there is no such file"),
     "a path that is too long": path("a" * 300 + ".csv", "there is no such file"),
     "an unknown scheme": path("foo://t.csv", "Protocol not known: foo"),
-    "a server that is not there": path("http://127.0.0.1:9/t.csv", "there is no such file"),
+    "a missing server": path("http://127.0.0.1:9/t.csv", "there is no such file"),
     "a spreadsheet": path("t.xlsx", ENDINGS),
     "a number for a path": path("5", ENDINGS),
     "folders of an unknown scheme": Bad(
         ("expected a local path or fsspec URL, got an error: Protocol not known: foo",),
         {"task_name": "imdb", "train_path": "foo://x", "test_path": "foo://x"},
     ),
-    "a row with a field too few": csv(b"text,label\na,x\nb\n", "row 2: expected 2 fields, got 1"),
+    "a row with a missing field": csv(b"text,label\na,x\nb\n", "row 2: expected 2 fields, got 1"),
     "a label that the test set lacks": labels(
         "x y z x",
         "x y",
@@ -237,7 +235,7 @@ def test_a_bad_table_is_one_clear_sentence_and_stays_unchanged(name: str, here: 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("abfs", "adlfs"), ("sftp", "paramiko")])
 def test_a_url_whose_package_is_missing_names_the_package(here: dict[str, Any], scheme: str, package: str) -> None:
     if find_spec(package):
-        pytest.skip(f"{package} is here")
+        pytest.skip(f"{package} is installed")
     url = f"{scheme}://place/t.csv"
     sentence = refusal(lambda: read({**here, "train_path": url}))
     assert repr(url) in sentence

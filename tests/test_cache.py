@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "_has_warned", False)
     hub._find_problem.cache_clear()
-    datasets.disable_progress_bars()  # which are written to a file here, and a full disk takes no bar
+    datasets.disable_progress_bars()  # a full disk cannot store them here
     return tmp_path / "cache"
 
 
@@ -99,7 +99,7 @@ def replace_by_a_file(folder: Path) -> None:
 def cut(folder: Path, share: int = 2) -> None:
     for file in folder.rglob("*.arrow"):
         content = file.read_bytes()
-        file.unlink()  # those who have mapped it still have it
+        file.unlink()  # processes that have mapped it keep their content
         file.write_bytes(content[: len(content) // share])
 
 
@@ -231,7 +231,7 @@ def test_a_download_that_the_hub_cache_cannot_store_goes_to_a_temporary_folder(
             try:
                 raise OSError(number, "no", f"{huggingface_hub.constants.HF_HUB_CACHE}/some")
             except OSError as error:
-                raise ValueError("the client's own") from error
+                raise ValueError("another error") from error
         return AutoConfig.from_pretrained(tiny_model, cache_dir=folder)
 
     assert hub.from_hub("some/id", load).hidden_size == 32

@@ -40,7 +40,7 @@ if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
 
 @pytest.fixture(scope="module")
 def settings(small_run: dict[str, object]) -> dict[str, object]:
-    """A federation of six sites, with dropout, AdamW and only the last checkpoints kept."""
+    """A federation of six sites, with dropout, AdamW and only the last two checkpoints on disk."""
     runpy.run_path(str(SCRIPT))  # imports what the forks need
     return small_run | {"num_rounds": NUM_ROUNDS, "site_ids": [0] * 6, "keep_checkpoints": 2}
 

@@ -69,7 +69,7 @@ def test_a_head_of_another_size_is_newly_initialised_and_all_other_weights_are_l
 
 
 @pytest.mark.parametrize(
-    ("own", "labels", "rows"),
+    ("model_labels", "labels", "rows"),
     [
         (("pos", "neg"), ("pos", "neg"), [0, 1]),
         (("pos", "neg"), ("neg", "pos"), [1, 0]),
@@ -82,10 +82,10 @@ def test_a_head_of_another_size_is_newly_initialised_and_all_other_weights_are_l
     ],
 )
 def test_the_rows_of_a_head_follow_the_names_of_its_labels(
-    own: tuple[str, ...], labels: tuple[str, ...], rows: list[int], copy: Path
+    model_labels: tuple[str, ...], labels: tuple[str, ...], rows: list[int], copy: Path
 ) -> None:
-    make_bert_head(copy, len(own))
-    model = named(copy, *own)
+    make_bert_head(copy, len(model_labels))
+    model = named(copy, *model_labels)
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier = classify(model, labels)
     assert (classifier.new, classifier.note) == ([], "")
@@ -97,7 +97,7 @@ def test_the_rows_of_a_head_follow_the_names_of_its_labels(
 
 
 @pytest.mark.parametrize(
-    ("own", "labels"),
+    ("model_labels", "labels"),
     [
         (("pos", "neg"), ("a", "b")),
         (("LABEL_0", "LABEL_1"), ("a", "b")),
@@ -107,14 +107,17 @@ def test_the_rows_of_a_head_follow_the_names_of_its_labels(
     ],
 )
 def test_a_head_with_other_labels_is_newly_initialised_and_reported(
-    own: tuple[str, ...], labels: tuple[str, ...], copy: Path
+    model_labels: tuple[str, ...], labels: tuple[str, ...], copy: Path
 ) -> None:
     make_bert_head(copy, 2)
-    model = named(copy, *own)
+    model = named(copy, *model_labels)
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier, again, other = classify(model, labels), classify(model, labels), classify(model, labels, seed=2)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
-    assert classifier.note == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
+    assert (
+        classifier.note
+        == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in model_labels)}"
+    )
     weights = classifier.model.state_dict()
     assert torch.equal(weights["classifier.weight"], again.model.state_dict()["classifier.weight"])
     assert not torch.equal(weights["classifier.weight"], other.model.state_dict()["classifier.weight"])

@@ -147,8 +147,8 @@ def test_an_invalid_rank_is_one_sentence_of_all_ranks(command: Command) -> None:
 
 
 def test_a_port_in_use_is_one_sentence(command: Command) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         status, output = command(ranks=2, env={"DEBUG": "1", "DEBUG_PORT": str(port), "DEBUG_RANK": "1"})
     assert status == 1
     assert output.startswith(f"error: DEBUG_PORT: expected a free port, got 127.0.0.1:{port} (")

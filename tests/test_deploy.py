@@ -153,10 +153,10 @@ def test_every_volume_that_a_pod_mounts_is_defined(manifest: str, template: str)
     assert volumes["results"]["persistentVolumeClaim"]["claimName"] == names["PersistentVolumeClaim"]
     (results,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "results")
     workdir = re.findall("^WORKDIR (.*)$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)[0]
-    kept = [value.partition("=")[2] for value in container["args"] if value.startswith("checkpoints_dir=")]
-    kept += [variable["value"] for variable in container["env"] if variable["name"] == "SACRED_RUNS_DIR"]
-    assert len(kept) == 2
-    assert all(f"{workdir}/{path}".startswith(f"{results}/") for path in kept)
+    paths = [value.partition("=")[2] for value in container["args"] if value.startswith("checkpoints_dir=")]
+    paths += [variable["value"] for variable in container["env"] if variable["name"] == "SACRED_RUNS_DIR"]
+    assert len(paths) == 2
+    assert all(f"{workdir}/{path}".startswith(f"{results}/") for path in paths)
 
 
 # The command lines: two nodes on this machine, and then one process that has all sites.
@@ -206,18 +206,18 @@ def run_pods(
     processes = []
     for pod, variables in pods:
         (container,) = pod["spec"]["containers"]
-        own = {variable["name"]: variable["value"] for variable in container["env"]} | variables
-        command = [expand(part, own) for part in [*container["command"], *container["args"]]]
+        env = {variable["name"]: variable["value"] for variable in container["env"]} | variables
+        command = [expand(part, env) for part in [*container["command"], *container["args"]]]
         (settings,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "settings")
         command = [part.replace(settings, str(folder)) for part in command]
         if "--master-port=29500" in command:
             command = replace_one(command, "--master-addr=federation-0.federation", "--master-addr=127.0.0.1")
-            command = replace_one(command, "--master-port=29500", f"--master-port={own['MASTER_PORT']}")
+            command = replace_one(command, "--master-port=29500", f"--master-port={env['MASTER_PORT']}")
         processes.append(
             subprocess.Popen(
                 [*command, *small],
                 cwd=folder,
-                env=environment(**own),
+                env=environment(**env),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -65,8 +65,8 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
     weights.grad = torch.ones_like(weights)
     optimiser = make([weights])
     optimiser.step()
-    kept = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
-    assert state_bytes(make, 12_345) == kept == num_copies * weights.nbytes
+    measured = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
+    assert state_bytes(make, 12_345) == measured == num_copies * weights.nbytes
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -41,8 +41,8 @@ def test_order_and_grouping_change_no_bit_of_a_mean(data: st.DataObject, terms: 
 @given(terms=TERMS)
 def test_a_mean_is_the_exact_sum_over_the_count_rounded_once(terms: list) -> None:
     for name, mean in means_of(terms).result().items():
-        own = [(Fraction(total), count) for other, total, count in terms if other == name]
-        assert mean == float(sum(total for total, _ in own) / sum(count for _, count in own))
+        of_name = [(Fraction(total), count) for other, total, count in terms if other == name]
+        assert mean == float(sum(total for total, _ in of_name) / sum(count for _, count in of_name))
 
 
 def test_a_mean_weighs_examples_and_not_batches() -> None:

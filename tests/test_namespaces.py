@@ -159,9 +159,9 @@ class Job:
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         for node, num_sites in enumerate(sites):
             given = settings | {"site_ids": f"[{','.join('0' * num_sites)}]", "checkpoints_dir": "checkpoints"}
-            own = {"node": node, "address": self.network.address(node), "is_first": int(node == 0)}
+            values = {"node": node, "address": self.network.address(node), "is_first": int(node == 0)}
             command = [*self.network.inside(node), sys.executable, "-m", "torch.distributed.run"]
-            command += [option.format(**own) for option in options]
+            command += [option.format(**values) for option in options]
             command += [str(SCRIPT), "with", *(f"{key}={value}" for key, value in given.items())]
             with (self.folders[node] / "output.txt").open("w") as output:
                 self.pids[node] = subprocess.Popen(
@@ -231,9 +231,9 @@ def test_two_torchrun_nodes_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=10.77.0.1:{PORT}", "--rdzv-id=job"]
-    own = ["--rdzv-conf=is_host={is_first}", "--local-addr={address}"]  # their names do not resolve
+    addresses = ["--rdzv-conf=is_host={is_first}", "--local-addr={address}"]  # their names do not resolve
     job = Job(network, folders(tmp_path, 2))
-    job.start_torchrun(settings, [1, 5], ["--nnodes=2", *meeting, *own])
+    job.start_torchrun(settings, [1, 5], ["--nnodes=2", *meeting, *addresses])
     assert job.weights() == alone
 
 

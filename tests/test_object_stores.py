@@ -341,7 +341,7 @@ def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", ["soon", "when it is aside", "when it is there"])
+@pytest.mark.parametrize("moment", ["soon", "before the rename", "after the rename"])
 def test_a_killed_writer_leaves_no_partial_checkpoint(store: Store, bucket: str, tmp_path: Path, moment: str) -> None:
     url = store.url(bucket, "runs/a")
     apart(store, lambda: save(url, rounds=1))
@@ -359,13 +359,13 @@ def test_a_killed_writer_leaves_no_partial_checkpoint(store: Store, bucket: str,
     if moment == "soon":
         time.sleep(0.5)
     else:
-        name = ".round.pt.part" if moment == "when it is aside" else "round-2.pt"
+        name = ".round.pt.part" if moment == "before the rename" else "round-2.pt"
         until(lambda: name in store.names(bucket))
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert all(is_whole(store, bucket, f"runs/a/round-{found}.pt", tmp_path) for found in rounds_of(store, bucket))
-    assert moment != "when it is there" or rounds_of(store, bucket) == [1, 2]
+    assert moment != "after the rename" or rounds_of(store, bucket) == [1, 2]
     apart(store, lambda: save(url, rounds=3))
     assert ".round.pt.part" not in store.names(bucket), "what was left is cleared away"
     assert apart(store, lambda: restored(url)) == 3

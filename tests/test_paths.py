@@ -75,8 +75,8 @@ def test_a_run_finds_all_its_paths_in_the_mounted_folder(
     assert weights_hash(output) == weights_hash(plain)
     assert (mount / "job" / "round-1.pt").exists()
     site_paths = f"[['{DATA}/train.csv','data/test.csv']]"
-    own = {"train_path": None, "test_path": None, "site_paths": site_paths, "site_ids": "[0]"}
-    assert f"{mount}/train.csv and {mount}/test.csv, " in succeed(command("plan", **own))
+    separate = {"train_path": None, "test_path": None, "site_paths": site_paths, "site_ids": "[0]"}
+    assert f"{mount}/train.csv and {mount}/test.csv, " in succeed(command("plan", **separate))
 
 
 @pytest.mark.parametrize("key", ["train_path", "site_paths", "checkpoints_dir", "model"])

@@ -269,8 +269,8 @@ def test_only_the_columns_in_use_are_checked(name: str, content: str | bytes, tm
 
 
 def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Path) -> None:
-    odd = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
-    table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *odd], names=["v2", "v1", *"nnmm"])
+    unusual = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
+    table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *unusual], names=["v2", "v1", *"nnmm"])
     pq.write_table(table, tmp_path / "t.parquet")
     assert texts_and_labels(str(tmp_path / "t.parquet"), ("v2", "v1")) == (["a", "b"], ["x", "y"])
 

@@ -173,7 +173,7 @@ def test_charts_have_the_colours_of_the_light_or_dark_page(written: list[Path]) 
     assert len(charts) == len(written) - 1
     for chart in charts:
         assert "fill: var(--quiet)" in chart
-        assert set(re.findall(r"(?:stroke|fill): (#\w+)", chart)) <= {"#ffffff"}, "a colour of its own"
+        assert set(re.findall(r"(?:stroke|fill): (#\w+)", chart)) <= {"#ffffff"}, "no other colour"
     assert all(f"stroke: var(--run{index})" in charts[0] for index in range(3))
 
 
@@ -395,12 +395,12 @@ def test_the_command_writes_into_the_run_folder_or_for_several_runs_into_the_wor
     status, said = run_script(folder)
     assert (status, said) == (0, f"{folder}/report.html, and 6 charts beside it\n")
     assert (tmp_path / "run" / "report-loss.png").exists()
-    own_page = (tmp_path / "run" / "report.html").read_text()
+    page_before = (tmp_path / "run" / "report.html").read_text()
     other = write_run(tmp_path / "other", num_rounds=1)
     status, said = run_script(folder, other, cwd=tmp_path)
     assert (status, said.partition(",")[0]) == (0, "report.html")
     assert (tmp_path / "report.html").exists()
-    assert (tmp_path / "run" / "report.html").read_text() == own_page
+    assert (tmp_path / "run" / "report.html").read_text() == page_before
 
 
 @pytest.mark.parametrize(

@@ -390,8 +390,8 @@ def test_only_long_texts_are_truncated(max_seq_len: int, tiny_model: str) -> Non
     whole = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
     for i, tokens in enumerate(whole):
-        kept = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
-        assert examples.select(np.array([i])).batch()["input_ids"][0].tolist() == kept
+        expected = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
+        assert examples.select(np.array([i])).batch()["input_ids"][0].tolist() == expected
 
 
 def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
@@ -449,11 +449,11 @@ def test_a_long_text_is_truncated_before_tokenisation_and_has_the_same_tokens(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train(texts), unk_token="<unk>", pad_token="<unk>", truncation_side=side
     )
-    kept = TextEncoder(tokenizer, 12)
+    encoder = TextEncoder(tokenizer, 12)
     seen: list[int] = []
     whole = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
     for text, tokens in zip(texts, whole, strict=True):
-        piece = kept._cut(text)
+        piece = encoder._cut(text)
         seen.append(len(piece))
         assert tokenizer(piece, truncation=True, max_length=12)["input_ids"] == tokens
     assert max(seen[:4]) < 2_000, "a text of words is cut"
