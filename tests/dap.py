@@ -1,4 +1,4 @@
-"""A client of the Debug Adapter Protocol, which waits for nothing without end."""
+"""A client of the Debug Adapter Protocol with a time limit on every wait."""
 
 import json
 import socket
@@ -39,7 +39,7 @@ class Debugger:
         return number
 
     def ask(self, command: str, **arguments: object) -> dict[str, Any]:
-        """Send a request and return what it is answered."""
+        """Send a request and return its response."""
         return self.answer(self.send(command, **arguments))
 
     def answer(self, number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Imported before anything reads these variables: the tests ask no hub."""
+"""Turn off access to the hub; imported first, before any package reads these variables."""
 
 import os
 

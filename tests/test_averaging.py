@@ -1,4 +1,4 @@
-"""Ranks that share memory and ranks that send messages take the same mean."""
+"""Ranks that share memory and ranks that send messages compute the same mean."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def train(weights: Tensor, site: int, round_: int) -> Tensor:
 
 @contextmanager
 def world_that(shares: bool) -> Iterator[None]:
-    """Let a rank meet the others, which share memory with it or are as if on nodes of their own."""
+    """Join the other ranks, either with shared memory or as if each rank was on a separate node."""
     if not shares:
         os.environ.pop("LOCAL_WORLD_SIZE", None)
     with world():
@@ -39,7 +39,7 @@ def world_that(shares: bool) -> Iterator[None]:
 
 
 def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
-    """Of two rounds, what every rank takes: its hash and its first numbers, and the bytes that this took."""
+    """Return for two rounds the hash of the mean, its first numbers, and the bytes sent for it."""
     with world_that(share_it):
         mean = Mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._vector._parts) == (share_it or world_size() == 1)
@@ -56,7 +56,7 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
 
 
 @pytest.mark.parametrize(("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), (3 * PIECE + 17, 1.0)])
-def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest: float) -> None:
+def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size: int, largest: float) -> None:
     runs = [
         launch(means, size, "exact", share_it, largest, num_ranks=num_ranks, fork=True)
         for num_ranks, share_it in [(1, True), (2, True), (2, False), (4, True)]
@@ -75,11 +75,11 @@ def test_the_mean_is_the_same_in_memory_by_messages_and_alone(size: int, largest
         ]
         assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=1e-13)
     for run in runs[1:]:
-        assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "it is on record either way"
+        assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "both kinds count the bytes"
 
 
 @pytest.mark.parametrize("largest", [1.0, 100.0])
-def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
+def test_ranks_without_sites_change_no_bit_of_the_mean(largest: float) -> None:
     """The second of four sites is refused, and the fourth rank has none."""
     size = 3 * PIECE + 1  # so that the fourth rank has a part of the mean
 
@@ -102,7 +102,7 @@ def test_ranks_with_nothing_to_add_change_no_bit(largest: float) -> None:
 
 
 @pytest.mark.parametrize("share_it", [True, False])
-def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
+def test_a_float32_mean_equals_a_mean_computed_in_float32(share_it: bool) -> None:
     size = 2 * PIECE + 5
     (first, *_), *_ = launch(means, size, "float32", share_it, num_ranks=2, fork=True)
     weights = global_weights(size, 1.0)
@@ -110,7 +110,7 @@ def test_a_mean_of_float32_is_that_of_float32(share_it: bool) -> None:
     assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
 
 
-def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name() -> None:
+def test_shared_memory_is_written_by_one_rank_read_by_all_and_unnamed() -> None:
     def write_and_read() -> list[list[int]]:
         with world():
             pieces = share_memory(3)
@@ -124,8 +124,8 @@ def test_memory_that_is_shared_is_written_by_one_and_read_by_all_and_has_no_name
     assert launch(write_and_read, num_ranks=1, fork=True) == [[]]
 
 
-def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where ranks are in containers that number their processes each for itself."""
+def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for ranks in containers with separate process ids."""
     read_link = os.readlink
     monkeypatch.setattr(os, "readlink", lambda path: read_link(f"/proc/self/fd/{os.path.basename(path)}"))
 
@@ -144,7 +144,7 @@ def test_memory_that_is_another_than_it_seems_is_not_taken(monkeypatch: pytest.M
     assert launch(share, num_ranks=2, fork=True) == [True, True]
 
 
-def test_no_rank_takes_a_part_before_it_is_there() -> None:
+def test_no_rank_reads_a_part_of_the_mean_before_it_is_written() -> None:
     def slow_first_rank() -> str:
         with world():
             mean = Mean(2 * PIECE, "exact", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Bad input of any kind is one clear sentence and a status, and nothing is written over."""
+"""Bad input of any kind is one clear sentence and an exit status, and overwrites nothing."""
 
 import io
 import json
@@ -31,7 +31,7 @@ ROWS = b"text,label\n" + b"goal match,sport\nchip code,tech\n" * 4
 
 @dataclass(frozen=True)
 class Bad:
-    """What is wrong, and parts of the sentence that says so."""
+    """Wrong input, and parts of the error sentence."""
 
     says: tuple[str, ...]
     settings: dict[str, object] = field(default_factory=dict)
@@ -44,7 +44,7 @@ def table(name: str, content: bytes, *says: str) -> Bad:
     return Bad((repr(name), *says), {"train_path": name, "test_path": name}, files={name: content})
 
 
-# One or two of each way out; tests/test_bad_settings.py and tests/test_bad_tables.py have the others.
+# One or two of each kind; tests/test_bad_settings.py and tests/test_bad_tables.py have the others.
 BAD: dict[str, Bad] = {
     "a rate that is code": Bad(
         ("learning_rate: expected a number > 0",), {"learning_rate": "__import__('os').mkdir('sprung')"}, is_read=False
@@ -118,7 +118,7 @@ BAD: dict[str, Bad] = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder, but for the printed output and the record."""
+    """Return all files of a folder except the printed output and the record."""
     ours = ("output.txt", "runs")
     files = (file for file in folder.rglob("*") if file.is_file() and file.relative_to(folder).parts[0] not in ours)
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -131,7 +131,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def sentence_of(result: tuple[int, str]) -> str:
-    """The one sentence with which a command ends."""
+    """Return the one error sentence of a command."""
     status, output = result
     lines = [line for line in output.splitlines() if not line.startswith("warning: skipping ")]
     assert status == 1, output
@@ -142,9 +142,7 @@ def sentence_of(result: tuple[int, str]) -> str:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_sentence_and_nothing_is_written_over(
-    name: str, command: Command, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_clear_sentence_and_overwrites_nothing(name: str, command: Command, tmp_path: Path) -> None:
     bad = BAD[name]
     write(tmp_path, bad.files)
     before = contents(tmp_path)
@@ -158,7 +156,7 @@ def test_bad_input_is_one_clear_sentence_and_nothing_is_written_over(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_one_clear_sentence(command: Command, tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_one_clear_sentence(command: Command, tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": ROWS, "checkpoints/round-1.pt": b""})
     for name in ("t.csv", "checkpoints/round-1.pt"):
         (tmp_path / name).chmod(0)
@@ -185,13 +183,13 @@ def test_a_text_without_a_token_is_one_clear_sentence(command: Command, tmp_path
 HUGE = [b"x" * 3_000_000, b'"' + b"goal, " * 10_000 + b'"', b""]
 
 
-def test_texts_of_megabytes_and_texts_of_nothing_are_texts(command: Command, tmp_path: Path) -> None:
+def test_very_long_texts_and_empty_texts_are_accepted(command: Command, tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": ROWS + b"".join(text + b",sport\n" for text in HUGE)})
     output = succeed(command(train_path="t.csv", test_path="t.csv", num_rounds=1))
     assert "11 examples to train on" in output
 
 
-def test_a_label_that_the_output_has_no_code_for_is_escaped(
+def test_a_label_that_the_output_encoding_lacks_is_escaped(
     tmp_path: Path, small_run: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["\U0001f600 <b>s\xe4d</b>", "a/b\nc"]
@@ -249,7 +247,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working folder that the examples of one test share."""
+    """A working folder for all examples of one test."""
     folder = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -257,7 +255,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two states are the same to the last bit and type."""
+    """Return whether two states are equal in every bit and type."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
@@ -270,7 +268,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def read_or_refuse(content: bytes, whole: dict | None) -> str:
-    """Read a file: either it is the whole checkpoint, or the sentence that refuses it."""
+    """Read a file, which is either the complete checkpoint or refused; return the error sentence."""
     Path("round-1.pt").write_bytes(content)
     try:
         state = checkpoint.read("round-1.pt")
@@ -314,7 +312,7 @@ NOT_OURS: dict[str, Callable[[bytes], bytes]] = {
     "a text": lambda whole: ROWS,
     "another program's": lambda whole: in_zip({"epoch": 3, "model": nn.Linear(1, 1).state_dict()}),
     "another program's of one tensor": lambda whole: in_zip(torch.zeros(3)),
-    "with a checksum of its own": lambda whole: in_zip({"round": 1, "sha256": "0" * 64}),
+    "with another checksum": lambda whole: in_zip({"round": 1, "sha256": "0" * 64}),
     "a module": lambda whole: in_zip(nn.Linear(1, 1)),
     "a ring": lambda whole: in_zip({"round": cycle()}),
     "a pickle that runs code": lambda whole: pickle.dumps(Trap()),
@@ -326,12 +324,12 @@ NOT_OURS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
-def test_what_is_no_whole_checkpoint_is_not_read(name: str, scratch: Path, small: bytes) -> None:
+def test_an_invalid_checkpoint_is_not_read(name: str, scratch: Path, small: bytes) -> None:
     assert read_or_refuse(NOT_OURS[name](small), None)
 
 
 @pytest.mark.parametrize("name", ["empty", "a flipped bit in a weight", "a text", "a pickle that runs code"])
-def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
+def test_an_invalid_checkpoint_is_one_clear_sentence_and_stays_unchanged(
     name: str, command: Command, tmp_path: Path, small: bytes
 ) -> None:
     write(tmp_path, {"checkpoints/round-7.pt": NOT_OURS[name](small)})
@@ -344,7 +342,7 @@ def test_what_is_no_whole_checkpoint_is_one_clear_sentence_and_stays(
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_traps_are_traps(scratch: Path) -> None:
+def test_the_traps_run_code_when_pickle_reads_them(scratch: Path) -> None:
     for name in ("a pickle that runs code", "an old pickle that runs code", "code by name"):
         pickle.loads(NOT_OURS[name](b""))
         Path("sprung").rmdir()
@@ -362,7 +360,7 @@ def test_a_checkpoint_cut_at_any_kilobyte_is_refused(scratch: Path, tmp_path: Pa
 
 @given(where=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=250)
-def test_a_checkpoint_with_flipped_bits_is_the_same_or_refused(
+def test_a_checkpoint_with_flipped_bits_is_read_correctly_or_refused(
     small: bytes, scratch: Path, where: list[tuple[float, int]]
 ) -> None:
     content = small
@@ -372,13 +370,13 @@ def test_a_checkpoint_with_flipped_bits_is_the_same_or_refused(
 
 
 def state_of(content: bytes) -> dict:
-    """What a whole file holds, read by torch alone."""
+    """Return the content of a checkpoint, read by torch only."""
     state = torch.load(io.BytesIO(content), weights_only=True)
     del state["sha256"]
     return state
 
 
-def test_a_whole_checkpoint_is_what_was_saved(small: bytes, scratch: Path) -> None:
+def test_a_checkpoint_is_restored_as_it_was_saved(small: bytes, scratch: Path) -> None:
     state = state_of(small)
     assert read_or_refuse(small, state) == ""
     assert (state["round"], state["history"], state["settings"]) == (1, HISTORY, SETTINGS)
@@ -397,7 +395,7 @@ def test_a_whole_checkpoint_is_what_was_saved(small: bytes, scratch: Path) -> No
     )
 )
 @settings(deadline=None, max_examples=200)
-def test_bytes_of_any_kind_are_no_checkpoint_and_run_no_code(
+def test_random_bytes_are_refused_as_a_checkpoint_and_run_no_code(
     small: bytes, scratch: Path, pieces: list[bytes | tuple[float, float]]
 ) -> None:
     def piece(part: bytes | tuple[float, float]) -> bytes:

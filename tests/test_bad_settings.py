@@ -1,4 +1,4 @@
-"""A bad setting or environment is one clear sentence of the command line, before a run begins."""
+"""A bad setting or environment is one clear sentence on the command line, before a run starts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +73,7 @@ HOSTS = {
 
 @pytest.fixture
 def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Returns the one sentence with which a command is refused, which leaves nothing behind."""
+    """Returns the one sentence with which a command is refused, and checks that it creates no file."""
     monkeypatch.chdir(tmp_path)
 
     def run(argv: list[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_bad_setting_is_one_clear_sentence(refuse: Callable[..., str], words: 
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_host_that_is_none_is_one_clear_sentence_without_the_password(
+def test_an_invalid_host_is_one_clear_sentence_without_the_password(
     refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     for name, value in (("HOST", host), ("USER", "so me@:/%$"), ("PASSWORD", "s@cr:e/t%$")):

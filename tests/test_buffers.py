@@ -1,4 +1,4 @@
-"""Buffers, such as batch norm's statistics: averaged whatever their size and type, and in no site's way until then."""
+"""Buffers such as batch norm's statistics are averaged for any size and type, and sites do not affect each other."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ def alone() -> Iterator[None]:
 
 
 def averaged(first: Tensor, locals_: Sequence[Tensor], shares: Sequence[Fraction], comm_dtype: str = "exact") -> Tensor:
-    """What a buffer is after a round in which sites make these of it."""
+    """Return a buffer after a round in which the sites change it to these values."""
     model = nn.Linear(2, 3)
     model.register_buffer("seen", first.clone())
     server, vector = GlobalModel(model, make_strategy("fedadam"), comm_dtype), flatten_(model)
@@ -57,7 +57,7 @@ def averaged(first: Tensor, locals_: Sequence[Tensor], shares: Sequence[Fraction
         (torch.float16, (-14, 16)),
     ],
 )
-def test_a_mean_is_exact_whatever_the_size_and_the_order(dtype: torch.dtype, exponents: tuple[int, int]) -> None:
+def test_a_mean_is_exact_for_values_of_any_size_in_any_order(dtype: torch.dtype, exponents: tuple[int, int]) -> None:
     torch.manual_seed(0)
     mantissas = torch.rand(4, 200, dtype=torch.float64) - 0.5
     first, *locals_ = torch.ldexp(mantissas, torch.randint(*exponents, (4, 200))).to(dtype)
@@ -75,14 +75,14 @@ def test_a_mean_is_exact_whatever_the_size_and_the_order(dtype: torch.dtype, exp
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("comm_dtype", ["exact", "bfloat16", "float16"])
-def test_a_statistic_may_move_by_any_amount(comm_dtype: str) -> None:
+def test_a_statistic_may_change_by_any_amount(comm_dtype: str) -> None:
     found = averaged(torch.ones(2), [torch.tensor([5e3, 3e38]), torch.tensor([1e3, 0.0])], HALVES, comm_dtype)
     assert torch.equal(found, torch.tensor([3e3, 1.5e38]))
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool])
-def test_a_count_is_the_mean_rounded_and_a_flag_that_of_most_examples(dtype: torch.dtype) -> None:
+def test_a_count_is_the_rounded_mean_and_a_flag_has_the_value_of_most_examples(dtype: torch.dtype) -> None:
     first, locals_ = torch.zeros(4).to(dtype), [torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 1, 1])]
     assert averaged(first, locals_, [Fraction(1, 4), Fraction(3, 4)]).tolist() == [0, 1, 1, 1]
     assert averaged(first, locals_, HALVES).tolist() == [1, 1, 1, 1], "halves are rounded up"
@@ -101,7 +101,7 @@ CONSTANTS = [
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("constants", CONSTANTS, ids=lambda constants: str(constants.dtype))
-def test_what_no_site_changes_keeps_its_bits_beside_what_one_does(constants: Tensor) -> None:
+def test_elements_that_no_site_changes_keep_their_bits(constants: Tensor) -> None:
     first = torch.cat([constants, torch.zeros_like(constants[:1])])
     local = torch.cat([constants, torch.ones_like(constants[:1])])
     found = averaged(first, [first, local, first], [Fraction(1, 3)] * 3)
@@ -110,20 +110,20 @@ def test_what_no_site_changes_keeps_its_bits_beside_what_one_does(constants: Ten
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_site_that_leaves_a_buffer_as_it_was_counts_like_any_other() -> None:
+def test_a_site_that_does_not_change_a_buffer_counts_like_any_other() -> None:
     first = torch.full((2,), 8.0)
     assert averaged(first, [first, first / 2], [Fraction(1, 4), Fraction(3, 4)]).tolist() == [5.0, 5.0]
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_mean_of_the_largest_numbers_is_no_larger() -> None:
+def test_a_mean_of_the_largest_numbers_does_not_overflow() -> None:
     largest = torch.tensor([1.0, -1.0], dtype=torch.float64) * torch.finfo(torch.float64).max
     assert torch.equal(averaged(torch.zeros_like(largest), [largest] * 10, [Fraction(1, 10)] * 10), largest)
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_buffer_that_begins_infinite_has_the_mean_of_its_sites_if_all_have_found_one() -> None:
-    """As the least and the most that were seen begin."""
+def test_a_buffer_that_starts_infinite_has_the_mean_of_its_sites_if_all_are_finite() -> None:
+    """Running minima and maxima start infinite."""
     first = torch.tensor([math.inf, -math.inf])
     found = averaged(first, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -math.inf])], HALVES)
     assert found.tolist() == [2.0, -math.inf]
@@ -131,7 +131,7 @@ def test_a_buffer_that_begins_infinite_has_the_mean_of_its_sites_if_all_have_fou
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_buffer_that_is_not_finite_any_more_is_refused_by_its_name(value: float) -> None:
+def test_a_buffer_that_becomes_infinite_or_nan_is_refused_by_its_name(value: float) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     server, vector = GlobalModel(model, make_strategy("fedavg")), flatten_(model)
     model[1].running_var[1] = value
@@ -141,7 +141,7 @@ def test_a_buffer_that_is_not_finite_any_more_is_refused_by_its_name(value: floa
 
 
 class CountsInPlace(nn.Module):
-    """A mean of what it has seen, over all batches: batch norm's with `momentum=None`, and as one may write it."""
+    """A cumulative mean over all batches: by batch norm with `momentum=None`, and by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class CountsInPlace(nn.Module):
 
 
 class CountsInNewTensors(CountsInPlace):
-    """The same, but puts new tensors in the places of its buffers, and one more beside them."""
+    """The same, but replaces its buffers by new tensors and adds one buffer."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -170,7 +170,7 @@ class CountsInNewTensors(CountsInPlace):
 
 
 def bert_with(make: Callable[[], nn.Module], dropout: float = 0.1) -> BertForSequenceClassification:
-    """A model with something in its pooler that has buffers."""
+    """Return a model whose pooler contains a module with buffers."""
     model = make_bert(dropout=dropout)
     model.bert.pooler.activation = nn.Sequential(nn.Tanh(), make())
     return model
@@ -195,7 +195,7 @@ def watch_buffers(server: GlobalModel, federation: Federation) -> list[Any]:
 PLAY = Play(num_examples=40, watch=watch_buffers)  # two batches a site
 
 
-def test_what_a_site_leaves_in_buffers_changes_no_bit_wherever_the_next_one_runs() -> None:
+def test_buffers_changed_by_one_site_change_no_bit_of_the_next_site() -> None:
     alone = PLAY.but(make_model=in_place).on_ranks(1)
     assert alone[1][-1][1:] != alone[1][0][1:], "the buffers must move"
     assert PLAY.but(make_model=in_place).on_ranks(2) == alone
@@ -203,7 +203,7 @@ def test_what_a_site_leaves_in_buffers_changes_no_bit_wherever_the_next_one_runs
     assert PLAY.but(make_model=new_tensors).on_ranks(3) == alone
 
 
-def test_counts_go_on_from_round_to_round_and_after_a_stop(tmp_path: Path) -> None:
+def test_counts_continue_from_round_to_round_and_after_resuming(tmp_path: Path) -> None:
     play = PLAY.but(make_model=batch_norm)
     _, watched = play.on_ranks(2)
     assert [of_round[-1] for of_round in watched] == [0, 0, 2, 4], "two batches a site and round"
@@ -248,7 +248,7 @@ def test_a_cumulative_mean_is_that_of_all_batches_of_all_sites_and_rounds() -> N
     ],
     ids=lambda local: str(local.dtype),
 )
-def test_a_site_alone_leaves_its_buffers_as_in_ordinary_training(local: Tensor) -> None:
+def test_one_site_has_the_buffers_of_ordinary_training(local: Tensor) -> None:
     assert torch.equal(averaged(torch.ones_like(local), [local], [Fraction(1)]), local)
 
 
@@ -266,7 +266,7 @@ def test_a_final_model_is_saved_with_its_buffers_by_torch_and_by_transformers(tm
 
 
 class Breaks(CountsInPlace):
-    """Its buffer has no limit at a site."""
+    """Its buffer overflows at a site."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] > 15:
@@ -290,7 +290,7 @@ def test_a_site_whose_statistic_is_not_finite_is_named_and_can_be_skipped(caplog
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_checkpoint_of_a_version_that_saved_no_counts_is_refused_in_a_sentence() -> None:
+def test_a_checkpoint_without_counts_is_refused_in_one_sentence() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     server = GlobalModel(model, make_strategy("fedavg"))
     state = deepcopy(server.state_dict())

@@ -1,4 +1,4 @@
-"""Where the cache cannot be written, or the hub does not answer, a run does without, and says so."""
+"""If the cache cannot be written, or the hub does not answer, a run continues without it and warns."""
 
 import errno
 import http.server
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "_has_warned", False)
     hub._find_problem.cache_clear()
-    datasets.disable_progress_bars()  # which are written to a file here, and a full disk takes no bar
+    datasets.disable_progress_bars()  # a full disk cannot store them here
     return tmp_path / "cache"
 
 
@@ -61,7 +61,7 @@ def digests(corpus: Corpus, model: str) -> list[str]:
 
 @contextmanager
 def full(num_bytes: int) -> Iterator[None]:
-    """No file may be larger, as if the disk was full."""
+    """Limit the size of files, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -99,7 +99,7 @@ def replace_by_a_file(folder: Path) -> None:
 def cut(folder: Path, share: int = 2) -> None:
     for file in folder.rglob("*.arrow"):
         content = file.read_bytes()
-        file.unlink()  # those who have mapped it still have it
+        file.unlink()  # processes that have mapped it keep their content
         file.write_bytes(content[: len(content) // share])
 
 
@@ -108,7 +108,7 @@ def empty(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [lose, replace_by_a_file, cut, empty])
-def test_a_cache_that_is_lost_halfway_changes_no_token(
+def test_a_cache_that_is_removed_during_use_changes_no_token(
     harm: Callable[[Path], None], corpus_of: Callable, tiny_model: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = corpus_of()
@@ -118,7 +118,7 @@ def test_a_cache_that_is_lost_halfway_changes_no_token(
     assert len(caplog.records) <= 1
 
 
-def test_a_file_of_the_cache_that_lacks_its_end_is_made_again(folder: Path) -> None:
+def test_a_truncated_cache_file_is_written_again(folder: Path) -> None:
     rows = [("text",), *((str(i),) for i in range(250))]
     assert cache.store("key", lambda: iter(rows))["text"][:] == [str(i) for i in range(250)]
     (file,) = folder.rglob("*.arrow")
@@ -133,7 +133,7 @@ def test_a_file_of_the_cache_that_lacks_its_end_is_made_again(folder: Path) -> N
     assert file.read_bytes() == whole
 
 
-def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
+def test_an_error_of_a_file_is_not_reported_as_an_error_of_the_cache(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "t.csv").write_text("stars,text\n1,a\n2\n")
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_a_file_is_not_said_of_the_cache(
     assert not list(folder.rglob("rows*"))
 
 
-def test_a_run_goes_on_without_the_cache_and_says_so_once(command: Command, folder: Path) -> None:
+def test_a_run_continues_without_the_cache_and_warns_once(command: Command, folder: Path) -> None:
     with_cache = succeed(command("--unobserved", num_rounds=1, ranks=2))
     shutil.rmtree(folder)
     folder.write_text("")
@@ -162,7 +162,7 @@ def test_a_run_goes_on_without_the_cache_and_says_so_once(command: Command, fold
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets the hub be at a port of this machine."""
+    """Sets the address of the hub to a port of this machine."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 2.0)
@@ -171,7 +171,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port that takes connections and answers nothing."""
+    """A port that accepts connections and sends no answer."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -179,7 +179,7 @@ def silent_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
-def test_a_hub_that_does_not_answer_is_said_at_once(
+def test_a_hub_that_does_not_answer_is_reported_at_once(
     is_silent: bool, online: Callable[[int], None], silent_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     port = silent_port if is_silent else 9
@@ -200,17 +200,17 @@ def test_a_hub_that_does_not_answer_is_not_needed_for_what_is_in_its_cache(onlin
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """Answers late, that there is nothing."""
+    """Answers 404 after a delay."""
 
     def do_HEAD(self) -> None:
         time.sleep(0.5)
         self.send_error(404)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
-def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_waits_for_a_slow_hub(online: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 20.0)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever).start()
@@ -220,7 +220,7 @@ def test_a_slow_hub_is_asked(online: Callable[[int], None], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
-def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
+def test_a_download_that_the_hub_cache_cannot_store_goes_to_a_temporary_folder(
     number: int, tiny_model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     used = []
@@ -231,7 +231,7 @@ def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
             try:
                 raise OSError(number, "no", f"{huggingface_hub.constants.HF_HUB_CACHE}/some")
             except OSError as error:
-                raise ValueError("the client's own") from error
+                raise ValueError("another error") from error
         return AutoConfig.from_pretrained(tiny_model, cache_dir=folder)
 
     assert hub.from_hub("some/id", load).hidden_size == 32
@@ -242,7 +242,7 @@ def test_what_the_cache_of_the_hub_cannot_hold_goes_to_a_temporary_folder(
 
 
 @pytest.mark.parametrize("error", [OSError("no such model"), PermissionError(errno.EACCES, "no", "/some/model")])
-def test_an_error_that_is_not_of_the_cache_is_not_tried_again(error: OSError) -> None:
+def test_an_error_outside_the_cache_is_not_retried(error: OSError) -> None:
     used = []
 
     def load(folder: str | None) -> None:

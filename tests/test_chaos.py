@@ -31,7 +31,7 @@ from conftest import Command, succeed, weights_hash
 
 pytestmark = pytest.mark.long
 SEED = 5
-NUM_KILLS = 7  # of each strategy: one at each aim
+NUM_KILLS = 7  # of each strategy: one at each target
 torch.set_num_threads(1)
 
 if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
@@ -40,13 +40,13 @@ if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
 
 @pytest.fixture(scope="module")
 def settings(small_run: dict[str, object]) -> dict[str, object]:
-    """A federation of six sites, with dropout, AdamW and only the last checkpoints kept."""
+    """A federation of six sites, with dropout, AdamW and only the last two checkpoints on disk."""
     runpy.run_path(str(SCRIPT))  # imports what the forks need
     return small_run | {"num_rounds": NUM_ROUNDS, "site_ids": [0] * 6, "keep_checkpoints": 2}
 
 
 def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:
-    """A run without interruption, and one with kills."""
+    """Return the results of a run without interruption and of one with kills."""
     (folder / "alone").mkdir()
     alone = finish(settings, folder / "alone", num_ranks=2)
     return alone, campaign(settings, folder, NUM_KILLS, Random(seed))
@@ -56,7 +56,7 @@ def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, 
 def results(
     settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Result, Result]]]:
-    """Of each strategy; all at once, as a rank that hears of another's death waits for seconds."""
+    """The results of each strategy; all run in parallel, because a rank waits for seconds after the loss of a peer."""
     with ProcessPoolExecutor(len(STRATEGIES), multiprocessing.get_context("fork")) as pool:
         futures = {
             strategy: pool.submit(play, settings | {"strategy": strategy}, tmp_path_factory.mktemp(strategy), seed)
@@ -66,7 +66,7 @@ def results(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
+def test_a_run_whose_ranks_are_killed_ends_with_the_result_of_the_uninterrupted_run(
     results: dict[str, tuple[Result, Result]], strategy: str
 ) -> None:
     alone, killed = results[strategy]
@@ -77,7 +77,7 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_that_was_left_alone(
     assert killed.metrics["train.loss"][0] == list(range(1, NUM_ROUNDS + 1))
 
 
-def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result, Result]]) -> None:
+def test_ranks_are_killed_often_and_in_different_phases(results: dict[str, tuple[Result, Result]]) -> None:
     kills = [kill for _, killed in results.values() for kill in killed.kills]
     assert len(kills) >= 20
     # The phase depends on the machine: a kill planned for the optimiser's step may come in a collective.
@@ -90,7 +90,7 @@ def test_ranks_are_killed_often_whatever_they_do(results: dict[str, tuple[Result
     assert len({alone.weights for alone, _ in results.values()}) == len(STRATEGIES), "a strategy does not act"
 
 
-def test_a_run_that_is_interrupted_at_random_moments_ends_as_one_that_was_left_alone(
+def test_a_run_interrupted_at_random_moments_ends_with_the_result_of_the_uninterrupted_run(
     results: dict[str, tuple[Result, Result]], settings: dict[str, object], tmp_path: Path
 ) -> None:
     alone, _ = results["fedadam"]
@@ -99,7 +99,7 @@ def test_a_run_that_is_interrupted_at_random_moments_ends_as_one_that_was_left_a
     assert len(stopped.stops) == 2
 
 
-def test_the_federation_of_the_benchmark_is_that_of_the_command(
+def test_the_benchmark_runs_the_same_federation_as_the_command(
     results: dict[str, tuple[Result, Result]], settings: dict[str, object], command: Command
 ) -> None:
     output = succeed(command(**settings, strategy="diloco"))
@@ -118,7 +118,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, 
         return pid
 
     assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
-    assert len(ranks) == 3, "these are its own"
+    assert len(ranks) == 3, "these are its ranks"
     began = time.monotonic()
     while any(is_running(rank) for rank in ranks):
         assert time.monotonic() - began < END_SECONDS

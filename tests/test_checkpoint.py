@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and a run resumes only from its own."""
+"""Checkpoints are complete or absent, and a run resumes only from checkpoints of the same run."""
 
 import logging
 import pickle
@@ -72,7 +72,7 @@ def test_a_file_contains_named_weights_that_torch_loads_without_running_code(tmp
     assert (tmp_path / "round-1.pt").stat().st_size < 20_000
 
 
-def test_only_the_last_ones_are_kept_and_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_stay_and_other_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "round-2.pt.bak").write_text("mine")
     (tmp_path / "best.pt").write_text("mine")
     for rounds in range(1, 12):
@@ -82,7 +82,7 @@ def test_only_the_last_ones_are_kept_and_other_files_are_left_alone(tmp_path: Pa
     assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 12, "by number, not by name"
 
 
-def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
+def test_a_failed_write_adds_no_checkpoint_and_does_not_damage_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
@@ -98,9 +98,7 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["round-1.pt"]
 
 
-def test_a_checkpoint_that_is_half_written_does_not_have_its_name_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_gets_its_name_after_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
     seen: list[tuple[list[str], int]] = []  # what a process that is killed now leaves, and the rounds restored from it
 
@@ -143,7 +141,7 @@ class Trap:
 @pytest.mark.parametrize(
     "how", ["cut", "empty", "a flipped bit in a weight", "a pickle that runs code", "something else that torch loads"]
 )
-def test_a_damaged_last_file_is_skipped_with_a_warning_and_a_lone_one_is_an_error(
+def test_a_damaged_last_checkpoint_is_skipped_with_a_warning_and_a_single_damaged_one_is_an_error(
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rounds in (1, 2):

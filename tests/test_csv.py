@@ -1,4 +1,4 @@
-"""A CSV file is read as Python's own module reads it, or refused."""
+"""A CSV file is read as Python's csv module reads it, or refused."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ numbers = count()
 
 @pytest.fixture(scope="module", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A working folder that the examples of one test share."""
+    """A working folder for all examples of one test."""
     folder = tmp_path_factory.mktemp("scratch")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -35,7 +35,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def put_csv(content: bytes) -> str:
-    """A file of its own for each example, as what was read of one is cached."""
+    """Write a new file for each example, because readers cache by path."""
     name = f"{next(numbers)}.csv"
     Path(name).write_bytes(content)
     return name
@@ -43,7 +43,7 @@ def put_csv(content: bytes) -> str:
 
 @given(data=st.data(), names=NAMES, is_all_quoted=st.booleans(), has_mark=st.booleans())
 @settings(deadline=None, max_examples=120)
-def test_fields_come_back_as_python_wrote_them(
+def test_fields_are_read_as_python_wrote_them(
     data: st.DataObject, names: list[str], is_all_quoted: bool, has_mark: bool
 ) -> None:
     rows = data.draw(st.lists(st.lists(FIELDS, min_size=len(names), max_size=len(names)), min_size=1, max_size=5))
@@ -56,7 +56,7 @@ def test_fields_come_back_as_python_wrote_them(
 
 
 def rows_of(content: bytes) -> list[list[str]] | None:
-    """The rows as Python's own module reads them, None if it does not; empty fields at their ends are no matter."""
+    """Return the rows as Python's csv module reads them, without empty fields at their ends; None if it refuses."""
     try:
         rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True) if row]
     except (UnicodeDecodeError, csv.Error):
@@ -70,11 +70,11 @@ def rows_of(content: bytes) -> list[list[str]] | None:
 
 
 def is_table(rows: list[list[str]] | None) -> bool:
-    """Whether a file is one of ours: not all that a program calls CSV is a table."""
+    """Return whether Python's csv module finds a table with the expected columns."""
     if rows is None or len(rows) < 2 or any("\0" in name for row in rows for name in row):
         return False
     if len(rows[0]) == 1 and re.search(r"[;\t|]", rows[0][0]):
-        return False  # commas were not what separates its columns
+        return False  # its delimiter is not a comma
     return len(set(rows[0])) == len(rows[0]) and {len(row) for row in rows} == {len(rows[0])}
 
 
@@ -93,7 +93,7 @@ ENCODINGS = st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "latin-1", 
 @example(content=b"a,b\nc\n")
 @example(content=b"a,b\nc,d,e\n")
 @settings(deadline=None, max_examples=300)
-def test_bytes_of_any_kind_are_the_rows_that_python_reads_or_refused(content: bytes) -> None:
+def test_random_bytes_are_read_as_python_reads_them_or_refused(content: bytes) -> None:
     rows, name = rows_of(content), put_csv(content)
     if not is_table(rows):
         assert repr(name) in refusal(lambda: read_table(name))

@@ -21,7 +21,7 @@ JOB = "a-job-to-be-seen"
 
 @pytest.fixture
 def dashboard(mongo: dict[str, str], command: Command, tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """A dashboard of a database with one run: its port and what it prints."""
+    """A dashboard of a database with one run: its port and its output."""
     if shutil.which("omniboard") is None:
         pytest.skip("omniboard is not on PATH: npm install omniboard@2.16.1 (532 MB) brings one, in node_modules/.bin")
     env = {**mongo, "SACRED_DATABASE": "dashboard"}
@@ -51,7 +51,7 @@ def dashboard(mongo: dict[str, str], command: Command, tmp_path: Path) -> Iterat
         print(output.read_text())
 
 
-def test_the_dashboard_shows_a_run_to_this_machine_alone_and_its_password_nowhere(
+def test_the_dashboard_shows_a_run_on_this_machine_only_and_never_its_password(
     dashboard: tuple[int, Path], tmp_path: Path
 ) -> None:
     if BROWSER is None:

@@ -15,7 +15,7 @@ from dap import PATIENCE, RUN, Debugger, local_variables, stop_in_the_loop, top_
 
 
 class Program:
-    """The script under way, in a process group of its own."""
+    """The running script in a separate process group."""
 
     def __init__(self, pid: int, output: Path) -> None:
         self.pid, self.output = pid, output
@@ -23,7 +23,7 @@ class Program:
         os.setpgid(pid, pid)
 
     def says(self, words: str) -> None:
-        """Wait until it prints something."""
+        """Wait for a printed text."""
         wait_until(lambda: words in self.output.read_text() or self.has_ended(), f"printed {words!r}")
         assert words in self.output.read_text(), "it has ended instead"
 
@@ -49,11 +49,11 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture
 def program(start: Callable[..., tuple[int, Path]], free_port: int) -> Iterator[Callable[..., Program]]:
-    """Starts the script with a rank that waits for a debugger. A test that fails shows what it printed."""
+    """Starts the script with a rank that waits for a debugger. A failed test shows its output."""
     programs = []
 
     def run(env: dict[str, str], **settings: Any) -> Program:
-        # No rank is silent for a second, unless it stands at a breakpoint.
+        # No rank is silent for a second, unless it is at a breakpoint.
         env = {"DEBUG": "1", "DEBUG_PORT": str(free_port), "LOST_AFTER": "1", **env}
         programs.append(Program(*start(env=env, **settings)))
         return programs[-1]
@@ -92,7 +92,7 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     with Debugger(free_port) as debugger:
         thread, frame = stop_in_the_loop(debugger)
         assert local_variables(debugger, frame)["round_"] == "0"
-        time.sleep(3 * (ranks - 1))  # others would take it for lost after one second
+        time.sleep(3 * (ranks - 1))  # longer than the one second after which a rank counts as lost
         assert not running.has_ended()
         debugger.ask("continue", threadId=thread)
         thread = debugger.event("stopped")["threadId"]
@@ -107,7 +107,7 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     wait_until(lambda: not is_open(free_port), "left the port")
 
 
-def test_a_debugger_that_leaves_lets_the_run_go_on(program: Callable[..., Program], free_port: int) -> None:
+def test_a_run_continues_after_its_debugger_disconnects(program: Callable[..., Program], free_port: int) -> None:
     running = program({})
     running.says("waits for a debugger")
     with Debugger(free_port) as debugger:
@@ -118,7 +118,7 @@ def test_a_debugger_that_leaves_lets_the_run_go_on(program: Callable[..., Progra
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_ended_while_it_waits_leaves_nothing_behind(
+def test_a_run_that_is_ended_while_it_waits_for_a_debugger_leaves_no_process(
     program: Callable[..., Program], free_port: int, number: int
 ) -> None:
     running = program({})
@@ -137,9 +137,7 @@ def test_a_run_that_is_ended_while_it_waits_leaves_nothing_behind(
         ({"DEBUG_PORT": "99999"}, "DEBUG_PORT: expected a free port, got 127.0.0.1:99999 (invalid port number)"),
     ],
 )
-def test_a_debugger_that_cannot_be_waited_for_is_one_sentence(
-    command: Command, env: dict[str, str], sentence: str
-) -> None:
+def test_an_unusable_debugger_setting_is_one_sentence(command: Command, env: dict[str, str], sentence: str) -> None:
     assert command(env={"DEBUG": "1", **env}) == (1, f"error: {sentence}\n")
 
 
@@ -149,8 +147,8 @@ def test_an_invalid_rank_is_one_sentence_of_all_ranks(command: Command) -> None:
 
 
 def test_a_port_in_use_is_one_sentence(command: Command) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         status, output = command(ranks=2, env={"DEBUG": "1", "DEBUG_PORT": str(port), "DEBUG_RANK": "1"})
     assert status == 1
     assert output.startswith(f"error: DEBUG_PORT: expected a free port, got 127.0.0.1:{port} (")

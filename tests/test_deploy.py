@@ -1,4 +1,4 @@
-"""The files of deploy/: accepted by their schemas, closed to strangers, and their own command lines train."""
+"""The files of deploy/ fit their schemas, restrict access, and their command lines train."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_kubernetes_has_each_field_of_the_pods_that_the_operator_makes(replica: 
     assert kubernetes_validate.validate(pod, version, strict=True) == version
 
 
-def test_the_validator_says_no_to_a_field_that_is_not_there() -> None:
+def test_the_validator_refuses_an_unknown_field() -> None:
     job = copy.deepcopy(JOB)
     job["spec"]["template"]["spec"]["containers"][0]["privilege"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="privilege"):
@@ -82,11 +82,11 @@ def test_the_operator_has_each_field_of_the_pytorchjob() -> None:
         assert [port["name"] for port in container["ports"]] == ["pytorchjob-port"]
 
 
-# Who may do what.
+# Rights.
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_pod_may_do_no_more_than_it_must(template: dict[str, Any]) -> None:
+def test_a_pod_has_only_the_rights_that_it_needs(template: dict[str, Any]) -> None:
     pod = template["spec"]
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -100,7 +100,7 @@ def test_a_pod_may_do_no_more_than_it_must(template: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_credentials_come_from_a_secret_alone(template: dict[str, Any]) -> None:
+def test_credentials_come_only_from_a_secret(template: dict[str, Any]) -> None:
     (container,) = template["spec"]["containers"]
     assert [list(source) for source in container["envFrom"]] == [["secretRef"]]
     secret = re.compile("HOST|USER|PASSWORD|TOKEN|KEY|CREDENTIAL|mongodb|://[^ ]*@")
@@ -110,7 +110,7 @@ def test_credentials_come_from_a_secret_alone(template: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("manifest", "template"), [("kubernetes.yaml", "Job"), ("pytorchjob.yaml", "Worker")])
-def test_only_the_ranks_reach_the_ranks(manifest: str, template: str) -> None:
+def test_only_ranks_can_connect_to_ranks(manifest: str, template: str) -> None:
     labels = TEMPLATES[template]["metadata"]["labels"]
     policy = OBJECTS[manifest, "NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress"]
@@ -118,10 +118,10 @@ def test_only_the_ranks_reach_the_ranks(manifest: str, template: str) -> None:
     assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}]  # and on any port
 
 
-# What belongs together.
+# Consistency of the objects.
 
 
-def test_the_first_pod_of_the_job_has_the_name_that_the_others_look_for() -> None:
+def test_the_first_pod_of_the_job_has_the_name_that_the_other_pods_resolve() -> None:
     service = OBJECTS["kubernetes.yaml", "Service"]
     pod = JOB["spec"]["template"]
     assert service["spec"]["clusterIP"] == "None"
@@ -132,7 +132,7 @@ def test_the_first_pod_of_the_job_has_the_name_that_the_others_look_for() -> Non
     assert f"--master-addr={JOB['metadata']['name']}-0.{service['metadata']['name']}" in args
 
 
-def test_the_job_starts_all_its_nodes_at_once_and_each_has_its_settings() -> None:
+def test_the_job_starts_all_nodes_at_once_with_the_settings_of_each() -> None:
     num_nodes = JOB["spec"]["completions"]
     assert JOB["spec"]["completionMode"] == "Indexed"
     assert JOB["spec"]["parallelism"] == num_nodes
@@ -143,7 +143,7 @@ def test_the_job_starts_all_its_nodes_at_once_and_each_has_its_settings() -> Non
 
 
 @pytest.mark.parametrize(("manifest", "template"), [("kubernetes.yaml", "Job"), ("pytorchjob.yaml", "Worker")])
-def test_what_a_pod_mounts_is_there(manifest: str, template: str) -> None:
+def test_every_volume_that_a_pod_mounts_is_defined(manifest: str, template: str) -> None:
     pod = TEMPLATES[template]["spec"]
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -153,20 +153,20 @@ def test_what_a_pod_mounts_is_there(manifest: str, template: str) -> None:
     assert volumes["results"]["persistentVolumeClaim"]["claimName"] == names["PersistentVolumeClaim"]
     (results,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "results")
     workdir = re.findall("^WORKDIR (.*)$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)[0]
-    kept = [value.partition("=")[2] for value in container["args"] if value.startswith("checkpoints_dir=")]
-    kept += [variable["value"] for variable in container["env"] if variable["name"] == "SACRED_RUNS_DIR"]
-    assert len(kept) == 2
-    assert all(f"{workdir}/{path}".startswith(f"{results}/") for path in kept)
+    paths = [value.partition("=")[2] for value in container["args"] if value.startswith("checkpoints_dir=")]
+    paths += [variable["value"] for variable in container["env"] if variable["name"] == "SACRED_RUNS_DIR"]
+    assert len(paths) == 2
+    assert all(f"{workdir}/{path}".startswith(f"{results}/") for path in paths)
 
 
-# The command lines, for real: two nodes on this machine, and then one process that has all sites.
+# The command lines: two nodes on this machine, and then one process that has all sites.
 
 SMALL = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "num_local_epochs": 1}
 
 
 @pytest.fixture
 def small(tiny_model: str, corpus: tuple[Path, Path]) -> list[str]:
-    """The settings of a federation that trains in a moment."""
+    """The settings of a federation that trains within seconds."""
     files = {"task_name": "text", "train_path": corpus[0], "test_path": corpus[1], "model": tiny_model}
     return [f"{key}={value}" for key, value in {**files, **SMALL}.items()]
 
@@ -178,7 +178,7 @@ def free_port() -> str:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of a node, whose name need not stand for this machine."""
+    """Return the environment of a node, whose name need not resolve to this machine."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -187,7 +187,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    """Do as the kubelet does with $(NAME)."""
+    """Expand $(NAME) as the kubelet does."""
     return re.sub(r"\$\(([A-Z_]+)\)", lambda match: variables[match[1]], text)
 
 
@@ -199,25 +199,25 @@ def replace_one(arguments: list[str], old: str, new: str) -> list[str]:
 def run_pods(
     pods: list[tuple[dict[str, Any], dict[str, str]]], manifest: str, folder: Path, small: list[str]
 ) -> list[str]:
-    """Run the command of each pod at the same time, with the variables of its environment; return what they print."""
+    """Run the command of each pod in parallel with its environment variables; return the outputs."""
     (folder / "scripts").symlink_to(ROOT / "scripts")
     for name, text in OBJECTS[manifest, "ConfigMap"]["data"].items():
         (folder / name).write_text(text)
     processes = []
     for pod, variables in pods:
         (container,) = pod["spec"]["containers"]
-        own = {variable["name"]: variable["value"] for variable in container["env"]} | variables
-        command = [expand(part, own) for part in [*container["command"], *container["args"]]]
+        env = {variable["name"]: variable["value"] for variable in container["env"]} | variables
+        command = [expand(part, env) for part in [*container["command"], *container["args"]]]
         (settings,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "settings")
         command = [part.replace(settings, str(folder)) for part in command]
         if "--master-port=29500" in command:
             command = replace_one(command, "--master-addr=federation-0.federation", "--master-addr=127.0.0.1")
-            command = replace_one(command, "--master-port=29500", f"--master-port={own['MASTER_PORT']}")
+            command = replace_one(command, "--master-port=29500", f"--master-port={env['MASTER_PORT']}")
         processes.append(
             subprocess.Popen(
                 [*command, *small],
                 cwd=folder,
-                env=environment(**own),
+                env=environment(**env),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -232,7 +232,7 @@ ALONE: dict[int, str] = {}
 
 
 def weights_of_one(command: Command, num_sites: int) -> str:
-    """The weights of the same federation in one process, which trains once for all tests."""
+    """The weights of the same federation in one process, trained once for all tests."""
     if num_sites not in ALONE:
         ALONE[num_sites] = weights_hash(succeed(command(site_ids=[0] * num_sites, num_rounds=3, **SMALL)))
     return ALONE[num_sites]
@@ -260,7 +260,7 @@ def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
 def test_the_pods_of_the_pytorchjob_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:
-    # What the operator sets; there is no LOCAL_RANK among it.
+    # The variables that the operator sets; LOCAL_RANK is not among them.
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     pods = [(TEMPLATES[name], {**world, "RANK": str(rank)}) for rank, name in enumerate(["Master", "Worker"])]
     outputs = run_pods(pods, "pytorchjob.yaml", tmp_path, small)
@@ -296,7 +296,7 @@ kill -TERM "$(cat srun.pid)"
 
 
 def start_slurm(folder: Path, python: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start the batch file in a folder, as Slurm does on the first node, with this as the project's Python."""
+    """Start the batch file in a folder as Slurm does on the first node, with this Python."""
     for name, text in {
         "bin/srun": SRUN,
         "bin/scontrol": SCONTROL,
@@ -344,7 +344,7 @@ def wait_for(path: Path) -> None:
 TRAINS_FOR_EVER = "trap 'echo >>ended; exit 143' TERM; echo >>started-$SLURM_NODEID; while :; do sleep 0.1; done"
 
 
-def test_a_job_whose_time_is_up_ends_its_ranks_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_ends_its_ranks_and_is_requeued(tmp_path: Path) -> None:
     process = start_slurm(tmp_path, TRAINS_FOR_EVER)
     wait_for(tmp_path / "started-0")
     wait_for(tmp_path / "started-1")
@@ -357,32 +357,32 @@ def test_a_job_whose_time_is_up_ends_its_ranks_and_goes_back_into_the_queue(tmp_
     assert calls(tmp_path)[1:] == [f"scancel --signal=TERM {job}", f"requeue {job}"]
 
 
-def test_a_run_that_failed_is_a_failed_job_and_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_failed_run_is_a_failed_job_and_is_not_requeued(tmp_path: Path) -> None:
     process = start_slurm(tmp_path, "exit 41")
     process.communicate(timeout=30)
     assert process.returncode == 41
     assert calls(tmp_path) == ["show hostnames n[1-2]"]
 
 
-def test_slurm_is_asked_for_what_the_batch_file_counts_on() -> None:
+def test_the_batch_file_requests_the_slurm_options_that_it_needs() -> None:
     options = dict(re.findall("^#SBATCH --([a-z-]+)(?:=(.*))?$", SLURM.read_text(), re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert options["signal"].startswith("B:USR1@")
     assert " USR1\n" in SLURM.read_text()
     assert "requeue" in options
-    assert options["open-mode"] == "append"  # what it printed before it was requeued stays
+    assert options["open-mode"] == "append"  # the output from before a requeue stays
 
 
-def test_bash_can_read_the_batch_file() -> None:
+def test_bash_parses_the_batch_file() -> None:
     subprocess.run(["bash", "-n", SLURM], check=True)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_reports_nothing() -> None:
     subprocess.run(["shellcheck", SLURM], check=True)
 
 
-# The page about them.
+# Their page.
 
 
 def test_the_page_explains_each_file_and_its_links_lead_to_files() -> None:
@@ -392,7 +392,7 @@ def test_the_page_explains_each_file_and_its_links_lead_to_files() -> None:
     assert all((ROOT / "docs" / link).exists() for link in links), links
 
 
-def test_bash_can_read_each_command_of_the_page() -> None:
+def test_bash_parses_each_command_of_the_page() -> None:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL)
     assert len(blocks) > 10
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Ranks: that they tell each other what they should, and that an error on one is known to all."""
+"""Ranks exchange values correctly, and an error on one rank reaches all."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
     assert not dist.is_initialized()
 
 
-def test_ranks_gather_share_and_sum() -> None:
+def test_ranks_all_gather_broadcast_and_all_reduce() -> None:
     def work() -> tuple:
         mine = torch.full((3,), float(rank() + 1))
         return (
@@ -65,11 +65,11 @@ def test_every_byte_handed_to_a_collective_is_counted() -> None:
 VALUES = [None, True, 3, 2**80, 0.1, "a 'quoted' é\n", (1, 2), [(), {"a": {3: [1.5]}}], {}]
 
 
-def test_values_arrive_as_they_are_and_lengths_may_differ() -> None:
+def test_all_gather_returns_values_unchanged_and_of_different_lengths() -> None:
     assert on_ranks(4, lambda: all_gather(VALUES[: 3 * rank()])) == [[[], VALUES[:3], VALUES[:6], VALUES]] * 4
 
 
-def test_bytes_arrive_from_the_rank_that_has_them() -> None:
+def test_bytes_are_broadcast_from_the_rank_that_has_them() -> None:
     data = os.urandom(100_003)
     assert on_ranks(3, lambda: broadcast_bytes(lambda: data, source=1) == data) == [True] * 3
     assert on_ranks(2, lambda: broadcast_bytes(lambda: b"")) == [b""] * 2
@@ -80,7 +80,7 @@ def raise_on(number: int, error: BaseException) -> None:
         raise error
 
 
-def test_the_first_rank_of_a_node_goes_first() -> None:
+def test_the_first_rank_of_a_node_runs_before_the_others() -> None:
     path = f"/tmp/scaling-fl-test-{os.getpid()}"
 
     def work() -> bool:
@@ -110,7 +110,7 @@ def test_launch_ends_with_the_status_of_the_rank_that_failed(status: int, capfd:
     assert capfd.readouterr().err.strip() == "what was wrong", "and says nothing more"
 
 
-def test_a_rank_that_raises_prints_its_own_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_raises_prints_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         on_ranks(2, lambda: raise_on(1, KeyError("weight")))
     printed = capfd.readouterr().err
@@ -119,7 +119,7 @@ def test_a_rank_that_raises_prints_its_own_traceback(capfd: pytest.CaptureFixtur
     assert "error: rank 1 failed with KeyError: 'weight'\n" in printed
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_rank_ends_the_other_ranks_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         if rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +131,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(capfd: pytest.Captur
     assert "error: rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
-def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_ranks(4) == 1
     monkeypatch.setenv("RANKS", "3")
     assert num_ranks(2) == 3
@@ -147,7 +147,7 @@ def test_ranks_are_as_many_as_the_environment_asks_for(monkeypatch: pytest.Monke
             num_ranks(4)
 
 
-def test_the_number_of_threads_is_one_unless_the_environment_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_is_one_unless_the_environment_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert num_threads() == 2

@@ -1,4 +1,4 @@
-"""What the image and its Compose files promise, as far as it shows without an engine."""
+"""The image and its Compose files, as far as they can be checked without an engine."""
 
 import os
 import re
@@ -23,7 +23,7 @@ DISTRIBUTED = (ROOT / "docs/distributed.md").read_text()
 RUN_LOCAL = (ROOT / "run-local.sh").read_text()
 LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
 
-# Who somebody is and where is as little of the image's business as the password.
+# The image must contain neither the password nor the user's name and machine.
 SECRET = re.compile(r"SACRED|PASSWORD|TOKEN|AWS|GOOGLE|SECRET|CREDENTIAL")
 COMPOSE = next((command for command in (["docker", "compose"], ["docker-compose"]) if shutil.which(command[0])), None)
 if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).returncode != 0:
@@ -31,14 +31,14 @@ if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).return
 
 
 def arguments(instruction: str) -> list[str]:
-    """Return what follows each `instruction` of the Dockerfile."""
+    """Return the arguments of each `instruction` of the Dockerfile."""
     return [line.partition(" ")[2] for line in INSTRUCTIONS if line.startswith(instruction + " ")]
 
 
 # Secrets.
 
 
-def test_credentials_have_no_value_in_the_compose_files():
+def test_the_compose_files_contain_no_credentials():
     passed = {name: value for service in (MAIN, DEBUG) for name, value in service["environment"].items()}
     secrets = {name for name in passed if SECRET.search(name)}
     assert {"SACRED_HOST", "SACRED_USER", "SACRED_PASSWORD", "SACRED_DATABASE", "HF_TOKEN"} <= secrets
@@ -52,7 +52,7 @@ def test_the_image_is_built_without_credentials():
     assert not {"environment", "secrets"} & MAIN["build"].keys()
 
 
-def test_neither_env_nor_the_history_gets_into_the_image():
+def test_the_image_contains_neither_env_nor_the_git_history():
     assert {".env", ".git"} <= set((ROOT / ".dockerignore").read_text().split())
 
 
@@ -63,7 +63,7 @@ def test_the_template_sets_nothing():
 # Variables.
 
 
-def test_the_template_explains_each_variable_that_is_read_and_no_other():
+def test_the_template_explains_exactly_the_variables_that_are_read():
     interpolated = set(re.findall(r"\$\{([A-Z_]+)", "".join(COMPOSE_FILES.values())))
     passed = {name for name, value in MAIN["environment"].items() if value is None}
     script = set(re.findall(r"\$\{([A-Z_]+):-", RUN_LOCAL))
@@ -76,7 +76,7 @@ def test_the_template_explains_each_variable_that_is_read_and_no_other():
     assert (interpolated | passed | script | sacred) - {"USER"} <= set(explained)
 
 
-def test_the_library_gets_its_variables_in_the_container_too():
+def test_the_container_passes_on_the_variables_of_the_library():
     read = r"""env(?:iron(?:ment)?)?(?:\.get)?[(\[]["']((?:SACRED_|RANK|LOCAL_|LOST_|OMP_|USER)[A-Z_]*)"""
     library = set(re.findall(read, LIBRARY))
     assert len(library) >= 11
@@ -90,12 +90,12 @@ NETWORK = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV
 
 
 @pytest.mark.parametrize("name", RANK + NETWORK)
-def test_a_container_can_be_a_rank_of_several_nodes_and_is_none_by_itself(name):
+def test_a_container_is_a_rank_of_several_nodes_only_if_the_environment_says_so(name):
     assert MAIN["environment"][name] is None, "as it is outside, unset too"
     assert name in DISTRIBUTED, "docs/distributed.md explains it"
 
 
-def test_each_variable_of_the_template_has_one_line_that_explains_it():
+def test_each_variable_of_the_template_has_one_explanation():
     for paragraph in re.split(r"\n\n+", TEMPLATE.strip())[1:]:
         comment, setting = paragraph.split("\n")
         assert re.match(r"# \w.*[.,]$", comment)
@@ -105,13 +105,13 @@ def test_each_variable_of_the_template_has_one_line_that_explains_it():
 # The service.
 
 
-def test_the_user_owns_what_the_container_leaves():
+def test_the_user_owns_the_files_of_the_container():
     assert MAIN["user"] == "${HOST_UID:-1000}:${HOST_GID:-1000}"
     (everyone,) = (line for line in arguments("RUN") if "chmod" in line)
     assert {"runs", "checkpoints", "data", '"$HOME"'} <= set(everyone.split("chmod -R 1777")[1].split())
 
 
-def test_what_must_outlive_the_container_is_mounted():
+def test_data_that_must_outlive_the_container_is_mounted():
     (workdir,) = arguments("WORKDIR")
     mounted = {volume["target"]: volume["source"] for volume in MAIN["volumes"]}
     assert mounted[f"{workdir}/data"] == "${DATA_MOUNT_DIR:-./data}"
@@ -121,7 +121,7 @@ def test_what_must_outlive_the_container_is_mounted():
     assert f"HF_HOME={home_of_hub} " in arguments("ENV")[0]
 
 
-def test_a_build_argument_is_one_of_the_dockerfile_with_the_same_default():
+def test_build_arguments_have_the_defaults_of_the_dockerfile():
     in_dockerfile = dict(argument.split("=") for argument in arguments("ARG"))
     in_compose = {name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for name, value in MAIN["build"]["args"].items()}
     assert in_compose == in_dockerfile
@@ -132,7 +132,7 @@ def test_signals_reach_the_program():
     assert arguments("ENTRYPOINT") == ['["python"]']
 
 
-def test_a_run_leaves_no_network_behind():
+def test_a_run_removes_its_network():
     assert MAIN["network_mode"] == "${DOCKER_NETWORK:-bridge}"
     assert "networks" not in MAIN
 
@@ -140,7 +140,7 @@ def test_a_run_leaves_no_network_behind():
 # The image.
 
 
-def test_a_change_of_code_installs_nothing_again():
+def test_changed_code_reinstalls_nothing():
     code = INSTRUCTIONS.index("COPY . .")
     before, after = "\n".join(INSTRUCTIONS[:code]), "\n".join(INSTRUCTIONS[code:])
     assert "pip install" in before
@@ -149,7 +149,7 @@ def test_a_change_of_code_installs_nothing_again():
     assert set(copied) == {"constraints.txt", "pyproject.toml", "demo-requirements.txt"}
 
 
-def test_the_image_has_what_the_virtual_environment_has():
+def test_the_image_has_the_packages_of_the_virtual_environment():
     for requirement in (
         '--editable ".[dev${EXTRAS:+,$EXTRAS}]"',
         "--no-deps --require-hashes --requirement demo-requirements.txt",
@@ -159,7 +159,7 @@ def test_the_image_has_what_the_virtual_environment_has():
 
 
 @pytest.mark.parametrize("in_base", ["2.9.1+cu130", None])
-def test_a_torch_of_the_base_is_neither_replaced_nor_upgraded(tmp_path, in_base):
+def test_the_torch_of_the_base_image_is_neither_replaced_nor_upgraded(tmp_path, in_base):
     (step,) = (line for line in arguments("RUN") if "torch" in line)
     shutil.copy(ROOT / "constraints.txt", tmp_path)
     (tmp_path / "python").write_text(
@@ -183,7 +183,7 @@ def test_a_torch_of_the_base_is_neither_replaced_nor_upgraded(tmp_path, in_base)
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not here")
-def test_hadolint_has_nothing_to_say():
+def test_hadolint_reports_nothing():
     subprocess.run(["hadolint", *(ROOT / "docker").glob("*Dockerfile")], check=True)
 
 
@@ -199,7 +199,7 @@ def test_the_debugger_waits_and_only_this_machine_can_reach_it():
     assert "ports" not in MAIN
 
 
-def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
+def test_the_debugger_changes_only_the_default_number_of_ranks():
     assert DEBUG.keys() == {"ports", "environment"}
     assert DEBUG["environment"].keys() == {"DEBUG", "DEBUG_HOST", "DEBUG_PORT", "DEBUG_RANK", "RANKS"}
     assert (MAIN["environment"]["RANKS"], DEBUG["environment"]["RANKS"]) == ("${RANKS:-auto}", "${RANKS:-1}")
@@ -208,7 +208,7 @@ def test_the_debugger_changes_nothing_else_but_the_default_of_ranks():
 # The dashboard.
 
 
-def test_the_dashboard_starts_without_main_and_main_without_the_dashboard():
+def test_the_dashboard_and_main_start_independently():
     profiles = {name: service["profiles"] for name, service in SERVICES.items()}
     assert profiles == {"main": ["main"], "mongo": ["dashboard"], "omniboard": ["dashboard"]}
     assert re.findall(r"--profile=(\w+)", RUN_LOCAL) == ["dashboard", "main"]
@@ -219,7 +219,7 @@ def test_only_this_machine_can_reach_the_dashboard_and_its_database():
     assert OMNIBOARD["ports"] == ["127.0.0.1:${DASHBOARD_PORT:-9000}:9000"]
 
 
-def test_nobody_gets_into_the_database_without_the_password_that_runs_give_too():
+def test_the_database_requires_the_password_that_runs_use():
     assert MONGO["command"] == ["--auth"]
     user = {"MONGO_INITDB_ROOT_USERNAME": "${SACRED_USER:-}", "MONGO_INITDB_ROOT_PASSWORD": "${SACRED_PASSWORD:-}"}
     assert MONGO["environment"] == user
@@ -228,7 +228,7 @@ def test_nobody_gets_into_the_database_without_the_password_that_runs_give_too()
     assert not OMNIBOARD.get("command"), "ps shows it"
 
 
-def test_runs_outlive_their_database():
+def test_runs_do_not_depend_on_the_database_container():
     assert MONGO["volumes"] == ["mongo:/data/db"]
     assert "mongo" in PLAN["volumes"]
 
@@ -238,7 +238,7 @@ def test_a_run_can_join_the_network_of_the_database():
     assert f"# DOCKER_NETWORK={PLAN['networks']['dashboard']['name']}\n" in TEMPLATE
 
 
-def test_every_version_of_the_dashboard_is_pinned_and_omniboards_the_same_everywhere():
+def test_every_version_of_the_dashboard_is_pinned_and_all_files_name_the_same_omniboard():
     assert re.fullmatch(r"mongo:\d+\.\d+\.\d+", MONGO["image"])
     dockerfile = (ROOT / "docker" / OMNIBOARD["build"]["dockerfile"]).read_text()
     assert re.search(r"^FROM node:\d+\.\d+\.\d+-", dockerfile, re.M)
@@ -258,7 +258,7 @@ def test_every_version_of_the_dashboard_is_pinned_and_omniboards_the_same_everyw
         ("mongodb+srv://me:mine@db.example", "u", "mongodb+srv://me:mine@db.example/runs?authSource=admin"),
     ],
 )
-def test_omniboard_gets_the_database_that_the_runs_are_in(host, user, uri):
+def test_omniboard_reads_the_database_that_runs_write(host, user, uri):
     environment = {"SACRED_HOST": host, "SACRED_USER": user, "SACRED_PASSWORD": "p@:/%", "SACRED_DATABASE": "runs"}
     program = "process.stdout.write(require('./docker/omniboard.js').default.mongodbURI)"
     run = subprocess.run(
@@ -272,7 +272,7 @@ def test_omniboard_gets_the_database_that_the_runs_are_in(host, user, uri):
     assert run.stdout == uri
 
 
-# Compose's own word.
+# Compose itself.
 
 
 @pytest.mark.skipif(COMPOSE is None, reason="neither docker compose nor docker-compose is here")

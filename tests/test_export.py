@@ -1,4 +1,4 @@
-"""Saving is tried before training; a disk that fails later ends the run with a sentence, and no weights are lost."""
+"""Saving is tested before training; a later disk error ends the run with a sentence and loses no weights."""
 
 import contextlib
 import datetime
@@ -65,7 +65,7 @@ def make_read_only(place: Path) -> None:
 
 
 def block(file: Path) -> None:
-    """Put a folder in place of a file, which another thread writes now and then."""
+    """Replace a file by a folder, although another thread writes the file repeatedly."""
     while not file.is_dir():
         file.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -73,7 +73,7 @@ def block(file: Path) -> None:
 
 
 def before_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, work: Callable[[], object]) -> None:
-    """Do `work` before the `number`-th call of a function of others."""
+    """Call `work` before the `number`-th call of a library function."""
     call, calls = getattr(owner, name), iter(range(1, 1_000_000))
 
     def called(*args: Any, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def before_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, w
 
 
 def error_line(result: tuple[int, str]) -> str:
-    """The one line that says what was wrong, the last one."""
+    """Return the error line, which is the last one."""
     status, output = result
     assert status == 1, output
     (line,) = re.findall(r"^error: .*$", output, re.MULTILINE)
@@ -95,7 +95,7 @@ def error_line(result: tuple[int, str]) -> str:
 
 
 @pytest.mark.parametrize("keep", [None, 1, 2, 3])
-def test_the_estimate_for_checkpoints_is_their_space(tmp_path: Path, keep: int | None) -> None:
+def test_the_estimated_space_of_checkpoints_is_their_size(tmp_path: Path, keep: int | None) -> None:
     for num_before in range(5):
         (tmp_path / f"round-{num_before}.pt").touch()  # one more each time
         for num_rounds in range(1, 6):
@@ -107,7 +107,7 @@ def test_the_estimate_for_checkpoints_is_their_space(tmp_path: Path, keep: int |
             assert (need.peak, need.final) == (10 * (most - num_before - 1), 10 * (files - num_before - 1))
 
 
-def test_checkpoints_that_are_not_to_be_written_or_on_no_disk_need_none(tmp_path: Path) -> None:
+def test_checkpoints_that_are_off_or_not_on_a_disk_need_no_space(tmp_path: Path) -> None:
     assert export.space_for_checkpoints(None, 10, 3, None) == []
     assert export.space_for_checkpoints(str(tmp_path), 10, 0, None) == []
     assert export.space_for_checkpoints("memory://checkpoints", 10, 3, None) == []
@@ -131,7 +131,7 @@ def test_space_is_compared_for_each_disk_and_removed_files_free_space(disk: Disk
         assert "somewhere: expected 1.1 MB free for something" in refusal(lambda needs=needs: export.check_disks(needs))
 
 
-def test_a_model_that_cannot_be_saved_is_refused_and_no_file_stays(tmp_path: Path, tiny_model: str) -> None:
+def test_a_model_that_cannot_be_saved_is_refused_and_leaves_no_file(tmp_path: Path, tiny_model: str) -> None:
     tokenizer = BertTokenizerFast.from_pretrained(tiny_model)
 
     def sentence(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_saved_is_refused_and_no_file_stays(tmp_path: Pat
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_run_that_could_not_be_saved_is_refused_before_it_trains(
+def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     command: Command, disk: Disk, tiny_model: str, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -172,11 +172,11 @@ def test_a_run_that_could_not_be_saved_is_refused_before_it_trains(
     assert [*(place / "checkpoints").iterdir()] == []
     assert [path.name for path in (tmp_path / "runs/1").iterdir() if "model" in path.name] == []
     succeed(command("--unobserved", **checkpoints, keep_checkpoints=1))
-    succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # for one more there is room
+    succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # there is space for one more
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_is_full_at_a_checkpoint_loses_no_round(
+def test_a_full_disk_at_a_checkpoint_loses_no_round(
     command: Command, disk: Disk, ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = succeed(command("--unobserved"))
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_loses_no_round(
     [(modeling_utils, "safe_save_file", 1, "model"), (LocalFileSystem, "mv", 2, "rounds.jsonl")],
     ids=["model", "round"],
 )
-def test_a_disk_that_is_read_only_at_the_end_loses_no_weights(
+def test_a_read_only_disk_at_the_end_loses_no_weights(
     command: Command,
     disk: Disk,
     owner: Any,
@@ -228,7 +228,7 @@ def test_a_disk_that_is_read_only_at_the_end_loses_no_weights(
     assert "model  " in succeed(command(checkpoints_dir=found[1]))
 
 
-def test_a_record_that_cannot_be_kept_ends_a_run_and_one_that_cannot_be_closed_fails_it(
+def test_a_record_that_cannot_be_written_ends_the_run_and_one_that_cannot_be_closed_fails_it(
     command: Command, disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     runs = disk(1_000_000)
@@ -319,7 +319,7 @@ def test_a_round_is_written_as_a_whole_line_or_not_at_all(disk: Disk) -> None:
     assert len(lines) > 3
 
 
-def test_a_record_that_has_no_room_is_refused_at_the_start(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_without_disk_space_is_refused_at_the_start(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = disk(200_000)
     monkeypatch.setenv("SACRED_RUNS_DIR", str(runs))
     observers.check_files()

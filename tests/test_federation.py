@@ -1,4 +1,4 @@
-"""Sites that fail: the end of the run, or of their part in the round."""
+"""A site that fails ends the run or is skipped in the round."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
 
 
 class Endless(Play):
-    """A site that is not broken never ends."""
+    """Its sites have endless data unless they are broken."""
 
     def batches(self, site: Site, seed: int) -> Iterator[Batch]:
         while True:
@@ -36,7 +36,7 @@ class Endless(Play):
 
 
 @pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])
-def test_a_site_that_fails_ends_those_on_the_other_devices_of_its_rank(
+def test_a_site_that_fails_ends_the_sites_on_the_other_devices_of_its_rank(
     two_devices: Callable[[], None], broken: tuple[int, ...]
 ) -> None:
     two_devices()
@@ -49,7 +49,7 @@ def test_a_site_that_diverges_ends_the_run_and_is_named() -> None:
         Play(learning_rate=1e30).play()
 
 
-def test_skipped_sites_are_counted_and_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_sites_are_counted_and_named_and_the_other_sites_continue(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         history, hashes = BROKEN.but(min_sites=1).play()
     assert [metrics["sites.failed"] for metrics in history[1:]] == [2, 2]
@@ -62,7 +62,7 @@ def test_skipped_sites_are_counted_and_named_and_the_rest_goes_on(caplog: pytest
 
 
 def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
-    """Train, and where a disk fails let the last weight of all be infinite."""
+    """Train, and set the last weight to infinity if the disk fails."""
     try:
         return train(model, *arguments)
     except OSError:
@@ -72,7 +72,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 
 
 @pytest.mark.parametrize("what", ["disk", "weight"])
-def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_placement_of_a_failed_site_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
         monkeypatch.setattr("scaling_fl.federation.site.train", train_or_overflow)
         monkeypatch.setattr("scaling_fl.federation.aggregation.PIECE", 1_000)  # so that it is not in the first
@@ -82,14 +82,14 @@ def test_whom_a_failed_site_trained_beside_changes_no_bit(what: str, monkeypatch
     assert [play.on_ranks(num_ranks) for num_ranks in (2, 3)] == [alone, alone]
 
 
-def test_a_run_of_which_no_site_fails_does_not_depend_on_what_would_happen() -> None:
+def test_a_run_without_failed_sites_does_not_depend_on_min_sites() -> None:
     whole, skipping = Play().play(), Play(min_sites=5).play()
     assert whole[1] == skipping[1]
     assert [metrics["sites.failed"] for metrics in skipping[0][1:]] == [0, 0]
 
 
 def make_counting_bert() -> nn.Module:
-    """Return a model that counts what it trains on, and whose loss depends on it."""
+    """Return a model that counts its batches, and whose loss depends on the count."""
     model = make_bert()
     model.register_buffer("seen", torch.tensor(0))
 
@@ -101,14 +101,14 @@ def make_counting_bert() -> nn.Module:
     return model
 
 
-def test_what_a_site_leaves_in_the_model_changes_no_bit() -> None:
+def test_state_that_a_site_leaves_in_the_model_changes_no_bit() -> None:
     play = Play(make_model=make_counting_bert)
     alone = play.on_ranks(1)
     assert alone != Play().on_ranks(1)
     assert play.on_ranks(2) == alone
 
 
-def test_that_a_round_was_evaluated_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluating_a_round_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     _, hashes = Play().play()
     monkeypatch.setattr(Federation, "evaluate", lambda self, round_: {})
     assert Play().play()[1] == hashes

@@ -18,7 +18,7 @@ COUNTS = [17, 1, 250, 33, 8]
 
 @pytest.fixture(params=["fused", "unfused"])
 def grid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Grid:
-    """With the fused multiply-add that most processors have, and as for those that have none."""
+    """With and without the fused multiply-add of the processor."""
     if request.param == "unfused":
         monkeypatch.setattr("scaling_fl.federation.fixed_point.is_fused", lambda origin: False)
     return Grid(CPU)
@@ -68,7 +68,7 @@ def test_no_product_is_halfway_between_two_multiples(term: float, weight: Fracti
 
 @settings(deadline=None, database=None)
 @given(units=st.lists(st.integers(-(2**51) + 1, 2**51 - 1), min_size=1, max_size=40))
-def test_the_bits_of_sums_are_integers_that_can_be_added(units: list[int]) -> None:
+def test_the_bits_of_sums_are_integers_that_can_be_summed(units: list[int]) -> None:
     sums = torch.tensor([ORIGIN + UNIT * each for each in units], dtype=torch.float64)
     assert (sums.view(torch.int64) - ORIGIN_BITS).tolist() == units
     few = [each // len(units) for each in units]  # so that they do not leave the binade

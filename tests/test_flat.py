@@ -1,4 +1,4 @@
-"""What is shared of a model lies in one vector, and what was one tensor before is one tensor in it."""
+"""The shared tensors of a model are views of one flat vector, and tied tensors stay tied."""
 
 from collections.abc import Callable
 from functools import partial
@@ -59,16 +59,14 @@ def two_buffers(model: nn.Sequential) -> None:
         (two_buffers, "counts and first_count"),
     ],
 )
-def test_two_tensors_that_share_memory_are_refused_by_their_names(
-    tie: Callable[[nn.Sequential], None], names: str
-) -> None:
+def test_tensors_that_share_memory_are_refused_by_name(tie: Callable[[nn.Sequential], None], names: str) -> None:
     model = two_layers()
     tie(model)
     sentence = refusal(lambda: flatten_(model))
     assert sentence.startswith(f"{names}: expected the same tensor, or memory for each, got two tensors that share")
 
 
-def test_a_weight_whose_elements_share_memory_is_refused_and_a_buffer_is_not() -> None:
+def test_a_weight_with_overlapping_elements_is_refused_and_a_buffer_is_accepted() -> None:
     model = two_layers()
     model.register_buffer("ones", torch.ones(1).expand(5))
     model.register_buffer("position_ids", torch.arange(5).expand(1, -1))
@@ -108,7 +106,7 @@ def one_buffer_of_two_modules(model: nn.Sequential) -> None:
     "change",
     [one_tensor, columns_of_one_memory, not_contiguous, frozen_ones_with_one_memory, one_buffer_of_two_modules],
 )
-def test_what_can_be_laid_out_computes_the_same_and_follows_the_vector(
+def test_a_flattened_model_computes_the_same_and_follows_the_flat_vector(
     change: Callable[[nn.Sequential], None],
 ) -> None:
     model, x = two_layers(), torch.randn(3, 4)
@@ -127,7 +125,9 @@ def test_what_can_be_laid_out_computes_the_same_and_follows_the_vector(
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex128]
 )
 @pytest.mark.parametrize("shape", [(), (0, 2), (3,), (2, 5)])
-def test_buffers_of_any_type_and_shape_lie_behind_the_weights(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_buffers_of_any_type_and_shape_follow_the_weights_in_the_flat_vector(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     model = two_layers()
     before = {"odd": torch.ones(3), "any": torch.randn(shape).to(dtype), "last": torch.tensor(7)}
     for name, buffer in before.items():
@@ -139,7 +139,7 @@ def test_buffers_of_any_type_and_shape_lie_behind_the_weights(dtype: torch.dtype
     assert not any(buffer.any() for buffer in model.buffers())
 
 
-def test_only_buffers_that_a_saved_model_holds_are_shared_and_only_dense_ones() -> None:
+def test_only_dense_buffers_of_the_state_dict_are_averaged() -> None:
     model = two_layers()
     model.register_buffer("scratch", torch.ones(2), persistent=False)
     assert [slot.name for slot in lay_out(model)] == ["0.weight", "1.weight"]
@@ -147,7 +147,7 @@ def test_only_buffers_that_a_saved_model_holds_are_shared_and_only_dense_ones() 
     assert refusal(lambda: lay_out(model)).startswith("sparse: expected a dense tensor, got one of layout torch.sparse")
 
 
-def test_flattening_keeps_the_model_and_makes_its_weights_views() -> None:
+def test_flattening_does_not_change_the_model_and_makes_its_weights_views() -> None:
     plain, flat = make_bert(), make_bert()
     vector = flatten_(flat)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), flat.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""When a rank fails, vanishes, hangs or is asked to end, the others end soon and name the cause."""
+"""When a rank fails, dies, hangs or is interrupted, the others end within seconds and name the cause."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ SOON = 20.0  # seconds on a very busy machine; without the heartbeat a collectiv
 
 @pytest.fixture
 def start() -> Callable[..., dict[int, int]]:
-    """Starts ranks without a launcher, as on nodes of their own; returns each one's process id."""
+    """Starts ranks without a launcher, as on separate nodes; returns their process ids."""
 
     def start(
         work: Callable[[], object], num_ranks: int = 2, without: tuple[int, ...] = (), **environment: str
@@ -38,7 +38,7 @@ def start() -> Callable[..., dict[int, int]]:
                 try:
                     run_program(lambda: within_world(work))
                 finally:
-                    os._exit(0)  # it has ended itself if there was an error
+                    os._exit(0)  # an error has ended the process before
         return processes
 
     return start
@@ -64,7 +64,7 @@ def wait(process: int) -> int:
 
 
 def train_for_hours(*_: object) -> None:
-    """Do what no collective interrupts."""
+    """Work for hours without a collective."""
     for _ in range(360_000):
         time.sleep(0.01)
 
@@ -103,13 +103,13 @@ def test_an_error_of_one_rank_soon_ends_the_others_with_its_message(
 
 
 def swallow_errors(*_: object) -> None:
-    """Do as a library that catches every error."""
+    """Catch every error, as some libraries do."""
     with contextlib.suppress(BaseException):
         train_for_hours()
 
 
 @pytest.mark.parametrize("then", [train_for_hours, meet, lambda: None], ids=["trains", "meets", "ends"])
-def test_a_report_that_a_library_swallows_ends_a_rank_nevertheless(
+def test_an_error_that_a_library_catches_ends_the_rank_nevertheless(
     start: Callable, capfd: pytest.CaptureFixture[str], then: Callable
 ) -> None:
     def work() -> None:
@@ -126,7 +126,7 @@ def test_a_report_that_a_library_swallows_ends_a_rank_nevertheless(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_rank_that_waits_for_others_to_join_can_be_asked_to_end(
+def test_a_rank_that_waits_for_others_to_join_can_be_interrupted(
     start: Callable, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def join_and_ask(*args: object) -> object:
@@ -176,7 +176,7 @@ def test_a_signal_to_one_rank_ends_all_of_them(start: Callable, number: int, oth
 @pytest.mark.parametrize("others", [train_for_hours, meet])
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
-def test_a_rank_that_vanishes_or_hangs_is_noticed_in_the_stated_time(
+def test_a_rank_that_dies_or_hangs_is_detected_within_the_stated_time(
     start: Callable, capfd: pytest.CaptureFixture[str], how: int, number: int, others: Callable
 ) -> None:
     def work() -> None:
@@ -210,7 +210,7 @@ def test_a_slow_rank_is_waited_for(start: Callable) -> None:
     assert [wait(process) for process in start(work, LOST_AFTER="4").values()] == [0, 0]
 
 
-def test_ranks_that_all_raise_print_each_their_own_error(start: Callable, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_of_several_failing_ranks_prints_its_error(start: Callable, capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise ValueError(f"no file on {rank()}")
 
@@ -220,10 +220,10 @@ def test_ranks_that_all_raise_print_each_their_own_error(start: Callable, capfd:
     assert sorted(capfd.readouterr().err.splitlines()) == ["refused: no file on 0", "refused: no file on 1"]
 
 
-def test_a_rank_that_does_not_react_is_ended(
+def test_a_rank_that_does_not_react_is_killed(
     start: Callable, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the main thread is inside a kernel that waits for another GPU."""
+    """As for a main thread inside a kernel that waits for another GPU."""
     monkeypatch.setattr(heartbeat, "KILL_SECONDS", 1.0)
 
     def work() -> None:

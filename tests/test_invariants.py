@@ -1,4 +1,4 @@
-"""The promises: each a property that a mistake anywhere in the round would break."""
+"""The promises of the library, each as a property of a whole federation."""
 
 import gc
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def test_a_float32_mean_is_close_but_depends_on_placement() -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_resuming_is_exactly_not_having_stopped(strategy: str, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_weights_and_metrics_of_the_uninterrupted_run(strategy: str, tmp_path: Path) -> None:
     play = Play(strategy=strategy, num_rounds=3)
     history, hashes = play.on_ranks(2)
     stopping = play.but(checkpoints_dir=str(tmp_path))
@@ -60,7 +60,7 @@ def test_resuming_is_exactly_not_having_stopped(strategy: str, tmp_path: Path) -
 
 
 def train_plainly(play: Play, model: nn.Module) -> nn.Module:
-    """Train without a federation: one model, one data set, a new optimiser each round."""
+    """Train without a federation: one model, one data set, and a new optimiser each round."""
     with world():
         examples = make_examples(play.num_examples)
         (indices,) = partition_indices(examples.labels, 1, iid, seed=0)
@@ -83,7 +83,7 @@ def weights_of(server: object, federation: object) -> torch.Tensor:
 
 @pytest.mark.parametrize(("optimiser", "num_rounds"), [("sgd", 4), ("adamw", 1)])
 def test_a_federation_of_one_site_is_ordinary_training(optimiser: str, num_rounds: int) -> None:
-    # AdamW makes much of the last bit of a tiny gradient, and the server's step may move that once a round.
+    # AdamW amplifies the last bit of a tiny gradient, which the outer step can change once a round.
     play = Play(site_ids=(0,), num_rounds=num_rounds, num_epochs=3, optimiser=optimiser, watch=weights_of)
     model = train_plainly(play, make_bert())
     expected = torch.cat([weight.detach().reshape(-1) for weight in model.parameters()])
@@ -105,7 +105,7 @@ def test_a_full_batch_step_of_many_sites_is_the_centralised_step() -> None:
     assert torch.allclose(after, expected, atol=1e-6)
 
 
-def test_evaluation_does_not_depend_on_how_the_test_set_is_dealt() -> None:
+def test_evaluation_does_not_depend_on_the_partition_of_the_test_set() -> None:
     play = Play(num_rounds=0)
     whole = play.on_ranks(1)[0][0]
     assert [play.on_ranks(num_ranks)[0][0] for num_ranks in (2, 3)] == [whole, whole]
@@ -118,7 +118,7 @@ def test_evaluation_does_not_depend_on_how_the_test_set_is_dealt() -> None:
 
 
 def tensor_bytes() -> int:
-    """The bytes of all tensors that Python can reach, each storage once."""
+    """Return the bytes of all tensors that Python can reach, each storage once."""
     storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

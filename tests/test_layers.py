@@ -1,4 +1,4 @@
-"""Which package may use which, held by reading the code's imports."""
+"""The packages that each package may import, checked against the imports in the code."""
 
 import ast
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-# Each package, or module beside the packages, and those of ours that it may import. Inside a package all may import
-# all, as long as there is no circle.
+# Each package or top-level module, and the packages of this library that it may import. Modules of one package may
+# import each other, but not in a circle.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "training": set(),
@@ -51,13 +51,13 @@ def test_every_package_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"__init__"}))
-def test_a_package_uses_only_those_that_it_may(module: str) -> None:
-    own = module.partition(".")[0]
+def test_a_package_imports_only_what_the_table_allows(module: str) -> None:
+    package = module.partition(".")[0]
     used = {name.partition(".")[0] for name in modules_used_by(module)}
-    assert used - {own} <= MAY_IMPORT[own] | LAZY.get(module, set())
+    assert used - {package} <= MAY_IMPORT[package] | LAZY.get(module, set())
 
 
-def test_no_imports_run_in_a_circle() -> None:
+def test_no_imports_are_circular() -> None:
     left = {module: modules_used_by(module) - {module} for module in MODULES}
     while left:
         free = {module for module, used in left.items() if not used & set(left)}
@@ -73,13 +73,13 @@ def test_no_imports_run_in_a_circle() -> None:
         ("pymongo", {"records.mongo", "records.observers"}),
     ],
 )
-def test_a_package_that_is_hard_to_hold_has_few_users(package: str, users: set[str]) -> None:
+def test_large_dependencies_are_imported_in_few_modules(package: str, users: set[str]) -> None:
     assert {
         module for module in MODULES if any(f"{name}.".startswith(f"{package}.") for name in imports(module))
     } == users
 
 
-def test_importing_does_nothing() -> None:
+def test_importing_has_no_side_effects() -> None:
     modules = ", ".join(f"scaling_fl.{module}" for module in MODULES if module != "__init__")
     code = f"""
 import signal, sys, threading, torch

@@ -1,4 +1,4 @@
-"""The estimated memory is the measured memory."""
+"""The estimated memory equals the measured memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -65,8 +65,8 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
     weights.grad = torch.ones_like(weights)
     optimiser = make([weights])
     optimiser.step()
-    kept = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
-    assert state_bytes(make, 12_345) == kept == num_copies * weights.nbytes
+    measured = sum(v.nbytes for v in optimiser.state[weights].values() if isinstance(v, Tensor) and v.numel() > 1)
+    assert state_bytes(make, 12_345) == measured == num_copies * weights.nbytes
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -80,7 +80,7 @@ def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
     assert estimate == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.1)
 
 
-def test_a_global_model_knows_its_memory() -> None:
+def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
     with world():
         server = GlobalModel(make_bert(), make_strategy("fedavg", None, None))
     held = {**vars(server), **vars(server._mean)}.values()

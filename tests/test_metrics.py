@@ -30,7 +30,7 @@ def bits(means: Means) -> dict[str, str]:
 
 @settings(deadline=None, database=None)
 @given(data=st.data(), terms=TERMS)
-def test_no_order_and_no_grouping_changes_a_bit(data: st.DataObject, terms: list) -> None:
+def test_order_and_grouping_change_no_bit_of_a_mean(data: st.DataObject, terms: list) -> None:
     shuffled = data.draw(st.permutations(terms))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(terms)), max_size=4)))
     groups = [shuffled[start:end] for start, end in zip([0, *cuts], [*cuts, len(terms)], strict=True)]
@@ -41,15 +41,15 @@ def test_no_order_and_no_grouping_changes_a_bit(data: st.DataObject, terms: list
 @given(terms=TERMS)
 def test_a_mean_is_the_exact_sum_over_the_count_rounded_once(terms: list) -> None:
     for name, mean in means_of(terms).result().items():
-        own = [(Fraction(total), count) for other, total, count in terms if other == name]
-        assert mean == float(sum(total for total, _ in own) / sum(count for _, count in own))
+        of_name = [(Fraction(total), count) for other, total, count in terms if other == name]
+        assert mean == float(sum(total for total, _ in of_name) / sum(count for _, count in of_name))
 
 
 def test_a_mean_weighs_examples_and_not_batches() -> None:
     assert means_of([("loss", 8.0, 2), ("loss", 1.0, 1)]).result() == {"loss": 3.0}
 
 
-def test_terms_that_floats_would_lose_are_kept() -> None:
+def test_terms_that_float_sums_would_lose_count() -> None:
     assert means_of([("loss", 1e300, 1), ("loss", 1.0, 1), ("loss", -1e300, 1)]).result() == {"loss": 1 / 3}
 
 
@@ -61,13 +61,13 @@ def test_totals_may_be_of_any_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
+def test_a_value_that_is_not_finite_is_refused_by_name(value: float) -> None:
     means = means_of([("accuracy", 1.0, 1), ("loss", value, 1)])
     with pytest.raises(FloatingPointError, match=f"^loss: expected a finite number, got {value}$"):
         means.settle()
 
 
-def test_adding_keeps_no_graph_and_does_not_follow_later_changes_of_the_model() -> None:
+def test_adding_copies_the_value_and_drops_the_graph() -> None:
     weight = torch.ones((), requires_grad=True)
     means = Means()
     means.add("loss", weight * 2, 1)
@@ -75,7 +75,7 @@ def test_adding_keeps_no_graph_and_does_not_follow_later_changes_of_the_model() 
     assert means.settle().result() == {"loss": 2.0}
 
 
-def test_what_was_settled_is_not_counted_again() -> None:
+def test_finished_values_are_not_counted_twice() -> None:
     means = means_of([("loss", 1.0, 1)]).settle()
     means.add("loss", torch.tensor(0.0), 1)
     assert means.result() == means.result() == {"loss": 0.5}
@@ -88,14 +88,14 @@ def test_means_survive_a_pickle() -> None:
         assert bits(copy.merge([means])) == bits(means), "twice the sum over twice the count"
 
 
-def test_merging_leaves_the_others_as_they_were() -> None:
+def test_merging_does_not_change_the_other_means() -> None:
     other = means_of([("loss", 1.0, 1)])
     Means().merge([other, other])
     assert other.result() == {"loss": 1.0}
     assert Means().result() == {}
 
 
-def test_the_spread_over_the_sites_is_that_of_numpy_and_leaves_out_those_that_failed() -> None:
+def test_the_spread_over_sites_equals_that_of_numpy_without_failed_sites() -> None:
     losses, accuracies = [0.5, 2.0, 0.25], [0.75, 0.125, 1.0]
     by_site = {site: {"loss": losses[i], "accuracy": accuracies[i]} for i, site in enumerate((3, 0, 2))}
     metrics = spread(by_site)

@@ -1,4 +1,4 @@
-"""A pretrained model and its tokenizer fit each other, and what does not fit is said."""
+"""A pretrained model and its tokenizer fit each other, or an error names the mismatch."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from scaling_fl.models.pretrained import load_pretrained
 
 @pytest.fixture
 def copy(tiny_model: str, tmp_path: Path) -> Path:
-    """A model's folder to spoil."""
+    """A copy of a model's folder."""
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
@@ -66,7 +66,7 @@ def test_the_longest_text_has_as_many_tokens_as_the_model_has_positions(
     config: PreTrainedConfig, limit: int, tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
-    model = put_tokenizer(tmp_path, pad_token="<unk>")  # no limit of its own
+    model = put_tokenizer(tmp_path, pad_token="<unk>")  # without a limit
     load_pretrained(model, limit)
     assert refusal(lambda: load_pretrained(model, limit + 1)) == (
         f"max_seq_len: expected at most {limit} for model={model!r}, got {limit + 1}"
@@ -87,7 +87,7 @@ def test_a_model_without_a_limit_accepts_any_length(config: PreTrainedConfig, tm
     assert "max_seq_len: expected at most 9 for model=" in refusal(lambda: load_pretrained(str(tmp_path), 10))
 
 
-def test_a_length_without_room_for_a_token_is_refused(tiny_model: str) -> None:
+def test_a_length_that_fits_no_token_is_refused(tiny_model: str) -> None:
     assert "max_seq_len: expected at least 3 for model=" in refusal(lambda: load_pretrained(tiny_model, 2))
     assert load_pretrained(tiny_model, 3).tokenizer("goal team", truncation=True, max_length=3)["input_ids"][1] > 4
 
@@ -123,7 +123,7 @@ def test_a_model_without_a_family_gets_the_family_of_its_weights(
     assert load_pretrained(str(tmp_path), 8).config.model_type == family
 
 
-def test_the_names_of_weights_are_found_in_torch_files_too(copy: Path) -> None:
+def test_the_names_of_weights_are_read_from_torch_files(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save(make_bert().state_dict(), copy / "pytorch_model.bin")
     (copy / "config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 50}')
@@ -167,7 +167,7 @@ def test_the_error_for_minilm_without_its_package_tells_how_to_install_it(monkey
 
 
 def put_sentencepiece(folder: Path) -> str:
-    """Write a T5 whose tokenizer is a SentencePiece file alone."""
+    """Write a T5 whose only tokenizer file is a SentencePiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = put_model(folder, "t5", vocab_size=60)
     for file in folder.glob("tokenizer*"):

@@ -1,6 +1,6 @@
-"""Nodes with a network and a disk each: they train as one process does, and a cut link ends them soon and clearly.
+"""Nodes with separate networks and disks train as one process does, and a cut link ends them within seconds.
 
-Nodes are network namespaces, joined by a bridge. They belong to processes of these tests, and vanish with them.
+Nodes are network namespaces on a bridge. They belong to processes of these tests and end with them.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class Network:
     """Nodes 10.77.0.1, 10.77.0.2 ... whose interface is eth0, and a bridge between them.
 
     Raises:
-        OSError: the kernel or somebody's rights forbid it.
+        OSError: the kernel or the user's rights forbid it.
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -55,7 +55,7 @@ class Network:
             raise
 
     def _hold(self, command: list[str]) -> subprocess.Popen:
-        """Start a process that does nothing but have namespaces of its own."""
+        """Start an idle process with new namespaces."""
         holder = subprocess.Popen([*command, "sleep", "infinity"], stderr=subprocess.PIPE, text=True)
         while "sleep" not in Path(f"/proc/{holder.pid}/comm").read_text():
             if holder.poll() is not None:
@@ -65,7 +65,7 @@ class Network:
         return holder
 
     def inside(self, node: int | None, *kinds: str) -> list[str]:
-        """The beginning of a command that runs on a node, or beside the bridge."""
+        """Return the start of a command that runs on a node, or in the namespace of the bridge."""
         holder = self.holders[0 if node is None else node + 1].pid
         return ["nsenter", f"--target={holder}", *(f"--{kind}" for kind in kinds or ("user", "net"))]
 
@@ -88,7 +88,7 @@ class Network:
             os.close(namespace)
 
     def cut(self, node: int) -> None:
-        """Pull a node's cable."""
+        """Disconnect a node."""
         self._ip(None, f"link set port{node} down")
 
     def heal(self, node: int) -> None:
@@ -130,7 +130,7 @@ def alone(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory)
 
 
 class Job:
-    """A command on several nodes, each with a folder of its own."""
+    """A command on several nodes with separate folders."""
 
     def __init__(self, network: Network, folders: Sequence[Path], **environment: str) -> None:
         self.network, self.folders = network, folders
@@ -155,13 +155,13 @@ class Job:
         return self
 
     def start_torchrun(self, settings: dict[str, object], sites: Sequence[int], options: Sequence[str]) -> "Job":
-        """Start torchrun on each node; `{node}`, `{address}` and `{is_first}` in the options are its own."""
+        """Start torchrun on each node; `{node}`, `{address}` and `{is_first}` in the options stand for its values."""
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         for node, num_sites in enumerate(sites):
             given = settings | {"site_ids": f"[{','.join('0' * num_sites)}]", "checkpoints_dir": "checkpoints"}
-            own = {"node": node, "address": self.network.address(node), "is_first": int(node == 0)}
+            values = {"node": node, "address": self.network.address(node), "is_first": int(node == 0)}
             command = [*self.network.inside(node), sys.executable, "-m", "torch.distributed.run"]
-            command += [option.format(**own) for option in options]
+            command += [option.format(**values) for option in options]
             command += [str(SCRIPT), "with", *(f"{key}={value}" for key, value in given.items())]
             with (self.folders[node] / "output.txt").open("w") as output:
                 self.pids[node] = subprocess.Popen(
@@ -174,7 +174,7 @@ class Job:
         return self
 
     def wait(self) -> dict[int, tuple[int, float]]:
-        """Return each node's exit status, and when it had ended."""
+        """Return each node's exit status and the time of its end."""
         began, ended = time.monotonic(), {}
         while len(ended) < len(self.pids):
             for node in self.pids.keys() - ended.keys():
@@ -190,13 +190,13 @@ class Job:
         return "\n".join((folder / "output.txt").read_text() for folder in self.folders)
 
     def weights(self) -> str:
-        """Wait until all is done, and return the final weights."""
+        """Wait for the end of all nodes, and return the final weights."""
         statuses = [status for status, _ in self.wait().values()]
         assert statuses == [0] * len(self.pids), self.outputs()
         return weights_hash(self.outputs())
 
     def end_by_cutting(self, node: int) -> tuple[list[int], float]:
-        """Cut a node's link until all nodes have ended; return their statuses, and the seconds until the last."""
+        """Disconnect a node until all nodes have ended; return their statuses, and the seconds until the last."""
         self.network.cut(node)
         began = time.monotonic()
         try:
@@ -214,7 +214,7 @@ class Job:
             time.sleep(0.01)
 
     def fail(self, nodes: Iterable[int]) -> None:
-        """End what hangs."""
+        """End hanging nodes and fail."""
         pids = [self.pids[node] for node in nodes]
         stop([process for pid in pids for process in [*descendants(pid), pid]])
         for pid in pids:
@@ -227,24 +227,24 @@ def folders(tmp_path: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.long
-def test_two_nodes_that_find_each_other_end_as_one_process(
+def test_two_torchrun_nodes_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=10.77.0.1:{PORT}", "--rdzv-id=job"]
-    own = ["--rdzv-conf=is_host={is_first}", "--local-addr={address}"]  # their names lead to no address
+    addresses = ["--rdzv-conf=is_host={is_first}", "--local-addr={address}"]  # their names do not resolve
     job = Job(network, folders(tmp_path, 2))
-    job.start_torchrun(settings, [1, 5], ["--nnodes=2", *meeting, *own])
+    job.start_torchrun(settings, [1, 5], ["--nnodes=2", *meeting, *addresses])
     assert job.weights() == alone
 
 
-def test_three_nodes_with_the_bare_variables_of_kubeflow_end_as_one_process(
+def test_three_nodes_with_the_variables_of_kubeflow_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     assert Job(network, folders(tmp_path, 3)).start_bare(settings, [3, 2, 1]).weights() == alone
 
 
 @pytest.mark.long
-def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
+def test_a_cut_link_ends_torchrun_on_all_nodes_and_the_same_commands_resume(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
     options = ["--nnodes=2", "--node-rank={node}", "--master-addr=10.77.0.1", f"--master-port={PORT}"]
@@ -261,7 +261,7 @@ def test_a_cut_link_soon_ends_torchrun_on_all_nodes_and_the_same_commands_go_on(
 
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 2])
-def test_a_cut_link_soon_ends_all_ranks_and_they_go_on_when_it_is_healed(
+def test_a_cut_link_ends_all_ranks_and_the_same_commands_resume(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path, lost: int
 ) -> None:
     job = Job(network, folders(tmp_path, 3)).start_bare(settings, [1, 2, 3])
@@ -271,7 +271,7 @@ def test_a_cut_link_soon_ends_all_ranks_and_they_go_on_when_it_is_healed(
     assert statuses == [1, 1, 1], job.outputs()
     assert seconds < LOST_AFTER + SOON, job.outputs()
     for node in range(3):
-        check_last_words((tmp_path / f"node-{node}/output.txt").read_text(), node, lost)
+        check_error_line((tmp_path / f"node-{node}/output.txt").read_text(), node, lost)
     saved = sorted((tmp_path / "node-0/checkpoints").glob("round-*.pt"))
     assert 2 <= len(saved) < 6
     for path in saved:
@@ -280,14 +280,14 @@ def test_a_cut_link_soon_ends_all_ranks_and_they_go_on_when_it_is_healed(
     assert job.start_bare(settings, [1, 2, 3], first=1).weights() == alone
 
 
-def check_last_words(output: str, node: int, lost: int) -> None:
-    """One sentence names what is gone: for a node that is cut off, all others."""
+def check_error_line(output: str, node: int, lost: int) -> None:
+    """Check that one sentence names the lost ranks, which are all others on the isolated node."""
     (sentence,) = re.findall("^error: (.*)$", output, re.MULTILINE)
     gone = {lost} if node != lost else {0, 1, 2} - {lost}
     named = re.match(r"rank (\d(?:, \d)*) has sent no heartbeat for \d+ s: .* cannot be reached$", sentence)
     if named and lost != 0:
         assert set(map(int, named[1].split(", "))) == gone, output
-    elif named:  # the store is on the lost node, and with it what was known of the others
+    elif named:  # the store is on the lost node, with all that was known of the other ranks
         assert "0" in named[1] or node == 0, output
     else:
         assert 0 in (node, lost)

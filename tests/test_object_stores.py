@@ -1,4 +1,4 @@
-"""Data and checkpoints in s3 and gs: real servers on the loopback interface, over HTTP."""
+"""Data and checkpoints in s3 and gs, on real servers on the loopback interface."""
 
 import json
 import multiprocessing
@@ -42,7 +42,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Store:
-    """A server with a bucket, which can be killed and started again, and what it has as another client sees it."""
+    """A server with a bucket that can be killed and restarted, and its content as another client sees it."""
 
     def __init__(self, scheme: str, folder: Path, **environment: str) -> None:
         with socket.socket() as free:
@@ -54,7 +54,7 @@ class Store:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a run needs to find it."""
+        """Return the environment variables with its address."""
         return {
             "AWS_ENDPOINT_URL": self.host,
             "AWS_ACCESS_KEY_ID": "nobody",
@@ -71,7 +71,7 @@ class Store:
         return f"{self.scheme}://{bucket}/{path}".rstrip("/")
 
     def start(self, folder: Path | None = None) -> None:
-        """Begin to serve: s3 with nothing, gs what is in a folder."""
+        """Start the server: s3 is empty, gs has the content of a folder."""
         if self.scheme == "s3":
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         else:
@@ -108,7 +108,7 @@ class Store:
         return self._request("GET", f"/storage/v1/b/{bucket}/o/{quote(path, safe='')}?alt=media")
 
     def names(self, bucket: str) -> list[str]:
-        """All objects of a bucket by their last names."""
+        """Return the file names of all objects of a bucket."""
         if self.scheme == "s3":
             found = re.findall(r"<Key>(.*?)</Key>", self._request("GET", f"/{bucket}?list-type=2").decode())
         else:
@@ -130,7 +130,7 @@ def fake_gcs_server() -> str:
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait for what becomes true, or does not raise any more."""
+    """Wait until a call returns true without an error."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -144,7 +144,7 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> None:
 
 @pytest.fixture(scope="module")
 def start_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Store]]:
-    """Starts a server of a scheme, with variables of its environment."""
+    """Starts a server of a scheme with environment variables."""
     with ExitStack() as stack:
 
         def start(scheme: str, **environment: str) -> Store:
@@ -166,7 +166,7 @@ def servers() -> dict[str, Store]:
 
 @pytest.fixture(params=["s3", "gs"])
 def store(request: pytest.FixtureRequest, servers: dict[str, Store], start_store: Callable[..., Store]) -> Store:
-    """Serves for the whole file."""
+    """A server for all tests of this file."""
     if request.param not in servers:
         servers[request.param] = start_store(request.param)
     return servers[request.param]
@@ -179,7 +179,7 @@ def cache() -> dict[int, str]:
 
 @pytest.fixture
 def on_disk(command: Command, cache: dict[int, str]) -> Callable[[int], str]:
-    """What a run of so many rounds prints that uses no store."""
+    """Returns the output of a run of a number of rounds without a store."""
 
     def run(num_rounds: int) -> str:
         if num_rounds not in cache:
@@ -191,14 +191,14 @@ def on_disk(command: Command, cache: dict[int, str]) -> Callable[[int], str]:
 
 @pytest.fixture
 def bucket(store: Store, request: pytest.FixtureRequest) -> str:
-    """A bucket of this test's own."""
+    """A separate bucket for this test."""
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[-50:].strip("-")
     store.make_bucket(name)
     return name
 
 
 def begin(function: Callable[[], Any]) -> tuple[multiprocessing.Process, Connection]:
-    """Begin to call a function in a fork of this process, in which alone fsspec starts threads."""
+    """Start a function in a fork, so that fsspec starts no threads in this process."""
     receiver, sender = FORK.Pipe(duplex=False)
 
     def call() -> None:
@@ -214,7 +214,7 @@ def begin(function: Callable[[], Any]) -> tuple[multiprocessing.Process, Connect
 
 
 def apart(store: Store, function: Callable[[], T], **env: str) -> T:
-    """What a function returns in a world of one in a fork that finds the store."""
+    """Return the result of a function in a world of one rank, in a fork that can access the store."""
 
     def call() -> T:
         os.environ.update({**store.env, **env})
@@ -243,12 +243,12 @@ def save(url: str, rounds: int) -> None:
 
 
 def restored(url: str) -> int:
-    """The round of the checkpoint that is taken over."""
+    """Return the round of the restored checkpoint."""
     return len(restore_into(url, make_server(), SETTINGS)) - 1
 
 
 def sentence_of(result: tuple[int, str]) -> str:
-    """The one sentence with which a run ends, after warnings and its table."""
+    """Return the one error sentence of a run, after its warnings and its table."""
     status, output = result
     assert SECRET not in output
     assert "Traceback" not in output
@@ -259,7 +259,7 @@ def sentence_of(result: tuple[int, str]) -> str:
 
 
 def files(store: Store, bucket: str, corpus: tuple[Path, Path]) -> dict[str, object]:
-    """The settings of a run that has all of its files in a store, and puts its data there."""
+    """Write the data to the store, and return the settings of a run with all files there."""
     for path in corpus:
         store.put(bucket, f"data/{path.name}", path.read_bytes())
     return {
@@ -274,7 +274,7 @@ def rounds_of(store: Store, bucket: str) -> list[int]:
     return sorted(int(name[6:-3]) for name in store.names(bucket) if re.fullmatch(r"round-\d+\.pt", name))
 
 
-def test_a_run_with_all_files_in_a_store_is_that_on_a_disk(
+def test_a_run_with_all_files_in_a_store_equals_the_run_on_disk(
     store: Store, bucket: str, command: Command, corpus: tuple[Path, Path], on_disk: Callable[[int], str]
 ) -> None:
     whole = on_disk(4)
@@ -289,7 +289,7 @@ def test_a_run_with_all_files_in_a_store_is_that_on_a_disk(
     assert SECRET not in first + resumed
 
 
-def test_another_writers_checkpoint_is_seen_at_once(store: Store, bucket: str) -> None:
+def test_a_checkpoint_of_another_writer_is_visible_at_once(store: Store, bucket: str) -> None:
     url = store.url(bucket, "runs/a")
 
     def look() -> tuple[bool, int, bool, int]:
@@ -303,7 +303,7 @@ def test_another_writers_checkpoint_is_seen_at_once(store: Store, bucket: str) -
     assert apart(store, look) == (False, 1, True, 2)
 
 
-def test_ranks_forked_from_a_process_that_has_asked_a_store_ask_it_too(store: Store, bucket: str) -> None:
+def test_ranks_forked_after_an_access_to_the_store_can_access_it(store: Store, bucket: str) -> None:
     url = store.url(bucket, "runs/a")
 
     def ask() -> list[bool]:
@@ -341,10 +341,8 @@ def is_whole(store: Store, bucket: str, path: str, tmp_path: Path) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", ["soon", "when it is aside", "when it is there"])
-def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
-    store: Store, bucket: str, tmp_path: Path, moment: str
-) -> None:
+@pytest.mark.parametrize("moment", ["soon", "before the rename", "after the rename"])
+def test_a_killed_writer_leaves_no_partial_checkpoint(store: Store, bucket: str, tmp_path: Path, moment: str) -> None:
     url = store.url(bucket, "runs/a")
     apart(store, lambda: save(url, rounds=1))
 
@@ -361,13 +359,13 @@ def test_a_writer_that_is_killed_leaves_no_half_of_a_checkpoint(
     if moment == "soon":
         time.sleep(0.5)
     else:
-        name = ".round.pt.part" if moment == "when it is aside" else "round-2.pt"
+        name = ".round.pt.part" if moment == "before the rename" else "round-2.pt"
         until(lambda: name in store.names(bucket))
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert all(is_whole(store, bucket, f"runs/a/round-{found}.pt", tmp_path) for found in rounds_of(store, bucket))
-    assert moment != "when it is there" or rounds_of(store, bucket) == [1, 2]
+    assert moment != "after the rename" or rounds_of(store, bucket) == [1, 2]
     apart(store, lambda: save(url, rounds=3))
     assert ".round.pt.part" not in store.names(bucket), "what was left is cleared away"
     assert apart(store, lambda: restored(url)) == 3
@@ -386,7 +384,7 @@ def test_a_damaged_object_is_skipped_with_a_warning(
 
 
 @pytest.mark.long
-def test_a_run_outlives_its_store(
+def test_a_run_continues_when_its_store_is_unavailable_for_a_while(
     store: Store,
     bucket: str,
     command: Command,
@@ -400,9 +398,9 @@ def test_a_run_outlives_its_store(
     until(lambda: 2 in rounds_of(store, bucket))
     store.kill()
     output = tmp_path / "output.txt"
-    if store.scheme == "s3":  # gcsfs tries for half a minute before it says anything
+    if store.scheme == "s3":  # gcsfs retries for half a minute without a message
         until(lambda: "Could not connect" in output.read_text())
-    # It is there again, but not yet what it had.
+    # The server is back, but without its content.
     store.start(tmp_path)
     until(lambda: output.read_text().count("there is no such bucket") > 1)
     if store.scheme == "s3":  # which is in memory
@@ -454,16 +452,18 @@ def test_a_run_whose_store_does_not_answer_ends_and_resumes_later(
     assert re.fullmatch(pattern, sentence_of(result))
     store.kill()
     store.start()
-    if store.scheme == "gs":  # s3 is in memory, and has forgotten all
+    if store.scheme == "gs":  # s3 is in memory, and has lost all
         assert rounds_of(store, bucket)[:2] == [1, 2]
         assert weights_hash(succeed(command(num_rounds=8, **settings))) == weights_hash(on_disk(8))
 
 
 NOT_WRITABLE = "checkpoints_dir: expected a folder that can be written to, got "
-NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # what is wrong is found before data is read
+NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # the error comes before data is read
 
 
-def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_made(store: Store, command: Command) -> None:
+def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_created(
+    store: Store, command: Command
+) -> None:
     url = store.url("mispelt", "runs")
     sentence = sentence_of(command(ranks=2, env=store.env, checkpoints_dir=url, **NO_DATA))
     assert sentence == f"error: {NOT_WRITABLE}{url!r} (there is no such bucket)"
@@ -476,7 +476,7 @@ def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_made(st
 
 @pytest.fixture(scope="module")
 def guarded(start_store: Callable[..., Store]) -> tuple[Store, dict[str, str]]:
-    """An s3 that checks signatures and rights, and the keys of a user who has no right."""
+    """An s3 server that checks signatures and rights, and the keys of a user without rights."""
     store = start_store("s3", INITIAL_NO_AUTH_ACTION_COUNT="3")
     boto3 = pytest.importorskip("boto3")
     keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
@@ -511,7 +511,7 @@ def test_wrong_credentials_are_one_sentence_before_training(
     assert f"{NOT_WRITABLE}{url!r} (" in sentence
     assert says in sentence
     assert wrong == "all" or keys["AWS_SECRET_ACCESS_KEY"] not in result[1]
-    # A file is asked for by HEAD, whose answer has no words.
+    # A file is requested by HEAD, whose answer has no body.
     assert re.search(f"train.csv': .*({says}|Forbidden)", apart(store, lambda: unreadable(url), **keys))
 
 
@@ -521,7 +521,7 @@ def unreadable(url: str) -> str:
 
 @pytest.fixture
 def answering(start_store: Callable[..., Store]) -> Iterator[Callable[[str], dict[str, str]]]:
-    """Starts a server that gives every request one answer, or none: the real ones for gs check no credentials."""
+    """Starts a server with one answer, or none, for every request: the real gs servers check no credentials."""
     started: list[subprocess.Popen] = []
     code = """
 import http.server, json, sys, time
@@ -556,7 +556,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
-def test_a_denied_access_to_gs_is_one_sentence_at_once(
+def test_denied_access_to_gs_is_one_sentence_at_once(
     answering: Callable[..., Store], command: Command, status: str
 ) -> None:
     store = answering(status, "gs")
@@ -571,7 +571,7 @@ def test_a_denied_access_to_gs_is_one_sentence_at_once(
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_store_that_does_not_answer_is_one_sentence_soon(
+def test_a_store_that_does_not_answer_is_one_sentence_within_seconds(
     answering: Callable[..., Store], command: Command, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     assert storage.ANSWER_SECONDS <= 30

@@ -24,15 +24,15 @@ from scaling_fl.records.mongo import Mongo, check_dead, find_run, mongo_url
 
 @pytest.fixture
 def database(mongo: dict[str, str], request: pytest.FixtureRequest) -> Iterator[pymongo.database.Database]:
-    """A database of this test's own."""
+    """A separate database for this test."""
     with pymongo.MongoClient(mongo_url(mongo["SACRED_HOST"], USER, PASSWORD)) as client:
         yield client[request.node.name[:40].replace("[", "-").replace("]", "")]
 
 
 @pytest.fixture
-def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mongod, pymongo.database.Database]]:
-    """A server of this test's own, which it may stop, and a database there."""
-    server = Mongod(tmp_path_factory.mktemp("mortal"))
+def separate_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mongod, pymongo.database.Database]]:
+    """A separate server that the test may stop, and a database on it."""
+    server = Mongod(tmp_path_factory.mktemp("separate"))
     with pymongo.MongoClient(mongo_url(server.environment["SACRED_HOST"], USER, PASSWORD)) as client:
         yield server, client["sacred"]
     server.stop()
@@ -43,7 +43,7 @@ def environment(mongo: dict[str, str], database: pymongo.database.Database) -> d
 
 
 class Background:
-    """The command under way, whose lines can be waited for."""
+    """The running command."""
 
     def __init__(self, pid: int, file: Path) -> None:
         self.pid, self.file = pid, file
@@ -54,14 +54,14 @@ class Background:
         return self.file.read_text()
 
     def wait_for(self, pattern: str) -> None:
-        """Wait for a line."""
+        """Wait for a line that matches."""
         while not re.search(f"^{pattern}", self.output, re.MULTILINE):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             assert not pid, (status, self.output)
             time.sleep(0.02)
 
     def end(self) -> str:
-        """Wait for its end, and return what it printed."""
+        """Wait for its end, and return its output."""
         self.status = wait_for_exit(self.pid)
         return self.output
 
@@ -95,7 +95,7 @@ def test_a_url_has_the_given_host_user_and_password(
     assert mongo_url(host, user, password) == url
 
 
-def test_a_run_is_recorded_once_and_its_password_nowhere(
+def test_a_run_is_recorded_once_and_without_its_password(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     output = succeed(command(ranks=2, env=environment(mongo, database), job_name="first", report=True))
@@ -113,7 +113,7 @@ def test_a_run_is_recorded_once_and_its_password_nowhere(
         assert all(secret not in text for text in [output, str(run), *written])
 
 
-def test_a_job_that_goes_on_keeps_its_entry_and_has_every_step_once(
+def test_a_resumed_job_keeps_its_entry_and_has_every_step_once(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     settings = {"job_name": "20261121_090000", "checkpoints_dir": tmp_path / "checkpoints"}
@@ -135,7 +135,7 @@ def test_a_job_that_goes_on_keeps_its_entry_and_has_every_step_once(
     assert [entry["name"] for entry in after["info"]["metrics"]] == [m["name"] for m in before["info"]["metrics"]]
     last = metric(database, "validation.loss")
     assert (last["steps"], last["values"][:3]) == ([0, 1, 2, 3, 4], first["values"])
-    assert last["timestamps"][:3] == first["timestamps"], "what happened then keeps its time"
+    assert last["timestamps"][:3] == first["timestamps"], "old steps keep their times"
     assert metric(database, "train.loss")["steps"] == [1, 2, 3, 4]
 
 
@@ -161,7 +161,7 @@ def test_a_job_is_found_by_any_name(database: pymongo.database.Database) -> None
         assert find_run(database.runs, {"job_name": name}, is_resumed=True)["_id"] == number
 
 
-def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry(
+def test_a_job_that_failed_before_its_first_checkpoint_restarts_in_its_entry(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     settings = {"job_name": "typo", "checkpoints_dir": tmp_path / "checkpoints", "env": environment(mongo, database)}
@@ -177,12 +177,20 @@ def test_a_job_that_failed_before_its_first_checkpoint_begins_again_in_its_entry
     assert metric(database, "validation.loss")["steps"] == [0, 1, 2]
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a run notice within two seconds that its database does not answer."""
+    monkeypatch.setattr(mongo_module, "TIMEOUT_MS", 500)
+    monkeypatch.setattr(SETTINGS, "DEFAULT_BEAT_INTERVAL", 1.0)
+
+
 @pytest.mark.long
-def test_a_database_that_goes_away_stops_no_training_and_has_all_when_it_is_back(
-    mortal: tuple[Mongod, pymongo.database.Database], background: Callable[..., Background], tmp_path: Path
+@pytest.mark.usefixtures("impatient")
+def test_training_continues_without_the_database_and_the_record_is_complete_afterwards(
+    separate_server: tuple[Mongod, pymongo.database.Database], background: Callable[..., Background], tmp_path: Path
 ) -> None:
-    server, database = mortal
-    settings = {"num_rounds": 16, "num_local_epochs": 12}
+    server, database = separate_server
+    settings = {"num_rounds": 16, "num_local_epochs": 6}
     run = background(environment(server.environment, database), **settings)
     run.wait_for(r" +2 \|")
     server.stop()
@@ -203,13 +211,14 @@ def test_a_database_that_goes_away_stops_no_training_and_has_all_when_it_is_back
 
 
 @pytest.mark.long
-def test_a_database_that_stays_away_is_filled_by_the_same_command(
-    mortal: tuple[Mongod, pymongo.database.Database],
+@pytest.mark.usefixtures("impatient")
+def test_the_same_command_completes_the_record_after_the_database_was_down(
+    separate_server: tuple[Mongod, pymongo.database.Database],
     command: Command,
     background: Callable[..., Background],
     tmp_path: Path,
 ) -> None:
-    server, database = mortal
+    server, database = separate_server
     env = environment(server.environment, database)
     settings = {"job_name": "lonely", "checkpoints_dir": tmp_path / "checkpoints", "num_local_epochs": 6}
     run = background(env, **settings)
@@ -231,7 +240,7 @@ def test_a_database_that_stays_away_is_filled_by_the_same_command(
     assert [artifact["name"] for artifact in entry["artifacts"]] == ["rounds.jsonl"]
 
 
-def test_of_two_starts_that_take_over_a_dead_run_one_does(
+def test_only_one_of_two_starts_takes_over_a_dead_run(
     mongo: dict[str, str], database: pymongo.database.Database
 ) -> None:
     now = datetime.now(UTC)
@@ -247,7 +256,7 @@ def test_of_two_starts_that_take_over_a_dead_run_one_does(
         second._claim()
 
 
-def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
+def test_a_running_job_is_not_taken_over_and_resumes_after_an_interruption(
     server: Mongod,
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
@@ -275,7 +284,7 @@ def test_a_run_that_lives_is_left_alone_and_goes_on_once_it_was_interrupted(
 
 
 @pytest.mark.parametrize(("what", "lives"), [("beats", True), ("is silent", False), ("ends", False)])
-def test_a_run_is_alive_if_its_heartbeat_moves(
+def test_a_run_is_alive_if_its_heartbeat_changes(
     database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool
 ) -> None:
     monkeypatch.setattr(mongo_module, "BEAT_S", 1)
@@ -293,7 +302,7 @@ def test_a_run_is_alive_if_its_heartbeat_moves(
     timer.join()
 
 
-def test_two_runs_at_once_have_an_entry_each(
+def test_two_parallel_runs_have_an_entry_each(
     server: Mongod, background: Callable[..., Background], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
     names = ("north", "south")

@@ -1,4 +1,4 @@
-"""Each example is in the part of one site, whatever the partition."""
+"""Every partition assigns each example to exactly one site."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def as_lists(parts: list[np.ndarray]) -> list[list[int]]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @settings(deadline=None, database=None)
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), num_sites=st.integers(1, 12), seed=st.integers(0))
-def test_every_example_is_in_one_part_and_no_part_is_empty(
+def test_every_example_is_at_one_site_and_no_site_is_empty(
     scheme: str, labels: list[int], num_sites: int, seed: int
 ) -> None:
     try:
@@ -60,14 +60,14 @@ def test_iid_gives_each_site_the_labels_in_their_proportions() -> None:
 
 
 def unevenness(alpha: float) -> float:
-    """How far the sites' fractions of a label are from equal: 0 is equal, 1 is one site has it all."""
+    """Return how unequal the sites' fractions of a label are: 0 for equal, 1 for all at one site."""
     labels = np.arange(4000) % 4
     parts = partition_indices(labels, 4, partial(dirichlet, alpha=alpha), 1)
     fractions = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000
     return (fractions.max(axis=0).mean() - 1 / 4) / (3 / 4)
 
 
-def test_the_smaller_alpha_the_more_the_sites_differ() -> None:
+def test_a_smaller_alpha_makes_the_sites_differ_more() -> None:
     uneven = [unevenness(alpha) for alpha in (0.05, 0.5, 5, 5000)]
     assert uneven == sorted(uneven, reverse=True)
     assert uneven[0] > 0.7
@@ -75,7 +75,7 @@ def test_the_smaller_alpha_the_more_the_sites_differ() -> None:
 
 
 @pytest.mark.parametrize("alpha", [5e-324, 1e-9, 1e-3])
-def test_a_tiny_alpha_is_refused_where_no_sample_serves_all_sites(alpha: float) -> None:
+def test_a_tiny_alpha_is_refused_if_no_sample_gives_every_site_examples(alpha: float) -> None:
     with pytest.raises(ValueError, match="Use a larger dirichlet_alpha or fewer sites") as caught:
         partition_indices(LABELS, 9, partial(dirichlet, alpha=alpha), 1)
     assert f"each of 9 sites an example, got {alpha}, which did not in {MAX_SAMPLES} samples" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Paths of a container's data folder mean the same outside of one."""
+"""Paths in a container's data folder lead to the same files outside of it."""
 
 import shutil
 from pathlib import Path
@@ -8,12 +8,12 @@ from conftest import Command, succeed, weights_hash
 
 from scaling_fl.storage import host_path
 
-DATA = "/proc/no/data"  # for /workspace/data, which is there where the tests run in a container
+DATA = "/proc/no/data"  # for /workspace/data, which exists if the tests run in a container
 
 
 @pytest.fixture(autouse=True)
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this machine that a container would have as its data, with an empty working directory."""
+    """A folder that a container mounts as its data folder, and an empty working directory."""
     folder = tmp_path / "my disk"
     folder.mkdir()
     (folder / "there.csv").touch()
@@ -42,7 +42,7 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("/data/there.csv", "/data/there.csv"),
     ],
 )
-def test_a_path_of_the_container_leads_to_the_mounted_folder(path: str, found: str, mount: Path) -> None:
+def test_a_container_path_is_translated_to_the_mounted_folder(path: str, found: str, mount: Path) -> None:
     assert host_path(path) == found.format(mount=mount)
 
 
@@ -56,7 +56,7 @@ def test_the_folder_is_the_one_that_run_local_mounts(
 
 
 def test_a_path_whose_folder_exists_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container."""
+    """This is the case in a container."""
     monkeypatch.setattr("scaling_fl.storage.CONTAINER_DATA", str(tmp_path / "data"))
     for folder in (tmp_path / "data", Path("data")):
         folder.mkdir()
@@ -75,8 +75,8 @@ def test_a_run_finds_all_its_paths_in_the_mounted_folder(
     assert weights_hash(output) == weights_hash(plain)
     assert (mount / "job" / "round-1.pt").exists()
     site_paths = f"[['{DATA}/train.csv','data/test.csv']]"
-    own = {"train_path": None, "test_path": None, "site_paths": site_paths, "site_ids": "[0]"}
-    assert f"{mount}/train.csv and {mount}/test.csv, " in succeed(command("plan", **own))
+    separate = {"train_path": None, "test_path": None, "site_paths": site_paths, "site_ids": "[0]"}
+    assert f"{mount}/train.csv and {mount}/test.csv, " in succeed(command("plan", **separate))
 
 
 @pytest.mark.parametrize("key", ["train_path", "site_paths", "checkpoints_dir", "model"])

@@ -26,7 +26,7 @@ def node(num_ranks: int, site_ids: list[int]) -> list[tuple[int, list[int]]]:
         (node(3, [0, 0, 1]), [{0: 0}, {2: 2}, {1: 1}]),
         (node(3, [7]), [{0: 0}, {}, {}]),
         (node(2, [0, 1]) + node(1, [0, 0]), [{0: 0}, {1: 1}, {2: 0, 3: 1}]),
-        # Managed platforms that start one process a machine say nothing of local ranks.
+        # Managed platforms that start one process per machine set no local rank.
         (node(1, [0]) + node(1, [0, 1]) + node(1, [0]), [{0: 0}, {1: 0, 2: 1}, {3: 0}]),
     ],
 )
@@ -46,7 +46,7 @@ site_id_lists = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), site_id_lists), min_size=1, max_size=3), st.none() | st.integers(1, 30))
-def test_every_site_has_one_rank_and_its_number_depends_on_the_lists_alone(
+def test_every_site_has_one_rank_and_its_number_depends_only_on_the_lists(
     nodes: list[tuple[int, list[int]]], num_sites: int | None
 ) -> None:
     ranks = [rank for count, site_ids in nodes for rank in node(count, site_ids)]

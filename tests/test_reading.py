@@ -1,4 +1,4 @@
-"""Files of every format are read as they stand, and what is wrong with one is said in a sentence."""
+"""Files of every format are read unchanged, and an error in one is one sentence."""
 
 import bz2
 import csv
@@ -31,7 +31,7 @@ from scaling_fl.data.labels import label_name, settle_labels, sort_labels
 from scaling_fl.data.reader import pick, read_file
 from scaling_fl.errors import printable
 
-# Each is a text that some reader takes for something else.
+# Each is a text that some readers convert to another type.
 TEXTS = [
     *("null", "NA", "nan", "None", "N/A", "", " spaced ", "007", "1.0", "2020-01-01", "True", "[1]"),
     *("a, b", 'say "so"', '"', "two\nlines", "two\r\nlines", "a\\nb\\", "tab\there", "ünïcødé 漢字 🙂"),
@@ -46,7 +46,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """A folder of fsspec that is not on the disk."""
+    """A folder in the memory of fsspec."""
     yield "memory://tables"
     fsspec.filesystem("memory").store.clear()
 
@@ -56,7 +56,7 @@ def quoted(field: object) -> str:
 
 
 def as_bytes(suffix: str, columns: dict[str, Sequence[Any]]) -> bytes:
-    """A table in a format."""
+    """Return a table in a format."""
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if suffix == ".csv":
         rows = [columns, *(record.values() for record in records)]
@@ -80,7 +80,7 @@ def put(path: object, content: str | bytes) -> str:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet", ".CSV"])
 @pytest.mark.parametrize("place", ["{}", "file://{}", "memory://tables"])
-def test_texts_come_out_of_a_table_as_they_stand(suffix: str, place: str, tmp_path: Path, memory: str) -> None:
+def test_texts_are_read_unchanged_from_a_table(suffix: str, place: str, tmp_path: Path, memory: str) -> None:
     path = put(f"{place.format(tmp_path)}/table{suffix}", as_bytes(suffix.lower(), {"text": TEXTS, "label": TEXTS}))
     rows = read_table(path)
     assert rows["text"][:] == rows["label"][:] == TEXTS
@@ -96,7 +96,7 @@ def test_texts_come_out_of_a_table_as_they_stand(suffix: str, place: str, tmp_pa
     ],
     ids=["byte order mark", "CR LF", "CR alone", "blank lines"],
 )
-def test_a_csv_may_be_written_in_other_ways(content: str, tmp_path: Path) -> None:
+def test_csv_dialects_are_accepted(content: str, tmp_path: Path) -> None:
     rows = read_table(put(tmp_path / "table.csv", content))
     assert rows.to_dict() == {"text": ["a", "b"], "label": ["1", "2"]}
 
@@ -108,7 +108,7 @@ def test_a_text_may_be_of_any_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["[1]", "t*t", "t?t", "a b%20c#d&é", ".hidden", "__hidden__", "**"])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_path_is_a_name_and_no_pattern(name: str, suffix: str, tmp_path: Path) -> None:
+def test_a_path_is_not_a_glob_pattern(name: str, suffix: str, tmp_path: Path) -> None:
     for other in ("1", "tt", "txt", "a"):
         put(tmp_path / other / f"{other}{suffix}", as_bytes(suffix, {"text": ["another file"]}))
     path = put(tmp_path / name / f"{name}{suffix}", as_bytes(suffix, {"text": ["this"]}))
@@ -121,7 +121,7 @@ def test_a_path_is_a_name_and_no_pattern(name: str, suffix: str, tmp_path: Path)
     ("first_line", "has_header"),
     [("1,a,b", False), ("Class,Title,Text", True), ("Text,Class,More,Title", True), ("class,title,text", False)],
 )
-def test_a_header_is_known_by_the_names_of_its_columns(first_line: str, has_header: bool, tmp_path: Path) -> None:
+def test_a_header_is_recognised_by_its_column_names(first_line: str, has_header: bool, tmp_path: Path) -> None:
     row = ",".join("x" for _ in first_line.split(","))
     rows = read_table(put(tmp_path / "table.csv", f"{first_line}\n{row}\n"), ("Class", "Title", "Text"))
     assert len(rows) == (1 if has_header else 2)
@@ -198,16 +198,16 @@ def test_a_file_that_cannot_be_read_is_refused(
 
 
 @pytest.mark.parametrize("path", ["nowhere://t.csv", "memory://tables/none.csv"])
-def test_a_url_that_leads_nowhere_is_refused(path: str) -> None:
+def test_a_url_that_does_not_exist_is_refused(path: str) -> None:
     assert repr(path) in refusal(lambda: read_table(path))
 
 
-def test_a_folder_is_no_table(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_table(tmp_path: Path) -> None:
     put(tmp_path / "t.csv" / "t.csv", "text\na\n")
     assert "there is no such file" in refusal(lambda: read_table(str(tmp_path / "t.csv")))
 
 
-def test_a_csv_of_other_columns_is_refused(tmp_path: Path) -> None:
+def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "t.csv", "a,b\n")
     assert "expected the 3 columns x, y, z, got 2 columns" in refusal(lambda: read_table(path, ("x", "y", "z")))
 
@@ -234,7 +234,7 @@ def test_a_folder_without_texts_of_a_label_is_refused(tmp_path: Path) -> None:
 
 
 def texts_and_labels(path: str, columns: tuple[str | None, str | None] = (None, None)) -> tuple[list[str], list[str]]:
-    """The texts of a file, and the names of their labels."""
+    """Return the texts of a file and the names of their labels."""
     rows = read_file("text", path, "train", columns)
     return rows["text"][:], rows["label"][:]
 
@@ -264,13 +264,13 @@ def texts_and_labels(path: str, columns: tuple[str | None, str | None] = (None, 
         ("t.json", '{"v1": "x", "v2": "a"}{"v1": "y", "v2": "b"}'),
     ],
 )
-def test_only_the_columns_in_use_are_looked_at(name: str, content: str | bytes, tmp_path: Path) -> None:
+def test_only_the_columns_in_use_are_checked(name: str, content: str | bytes, tmp_path: Path) -> None:
     assert texts_and_labels(put(tmp_path / name, content), ("v2", "v1")) == (["a", "b"], ["x", "y"])
 
 
 def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Path) -> None:
-    odd = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
-    table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *odd], names=["v2", "v1", *"nnmm"])
+    unusual = [pa.array([[1], None]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", None]), pa.nulls(2)]
+    table = pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "y"]), *unusual], names=["v2", "v1", *"nnmm"])
     pq.write_table(table, tmp_path / "t.parquet")
     assert texts_and_labels(str(tmp_path / "t.parquet"), ("v2", "v1")) == (["a", "b"], ["x", "y"])
 
@@ -278,7 +278,7 @@ def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("t.csv", "text,label,more\na,x\n", "row 1: expected 3 fields, got 2"),  # it may be half of a row
+        ("t.csv", "text,label,more\na,x\n", "row 1: expected 3 fields, got 2"),  # it may be an incomplete row
         ("t.csv", "text,label,,\na,x\nb\n", "row 2: expected 4 fields, got 1"),
         ("t.csv", "text,label,,\na,x,,,1\n", "row 1: expected 4 fields, got 5"),
         ("t.csv", "text;labels\na;x\n", "label_column: expected a column of 't.csv' ('text', 'labels'), got 'label'"),
@@ -315,7 +315,7 @@ def test_columns_of_parquet_that_are_not_in_use_may_be_of_any_type(tmp_path: Pat
         ),
     ],
 )
-def test_what_is_wrong_in_the_columns_in_use_is_refused(
+def test_errors_in_the_columns_in_use_are_refused(
     name: str, content: str | bytes, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -346,14 +346,14 @@ def test_what_is_wrong_in_the_columns_in_use_is_refused(
     ],
 )
 @pytest.mark.parametrize("is_list", [False, True])
-def test_a_value_of_json_is_what_is_written(value: str, name: str, is_list: bool, tmp_path: Path) -> None:
+def test_a_json_value_is_read_as_it_is_written(value: str, name: str, is_list: bool, tmp_path: Path) -> None:
     rows = [f'{{"text": "a", "label": {label}}}' for label in ('"other"', value)]
     path = put(tmp_path / "t.json", f"[{', '.join(rows)}]" if is_list else "\n".join(rows))
     assert texts_and_labels(path)[1] == ["other", name]
 
 
 @pytest.mark.parametrize("text", ["2020-01-01", "12:30:00", "1", "true", "null", "1e3", ""])
-def test_a_column_of_texts_that_look_like_something_else_is_of_texts(text: str, tmp_path: Path) -> None:
+def test_texts_that_look_like_other_types_stay_texts(text: str, tmp_path: Path) -> None:
     path = put(tmp_path / "t.jsonl", f'{{"text": "{text}", "label": 1}}\n' * 3)
     assert texts_and_labels(path)[0] == [text] * 3
 
@@ -368,7 +368,7 @@ RECORDS = st.fixed_dictionaries({"text": st.text(), "label": st.text(), "more": 
 
 @given(records=st.lists(RECORDS, min_size=1, max_size=5), chunk=st.integers(1, 40), style=st.sampled_from("[i\n "))
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_json_comes_back_as_python_wrote_it_in_pieces_of_any_size(
+def test_json_is_read_as_python_wrote_it_in_chunks_of_any_size(
     records: list[dict], chunk: int, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scaling_fl.data.json_rows.CHUNK", chunk)
@@ -383,9 +383,7 @@ def test_json_comes_back_as_python_wrote_it_in_pieces_of_any_size(
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
-def test_reading_does_not_take_the_size_of_the_file(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_needs_less_memory_than_the_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scaling_fl.data.json_rows.CHUNK", 2**16)
     columns = {"text": ["goal match team " * 50] * 12_000, "label": [1, 2] * 6_000}
     path = put(tmp_path / f"t{suffix}", as_bytes(suffix, columns))
@@ -404,9 +402,7 @@ FIELDS |= st.text('"a ', min_size=1, max_size=6)
 
 @given(rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=4), is_quoted=st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_quotes_in_a_table_of_tabs_are_read_however_they_are_written(
-    rows: list[tuple[str, str]], is_quoted: bool
-) -> None:
+def test_quotes_in_a_tsv_are_read_in_every_style(rows: list[tuple[str, str]], is_quoted: bool) -> None:
     file = io.StringIO()
     if is_quoted:
         csv.writer(file, delimiter="\t").writerows([("text", "label"), *rows])
@@ -421,7 +417,7 @@ def test_quotes_in_a_table_of_tabs_are_read_however_they_are_written(
     assert found == [("text", "label"), *rows]
 
 
-def test_a_text_of_several_lines_may_be_in_a_table_of_tabs(tmp_path: Path) -> None:
+def test_a_tsv_may_have_texts_of_several_lines(tmp_path: Path) -> None:
     path = put(tmp_path / "t.tsv", 'label\ttext\nx\t"one\ntwo ""three"""\n"y"\tb\n')
     assert texts_and_labels(path) == (['one\ntwo "three"', "b"], ["x", "y"])
     path = put(tmp_path / "two.tsv", 'label\ttext\nx\t"one\ntwo\tthree"\n"y"\tb\n')
@@ -448,7 +444,7 @@ def test_a_text_of_several_lines_may_be_in_a_table_of_tabs(tmp_path: Path) -> No
     ids=lambda value: str(getattr(value, "type", "")),
 )
 @pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_of_any_type_is_read_as_people_write_it(
+def test_every_common_parquet_type_is_read(
     labels: pa.Array, names: list[str] | None, kind: pa.DataType, tmp_path: Path
 ) -> None:
     pq.write_table(pa.table({"text": pa.array(["a", "b"]).cast(kind), "label": labels}), tmp_path / "t.parquet")
@@ -493,7 +489,7 @@ def test_parquet_without_labels_is_refused(
         ([None, float("nan"), "", "  ", "\u200b", "\xa0\ufeff"], ""),
     ],
 )
-def test_a_label_has_one_name_however_it_is_written(values: list, name: str) -> None:
+def test_a_label_has_one_name_in_every_format(values: list, name: str) -> None:
     assert {label_name(value) for value in values} == {name}
 
 
@@ -558,7 +554,7 @@ def test_a_table_without_texts_or_labels_is_refused(rows: Dataset, columns: tupl
     assert says in refusal(lambda: pick(rows, "t.csv", columns))
 
 
-def test_one_column_cannot_be_both() -> None:
+def test_one_column_for_texts_and_labels_is_refused() -> None:
     assert "text_column, label_column: expected two columns, got 'label' for both" in refusal(
         lambda: read_file("text", "none.csv", "train", ("label", None))
     )
@@ -570,7 +566,7 @@ KNOWN = {"1": "World", "2": "Sports"}
 def settle(
     train: Dataset, test: Dataset, known: dict[str, str] | None = None, named: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[str], list[str]]:
-    """The names of the labels of a training and a test set, and the label of each row."""
+    """Return the label names of a training and a test set, and the label of each row."""
     known = {name: name for name in named} if named else known
     rows = {split: pick(of, "t.csv", ("text", "label"), known) for split, of in (("train", train), ("test", test))}
     found = [(split, split, of_split.unique("label")) for split, of_split in rows.items()]
@@ -601,7 +597,7 @@ def settle(
         ),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(train: list, test: list, known: dict | None, says: str) -> None:
+def test_labels_that_do_not_match_are_refused(train: list, test: list, known: dict | None, says: str) -> None:
     assert says in refusal(lambda: settle(table(train), table(test), known))
 
 
@@ -622,7 +618,7 @@ def test_a_thousand_labels_that_differ_are_not_all_listed() -> None:
         (table([2, 1]), table([2]), KNOWN, ("World", "Sports"), [1, 0], [1]),
     ],
 )
-def test_labels_are_known_by_their_names(
+def test_labels_are_matched_by_name(
     train: Dataset, test: Dataset, known: dict | None, names: tuple[str, ...], in_train: list, in_test: list
 ) -> None:
     found, *labels = settle(train, test, known)
@@ -632,7 +628,7 @@ def test_labels_are_known_by_their_names(
 
 @pytest.mark.parametrize("other", ["x\u200dy", "x\u200cy", "xy\ufe0f"])
 @pytest.mark.parametrize("known", [None, {"xy": "xy", "b": "b"}])
-def test_labels_that_differ_in_what_may_not_be_seen_are_refused_with_their_code_points(
+def test_labels_that_differ_in_invisible_characters_are_refused_with_their_code_points(
     other: str, known: dict | None
 ) -> None:
     for refused in (
@@ -643,11 +639,11 @@ def test_labels_that_differ_in_what_may_not_be_seen_are_refused_with_their_code_
         assert " ".join(f"U+{ord(character):04X}" for character in other) in refusal(refused)
 
 
-def test_a_name_is_shown_in_one_line() -> None:
+def test_a_label_name_is_printed_on_one_line() -> None:
     assert printable("a\nb\x1b[0m\u202ec \U0001f600 \xe9\u200d") == "a\\nb\\x1b[0m\\u202ec \U0001f600 \xe9\\u200d"
 
 
-def test_labels_that_the_setting_names_are_the_classes_in_its_order() -> None:
+def test_the_setting_labels_defines_the_classes_and_their_order() -> None:
     found = settle(table(["a", "a"]), table(["b", "1"]), named=["b", "c", "a", "1"])
     assert found == (("b", "c", "a", "1"), ["a", "a"], ["b", "1"])
     assert "row 1: expected a label out of a, c, got b" in refusal(
@@ -655,7 +651,7 @@ def test_labels_that_the_setting_names_are_the_classes_in_its_order() -> None:
     )
 
 
-def test_a_label_of_one_site_alone_is_refused_unless_it_is_named() -> None:
+def test_a_label_of_one_site_only_is_refused_unless_the_setting_names_it() -> None:
     one_each = [("s", "train", ["a"]), ("s", "test", ["a"]), ("t", "train", ["b"])]
     assert "at two sites or more, got a only in s, b only in t" in refusal(lambda: settle_labels(one_each, None))
     for may_lack in (False, True):
@@ -669,7 +665,7 @@ def test_a_label_of_one_site_alone_is_refused_unless_it_is_named() -> None:
     assert settle_labels(alone, known, may_lack=True) == ("a", "b")
 
 
-def test_a_label_of_test_files_alone_is_refused_wherever_the_files_are() -> None:
+def test_a_label_of_test_files_only_is_refused_on_every_node() -> None:
     of_sites = [(site, split, ["a", "b", *("c" * (split == "test"))]) for site in "st" for split in ("train", "test")]
     assert "got also c" in refusal(lambda: settle_labels(of_sites, None))
     of_one = [("s", "train", ["a", "b"]), ("s", "test", ["b", "c"])]
@@ -685,5 +681,5 @@ def test_equal_numbers_of_json_are_one_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("invisible", "\u115f\u17b4\ufff9\U0001bca0\U0001d159")
-def test_what_prints_nothing_makes_no_label_of_its_own(invisible: str) -> None:
+def test_characters_that_print_nothing_make_no_separate_label(invisible: str) -> None:
     assert label_name(f"x{invisible}y") == "xy"

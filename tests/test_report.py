@@ -1,4 +1,4 @@
-"""The report of runs: what it says, what it refuses, and how it looks in a real browser."""
+"""The report of runs: its content, its errors, and its look in a real browser."""
 
 import json
 import os
@@ -125,7 +125,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Runs of a sweep: one ends well, one has a bad name and labels, one of many sites failed."""
+    """The runs of a sweep: one completes, one has a malicious name and labels, one of many sites fails."""
     folder = tmp_path_factory.mktemp("runs")
     evil = {"job_name": EVIL, "strategy": EVIL, EVIL: EVIL, "learning_rate": 3e-4}
     runs = [
@@ -142,11 +142,11 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(three_runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The report of these, the page first."""
+    """The files of their report, the page first."""
     return [Path(path) for path in report.write(three_runs, str(tmp_path_factory.mktemp("report") / "sweep.html"))]
 
 
-def test_a_page_has_no_script_and_asks_for_nothing(written: list[Path]) -> None:
+def test_a_page_has_no_script_and_loads_nothing(written: list[Path]) -> None:
     page = Reader(written[0].read_text())
     assert {"svg", "table", "title"} <= page.tags
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
@@ -168,16 +168,16 @@ def test_metrics_are_shown_with_the_meaning_that_the_record_gives(written: list[
     assert text[place + 4 : place + 6] == ["nats", f"mean {EVIL}"]
 
 
-def test_charts_have_the_colours_of_the_page_which_may_be_dark(written: list[Path]) -> None:
+def test_charts_have_the_colours_of_the_light_or_dark_page(written: list[Path]) -> None:
     charts = re.findall(r"<svg.*?</svg>", written[0].read_text(), re.DOTALL)
     assert len(charts) == len(written) - 1
     for chart in charts:
         assert "fill: var(--quiet)" in chart
-        assert set(re.findall(r"(?:stroke|fill): (#\w+)", chart)) <= {"#ffffff"}, "a colour of its own"
+        assert set(re.findall(r"(?:stroke|fill): (#\w+)", chart)) <= {"#ffffff"}, "no other colour"
     assert all(f"stroke: var(--run{index})" in charts[0] for index in range(3))
 
 
-def test_each_chart_is_a_png_too(written: list[Path]) -> None:
+def test_each_chart_is_also_a_png(written: list[Path]) -> None:
     charts = written[1:]
     assert {path.name.removeprefix("sweep-").removesuffix(".png") for path in charts} == {
         *("accuracy", "loss", "accuracy-by-time", "accuracy-by-bytes", "site-accuracy", "site-loss", "site-seconds"),
@@ -190,7 +190,7 @@ def test_each_chart_is_a_png_too(written: list[Path]) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20, path.name
 
 
-def test_a_thousand_sites_need_no_more_room_than_a_few(tmp_path: Path) -> None:
+def test_a_page_of_a_thousand_sites_is_as_large_as_one_of_a_few(tmp_path: Path) -> None:
     sizes = []
     for num_sites in (50, 1000):
         runs = read([write_run(tmp_path / str(num_sites), num_sites=num_sites, num_rounds=3)])
@@ -212,7 +212,7 @@ def test_a_legend_names_each_style_of_line(tmp_path: Path) -> None:
     assert {chart.name: [text for _, _, text in chart.legend] for chart in charts if chart} == expected
 
 
-def test_drawing_leaves_matplotlib_as_it_was_and_is_not_paid_for_before(tmp_path: Path) -> None:
+def test_plotting_does_not_change_matplotlib_and_matplotlib_is_imported_only_then(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_rounds=0)
     code = f"""
 import sys
@@ -296,7 +296,7 @@ def test_numbers_compare_runs_and_the_best_is_bold(tmp_path: Path) -> None:
     assert rows["MB sent in all"].bold == [False, False]
 
 
-def test_settings_that_differ_are_told_from_those_that_do_not(tmp_path: Path) -> None:
+def test_settings_that_differ_are_listed_apart_from_equal_ones(tmp_path: Path) -> None:
     changes = [{}, {"learning_rate": 1e-3}, {"learning_rate": 1e-3, "proximal_mu": 0.1}]
     rows = settings(read([write_run(tmp_path / str(n), config=change) for n, change in enumerate(changes)]))
     assert [(row.name, row.texts) for row in different(rows)] == [
@@ -306,7 +306,7 @@ def test_settings_that_differ_are_told_from_those_that_do_not(tmp_path: Path) ->
     assert {row.name: row.bold for row in rows}["learning_rate"] == [False, True, True]
 
 
-def test_runs_are_told_apart_by_job_or_folder(tmp_path: Path) -> None:
+def test_runs_are_named_by_job_or_folder(tmp_path: Path) -> None:
     jobs = [None, "a", "b", "b"]
     folders = [write_run(tmp_path / str(n), num_rounds=0, config={"job_name": job}) for n, job in enumerate(jobs)]
     assert [run.name for run in read(folders)] == ["run 0", "a", f"b ({folders[2]})", f"b ({folders[3]})"]
@@ -339,7 +339,7 @@ def test_a_run_with_few_metrics_has_a_page(tmp_path: Path, bare: dict[str, Any])
     assert charts == []
 
 
-def test_a_run_without_rounds_jsonl_is_drawn_from_its_metrics(tmp_path: Path) -> None:
+def test_a_run_without_rounds_jsonl_is_plotted_from_its_metrics(tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run"))
     rounds = only(str(folder)).rounds
     (folder / "rounds.jsonl").unlink()
@@ -352,7 +352,7 @@ def test_a_run_without_rounds_jsonl_is_drawn_from_its_metrics(tmp_path: Path) ->
     assert only(str(folder)).rounds == whole
 
 
-def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     path = Path(write_run(tmp_path / "run")) / "rounds.jsonl"
     path.write_text(path.read_text()[:-200])
     assert [round_["round"] for round_ in only(str(path.parent)).rounds] == list(range(8))
@@ -364,7 +364,7 @@ def test_the_last_line_of_a_repeated_round_counts(tmp_path: Path) -> None:
     assert only(str(path.parent)).rounds[3] == {"round": 3, "train.loss": 7}
 
 
-def test_a_folder_without_a_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run"))
     assert "expected the folder of a run, such as runs/1, got one without a run.json" in refusal(
         lambda: read([str(tmp_path)])
@@ -390,17 +390,17 @@ def run_script(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_command_writes_into_the_run_or_here_if_there_are_several(tmp_path: Path) -> None:
+def test_the_command_writes_into_the_run_folder_or_for_several_runs_into_the_working_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_rounds=0)
     status, said = run_script(folder)
     assert (status, said) == (0, f"{folder}/report.html, and 6 charts beside it\n")
     assert (tmp_path / "run" / "report-loss.png").exists()
-    own_page = (tmp_path / "run" / "report.html").read_text()
+    page_before = (tmp_path / "run" / "report.html").read_text()
     other = write_run(tmp_path / "other", num_rounds=1)
     status, said = run_script(folder, other, cwd=tmp_path)
     assert (status, said.partition(",")[0]) == (0, "report.html")
     assert (tmp_path / "report.html").exists()
-    assert (tmp_path / "run" / "report.html").read_text() == own_page
+    assert (tmp_path / "run" / "report.html").read_text() == page_before
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_the_command_writes_into_the_run_or_here_if_there_are_several(tmp_path: 
         (["{run}", "--output", "{run}/none/report.html"], "report.html' cannot be read or written: No such file"),
     ],
 )
-def test_the_command_refuses_in_a_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+def test_the_command_refuses_wrong_input_in_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     folder = write_run(tmp_path / "run", num_rounds=0)
     (tmp_path / "run" / "rounds.jsonl").write_text('{"round": 0}\n')
     status, said = run_script(*(argument.format(run=folder) for argument in arguments))
@@ -431,7 +431,7 @@ def browser() -> str:
 
 @dataclass(frozen=True)
 class View:
-    """What a browser shows of a page, with its console."""
+    """The content of a page in a browser, and its console."""
 
     picture: Image.Image
     dom: str
@@ -439,7 +439,7 @@ class View:
 
 
 def view(browser: str, path: Path, folder: Path, width: int, *flags: str) -> View:
-    """Open a page in a browser of its own, as wide as that and rather high."""
+    """Open a page in a new browser of a given width."""
     picture = folder / "picture.png"
     options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2400", f"--screenshot={picture}"]
     options += ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
@@ -494,4 +494,4 @@ def test_the_page_lets_no_script_run(browser: str, written: list[Path], tmp_path
     (tmp_path / "attacked.html").write_text(text)
     shown = view(browser, tmp_path / "attacked.html", tmp_path, 360)
     assert "<title>changed</title>" not in shown.dom
-    assert len(shown.console) == 1  # the browser says why
+    assert len(shown.console) == 1  # the browser states the reason

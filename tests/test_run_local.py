@@ -1,4 +1,4 @@
-"""run-local.sh for real, in a copy of what it reads. Docker, pip and the user's name are stand-ins that tell tales."""
+"""run-local.sh in a copy of the files that it reads. Docker, pip and the user's name are stand-ins that log calls."""
 
 import json
 import os
@@ -15,7 +15,7 @@ FILES = ["run-local.sh", "pyproject.toml", "constraints.txt", "demo-requirements
 ODD_ARGUMENTS = ["a.py", "with", "a b", 'it\'s "so"', "$HOME `id` $(id)", "ids=[0,0,1]", "2\nlines", "", "*", "-x", "ü"]
 PRINT_ENVIRONMENT = ["-c", "import json, os; print(json.dumps(dict(os.environ)))"]
 
-# Notes each call that does something, and its environment. A call with the word of FAIL fails.
+# Logs each call with an effect, and its environment. A call that contains the word in FAIL fails.
 DOCKER = f"""#!/bin/sh
 case "$*" in
   info | "compose version") [ "${{*##* }}" != "$FAIL" ] ;;
@@ -31,7 +31,7 @@ esac
 ID = """#!/bin/sh
 case $1 in -un) echo "Jo.Doe" ;; -u) echo 1234 ;; -g) echo 567 ;; esac
 """
-# The Python of a virtual environment, but for pip.
+# The Python of a virtual environment, without pip.
 VENV_PYTHON = f"""#!/bin/sh
 if [ "$1 $2" = "-m pip" ]; then
   [ "$3" = --version ] || echo "$*" >>"$CALLS"
@@ -46,7 +46,7 @@ PYTHON = """#!/bin/sh
 
 
 class Project:
-    """A copy of the project's files in a folder of its own, beside the stand-ins."""
+    """A copy of the project's files in a separate folder, and the stand-ins."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.home = folder / "the project", folder / "bin", folder / "home"
@@ -66,13 +66,13 @@ class Project:
         }
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        """Run run-local.sh, from another folder, as a user might."""
+        """Run run-local.sh from another folder."""
         command = [self.folder / "run-local.sh", *arguments]
         variables = self.environment | environment
         return subprocess.run(command, env=variables, cwd=self.home, capture_output=True, text=True, timeout=30)
 
     def calls(self) -> list[str]:
-        """Return what the stand-ins noted since the last time."""
+        """Return the new calls that the stand-ins logged."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return lines
@@ -101,25 +101,23 @@ def project_name(argv: list[str]) -> str:
 # In a container.
 
 
-def test_arguments_arrive_in_the_container_as_given(project):
+def test_arguments_reach_the_container_unchanged(project):
     argv, _ = project.compose(*ODD_ARGUMENTS)
     assert argv[argv.index("main") + 1 :] == ODD_ARGUMENTS
 
 
-def test_no_arguments_are_no_arguments(project):
+def test_an_empty_command_line_stays_empty(project):
     assert project.compose()[0][-1] == "main"
 
 
-def test_a_run_in_a_container_publishes_its_ports_and_leaves_nothing_behind(project):
+def test_a_run_in_a_container_publishes_its_ports_and_is_removed_afterwards(project):
     argv, _ = project.compose("a.py")
     assert argv[0] == "compose"
     assert argv[argv.index("run") :] == ["run", "--rm", "--service-ports", "main", "a.py"]
 
 
 @pytest.mark.parametrize("network", ["host", "container:other"])
-def test_a_container_without_a_network_of_its_own_publishes_no_ports_and_listens_to_this_machine_alone(
-    project, network
-):
+def test_a_container_on_the_host_network_publishes_no_ports_and_listens_on_loopback(project, network):
     argv, environment = project.compose("a.py", DOCKER_NETWORK=network, DEBUG="1", RANK="1", MASTER_ADDR="10.0.0.1")
     assert argv[argv.index("run") :] == ["run", "--rm", "--env", "DEBUG_HOST=127.0.0.1", "main", "a.py"]
     assert (environment["RANK"], environment["MASTER_ADDR"]) == ("1", "10.0.0.1")
@@ -134,7 +132,7 @@ def test_a_project_is_named_after_the_user_and_the_arguments(project):
     assert project_name(project.compose("a", "b")[0]) == names[0]
 
 
-def test_what_a_container_leaves_belongs_to_the_user(project):
+def test_files_of_a_container_belong_to_the_user(project):
     _, environment = project.compose("a.py")
     assert (environment["HOST_UID"], environment["HOST_GID"]) == ("1234", "567")
     assert environment["HF_HOME"] == str(project.home / ".cache/huggingface")
@@ -152,29 +150,29 @@ def test_the_status_of_a_container_is_passed_on(project):
     assert project.run("a.py").returncode == 7
 
 
-def test_nothing_runs_when_the_image_cannot_be_built(project):
+def test_a_failed_build_of_the_image_starts_no_run(project):
     assert project.run("a.py", FAIL="build").returncode == 9
     assert "build" in json.loads(project.calls()[-1])[0]
 
 
-def test_what_a_program_prints_is_not_mixed_with_what_the_build_prints(project):
+def test_the_output_of_a_program_is_separate_from_that_of_the_build(project):
     assert "'build'" not in project.run("a.py").stdout
 
 
-def test_compose_gets_the_settings_of_env_from_us_alone(project):
-    # Compose would take the quotes and the dollar in another way, and refuse the second line.
+def test_compose_does_not_read_env_itself(project):
+    # Compose interprets the quotes and the dollar differently, and refuses the second line.
     (project.folder / ".env").write_text("SACRED_PASSWORD='p$w'\nOTHER=\"open\n")
     argv, environment = project.compose("a.py")
     assert argv[argv.index("--env-file") + 1] == "/dev/null"
     assert (environment["SACRED_PASSWORD"], environment["OTHER"]) == ("p$w", '"open')
 
 
-def test_the_debug_overlay_may_choose_the_number_of_ranks(project):
+def test_the_debug_overlay_sets_the_number_of_ranks(project):
     assert "RANKS" not in project.compose("a.py")[1]
     assert project.compose("a.py", RANKS="2")[1]["RANKS"] == "2"
 
 
-def test_a_debugger_is_waited_for_in_the_container_too(project):
+def test_a_run_in_a_container_waits_for_a_debugger(project):
     both = "docker-compose.yaml:docker-compose.debug.yaml"
     assert "COMPOSE_FILE" not in project.compose("a.py", DEBUG="0")[1]
     assert project.compose("a.py", DEBUG="1")[1]["COMPOSE_FILE"] == both
@@ -200,7 +198,7 @@ def test_docker_starts_no_database_without_a_password(project, missing):
     assert "SACRED_USER and SACRED_PASSWORD are needed" in result.stderr
 
 
-def test_npm_starts_the_dashboard_where_there_is_no_docker(project):
+def test_npm_starts_the_dashboard_without_docker(project):
     (project.bin / "npm").write_text('#!/bin/sh\necho "$* $PORT $OMNIBOARD_CONFIG"\n')
     (project.bin / "npm").chmod(0o755)
     result = project.run("dashboard", RUNTIME="venv", SACRED_HOST="db", PATH=f"{project.bin}:/usr/bin:/bin")
@@ -216,7 +214,7 @@ def test_npm_starts_the_dashboard_where_there_is_no_docker(project):
         ({"SACRED_HOST": "db", "PATH": "{few}"}, "npm is needed for the dashboard, and not here: Node.js brings it"),
     ],
 )
-def test_a_dashboard_that_cannot_be_is_one_sentence(project, environment, sentence):
+def test_a_dashboard_that_cannot_start_is_one_sentence(project, environment, sentence):
     few = project.folder / "few"  # of the commands
     few.mkdir()
     for name in ("bash", "dirname"):
@@ -226,10 +224,10 @@ def test_a_dashboard_that_cannot_be_is_one_sentence(project, environment, senten
     assert (result.returncode, result.stderr) == (1, f"run-local: {sentence}\n")
 
 
-# Which of the two.
+# The choice between the two.
 
 
-def test_one_line_says_where_a_program_runs(project):
+def test_one_line_states_where_a_program_runs(project):
     assert project.run("-c", "").stderr.count("\n") == 1 + 1  # and one of the build
     assert "in a container" in project.run("-c", "").stderr
     project.run("-c", "", RUNTIME="venv")
@@ -239,20 +237,20 @@ def test_one_line_says_where_a_program_runs(project):
 
 
 @pytest.mark.parametrize("missing", ["info", "version"])
-def test_without_an_engine_or_compose_it_is_a_virtual_environment(project, missing):
+def test_without_an_engine_or_compose_a_program_runs_in_a_virtual_environment(project, missing):
     result = project.run("-c", "print(6 * 7)", FAIL=missing)
     assert result.stdout == "42\n"
     assert "in the virtual environment" in result.stderr
 
 
-def test_a_virtual_environment_can_be_asked_for(project):
+def test_runtime_venv_selects_a_virtual_environment(project):
     assert project.run("-c", "print(6 * 7)", RUNTIME="venv").stdout == "42\n"
 
 
 # In a virtual environment.
 
 
-def test_arguments_arrive_in_the_virtual_environment_as_given(project):
+def test_arguments_reach_the_virtual_environment_unchanged(project):
     result = project.run("-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *ODD_ARGUMENTS, RUNTIME="venv")
     assert json.loads(result.stdout) == ODD_ARGUMENTS
 
@@ -266,7 +264,7 @@ def test_a_program_runs_in_the_folder_of_the_project(project):
     assert Path(result.stdout.strip()).samefile(project.folder)
 
 
-def test_there_are_as_many_ranks_as_cores_unless_somebody_says(project):
+def test_the_default_number_of_ranks_is_the_number_of_cores(project):
     assert project.environment_of_run()["RANKS"] == "auto"
     assert project.environment_of_run(RANKS="")["RANKS"] == "auto"
     assert project.environment_of_run(RANKS="3")["RANKS"] == "3"
@@ -274,7 +272,7 @@ def test_there_are_as_many_ranks_as_cores_unless_somebody_says(project):
     assert project.environment_of_run()["RANKS"] == "2"
 
 
-def test_the_debugged_rank_is_the_only_one_unless_somebody_says(project):
+def test_the_default_number_of_debugged_ranks_is_one(project):
     assert project.environment_of_run(DEBUG="1")["RANKS"] == "1"
     assert project.environment_of_run(DEBUG="1", RANKS="auto")["RANKS"] == "auto"
     assert project.environment_of_run(DEBUG="0")["RANKS"] == "auto"
@@ -298,7 +296,7 @@ OVERLAY = "docker-compose.debug.yaml"
         ({}, None),
     ],
 )
-def test_the_overlay_of_the_debugger_means_the_same_without_docker(project, environment, debug):
+def test_the_debug_overlay_has_the_same_effect_without_docker(project, environment, debug):
     found = project.environment_of_run(**environment)
     assert found.get("DEBUG") == debug
     assert found["RANKS"] == ("1" if debug == "1" else "auto")
@@ -320,7 +318,7 @@ def test_sigterm_reaches_the_program(project):
         assert process.wait(timeout=10) == 5
 
 
-def test_the_environment_is_made_once(project):
+def test_the_virtual_environment_is_created_once(project):
     project.run("-c", "", RUNTIME="venv")
     made, *installed = project.calls()
     assert made == "-m venv .venv"
@@ -349,7 +347,7 @@ def test_an_extra_is_installed(project):
     assert project.calls()[0].endswith("--editable .[dev,s3,llm]")
 
 
-def test_a_project_that_moved_is_installed_where_it_is_now(project):
+def test_a_moved_project_is_installed_at_its_new_place(project):
     project.run("-c", "", RUNTIME="venv")
     project.calls()
     project.folder = project.folder.rename(project.folder.with_name("moved"))
@@ -357,7 +355,7 @@ def test_a_project_that_moved_is_installed_where_it_is_now(project):
     assert len(project.calls()) == 2
 
 
-def test_an_installation_that_failed_is_tried_again(project):
+def test_a_failed_installation_is_retried(project):
     failed = project.run("-c", "print('ran')", RUNTIME="venv", FAIL="pip")
     assert failed.returncode != 0
     assert failed.stdout == ""
@@ -366,7 +364,7 @@ def test_an_installation_that_failed_is_tried_again(project):
     assert len(project.calls()) == 2
 
 
-def test_an_environment_whose_python_is_gone_is_made_again(project):
+def test_an_environment_without_its_python_is_created_again(project):
     project.run("-c", "", RUNTIME="venv")
     project.calls()
     (project.folder / ".venv/bin/python").unlink()
@@ -375,13 +373,13 @@ def test_an_environment_whose_python_is_gone_is_made_again(project):
     assert project.calls()[0] == "-m venv .venv"
 
 
-def test_an_environment_that_is_there_asks_for_no_other_python(project):
+def test_an_existing_environment_needs_no_other_python(project):
     project.run("-c", "", RUNTIME="venv")
     assert project.run("-c", "", RUNTIME="venv", PYTHON="/nowhere/python").returncode == 0
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python3", "old-python"])
-def test_a_python_that_will_not_do_is_one_clear_sentence(project, python):
+def test_an_unsuitable_python_is_one_clear_sentence(project, python):
     (project.bin / "old-python").write_text("#!/bin/sh\necho noise >&2\nexit 1\n")
     (project.bin / "old-python").chmod(0o755)
     result = project.run("-c", "", RUNTIME="venv", PYTHON=python)
@@ -423,7 +421,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_values_in_env_are_taken_as_they_are(project, newline):
+def test_values_in_env_are_used_unchanged(project, newline):
     (project.folder / ".env").write_bytes((newline + newline.join(SETTINGS)).encode())
     environment = project.environment_of_run()
     for line, value in SETTINGS.items():
@@ -431,7 +429,7 @@ def test_values_in_env_are_taken_as_they_are(project, newline):
         assert environment.get(name) == (value and value.replace("{home}", str(project.home))), line
 
 
-def test_any_byte_may_stand_in_a_value_of_env(project):
+def test_a_value_in_env_may_contain_any_byte(project):
     (project.folder / ".env").write_bytes(b"SACRED_PASSWORD=gr\xf6\xdfe # \xff\n")
     result = project.run("-c", "import os; print(os.environb[b'SACRED_PASSWORD'])", RUNTIME="venv", LC_ALL="C.UTF-8")
     assert result.stdout == "b'gr\\xf6\\xdfe'\n"
@@ -443,19 +441,19 @@ def test_nothing_in_env_is_executed(project):
     assert not list(project.folder.parent.rglob("proof"))
 
 
-def test_the_environment_wins_over_env(project):
+def test_the_environment_overrides_env(project):
     (project.folder / ".env").write_text("A=file\nB=file\nRUNTIME=docker\n")
     environment = project.environment_of_run(A="environment", B="")
     assert (environment["A"], environment["B"]) == ("environment", "")
 
 
-def test_env_may_choose_the_virtual_environment(project):
+def test_env_can_select_the_virtual_environment(project):
     (project.folder / ".env").write_text("RUNTIME=venv\n")
     assert project.run("-c", "print(6 * 7)").stdout == "42\n"
 
 
 @pytest.mark.parametrize("line", ["SACRED_PASSWORD = secret", "secret", "1A=secret", "A-B=secret"])
-def test_a_line_of_env_that_sets_nothing_is_an_error_that_gives_no_secret_away(project, line):
+def test_an_invalid_line_of_env_is_an_error_that_shows_no_secret(project, line):
     (project.folder / ".env").write_text(f"# settings\n\n{line}\n")
     result = project.run("-c", "", RUNTIME="venv")
     assert result.returncode == 1
@@ -479,5 +477,5 @@ def test_every_line_of_the_template_can_be_used(project):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     subprocess.run(["shellcheck", ROOT / "run-local.sh", ROOT / "docker/check.sh"], check=True)

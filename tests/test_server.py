@@ -1,4 +1,4 @@
-"""The exact mean, and every strategy against its formula."""
+"""The exact mean and every strategy equal their formulas."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ COUNTS = [17, 1, 250, 33, 8]
 
 @pytest.fixture(params=["fused", "unfused"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the fused multiply-add that most processors have, and as for those that have none."""
+    """With and without the fused multiply-add of the processor."""
     if request.param == "unfused":
         monkeypatch.setattr("scaling_fl.federation.fixed_point.is_fused", lambda origin: False)
     return request.param == "fused"
@@ -62,7 +62,7 @@ def test_the_order_of_the_sites_changes_no_bit(scale: float, arithmetic: bool) -
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_a_weight_that_no_site_moves_stays_as_it_is(scale: float, arithmetic: bool) -> None:
+def test_a_weight_that_no_site_changes_keeps_its_bits(scale: float, arithmetic: bool) -> None:
     torch.manual_seed(0)
     start = scale * torch.randn(100_003) * 10.0 ** -torch.randint(12, (100_003,))
     server, has_moved = make_server("fedadam", weights=start), torch.rand(100_003) < 0.5
@@ -82,7 +82,7 @@ def test_the_mean_is_weighted_by_examples() -> None:
     assert torch.equal(server.weights, torch.full((100_003,), 2.0))
 
 
-def test_a_site_that_is_missing_is_left_out_of_the_mean() -> None:
+def test_a_missing_site_does_not_count_in_the_mean() -> None:
     server = make_server(weights=torch.zeros(100_003))
     server.exchange(torch.full((100_003,), 1.0), Fraction(1, 6))
     server.exchange(torch.full((100_003,), 4.0), Fraction(2, 6))
@@ -91,7 +91,7 @@ def test_a_site_that_is_missing_is_left_out_of_the_mean() -> None:
 
 
 @pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
-def test_too_small_a_share_of_the_examples_is_refused_as_it_would_magnify_what_was_rounded(comm_dtype: str) -> None:
+def test_too_small_a_fraction_of_the_examples_is_refused_because_it_magnifies_rounding(comm_dtype: str) -> None:
     server = make_server(comm_dtype=comm_dtype, weights=torch.zeros(100_003))
     for site in range(2):
         server.exchange(torch.full((100_003,), 2.0 * site), Fraction(1, 2**11))
@@ -112,7 +112,7 @@ def test_a_site_that_is_added_twice_is_refused(comm_dtype: str) -> None:
     assert not server.weights.any()
 
 
-def test_a_round_that_was_not_stepped_is_an_error_when_the_next_begins() -> None:
+def test_a_round_without_a_step_is_an_error_when_the_next_starts() -> None:
     server = make_server()
     server.start_round()
     server.exchange(server.weights + 1.0, Fraction(1, 3))
@@ -125,7 +125,7 @@ def test_a_round_that_was_not_stepped_is_an_error_when_the_next_begins() -> None
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_a_check_of_a_site_leaves_nothing_in_the_sum(number: int, scale: float, arithmetic: bool) -> None:
+def test_a_checked_site_changes_nothing_in_the_sum(number: int, scale: float, arithmetic: bool) -> None:
     torch.manual_seed(0)
     start = scale * torch.randn(100_003)
     locals_ = [start + 1e-3 * torch.randn_like(start) for _ in range(3)]
@@ -149,7 +149,7 @@ def test_a_check_of_a_site_leaves_nothing_in_the_sum(number: int, scale: float, 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 200.0])
 @pytest.mark.parametrize("scale", [0.01, 1000.0])
 @pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
-def test_a_weight_that_is_not_finite_or_far_off_is_refused(value: float, scale: float, comm_dtype: str) -> None:
+def test_a_weight_that_is_not_finite_or_out_of_range_is_refused(value: float, scale: float, comm_dtype: str) -> None:
     server = make_server(comm_dtype=comm_dtype, weights=scale * torch.randn(100_003))
     local = server.weights.clone()
     local[-1] += value
@@ -161,7 +161,7 @@ def test_a_weight_that_is_not_finite_or_far_off_is_refused(value: float, scale: 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 @pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
-def test_a_replica_that_was_collected_has_the_global_weights_again(comm_dtype: str, scale: float) -> None:
+def test_a_collected_replica_has_the_global_weights(comm_dtype: str, scale: float) -> None:
     torch.manual_seed(0)
     server = make_server(comm_dtype=comm_dtype, weights=scale * torch.randn(100_003))
     replica = server.weights + 1e-3
@@ -177,7 +177,7 @@ def test_every_comm_dtype_gives_the_mean_to_its_precision(comm_dtype: str, relat
     torch.manual_seed(0)
     server = make_server(comm_dtype=comm_dtype, weights=torch.zeros(100_003))
     drift = 1e-4 * torch.randn(100_003)
-    drift[:1000] *= 1e-4  # float16 as it is would make nothing of these
+    drift[:1000] *= 1e-4  # these vanish in float16 without scaling
     server.exchange(-drift, Fraction(1, 4))
     server.exchange(-3 * drift, Fraction(3, 4))
     server.step()
@@ -186,7 +186,7 @@ def test_every_comm_dtype_gives_the_mean_to_its_precision(comm_dtype: str, relat
     assert (errors > 1e-3 * relative * drift.abs()).any() or comm_dtype == "exact", "it was rounded as it should be"
 
 
-def test_a_round_in_which_nobody_trained_moves_nothing() -> None:
+def test_a_round_without_trained_sites_changes_no_weight() -> None:
     server = make_server()
     before = server.sha256()
     for collects in (False, True, False):
@@ -208,7 +208,7 @@ def play_rounds(strategy: str, drifts: list[Tensor], **options: float) -> list[T
 
 
 def by_formula(strategy: str, drifts: list[Tensor], rate: float, beta: float) -> Tensor:
-    """The papers' equations, one term at a time, in float64; the gradient is the drift."""
+    """Compute the papers' equations in float64; the drift is the gradient."""
     weights, m, v = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for t, drift in enumerate(drifts, 1):
         g = drift.double()
@@ -254,7 +254,7 @@ def test_a_momentum_that_would_be_ignored_is_refused(strategy: str) -> None:
 
 
 class WithBuffers(nn.Module):
-    """Frozen weights, trained ones, and the buffers of a batch norm."""
+    """A model with frozen weights, trained weights, and the buffers of a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class WithBuffers(nn.Module):
         self.norm = nn.BatchNorm1d(2)
 
 
-def test_buffers_are_averaged_and_frozen_weights_stay_at_home() -> None:
+def test_buffers_are_averaged_and_frozen_weights_are_not_sent() -> None:
     model = WithBuffers()
     server = GlobalModel(model, make_strategy("fedadam"))
     vector = flatten_(model)
@@ -285,7 +285,7 @@ def test_buffers_are_averaged_and_frozen_weights_stay_at_home() -> None:
     assert torch.equal(model.norm.running_mean, torch.tensor([5.0, 5.0])), "their mean, whatever the strategy"
 
 
-def test_a_state_is_taken_over_whole_and_another_models_is_refused_by_name() -> None:
+def test_a_state_is_restored_completely_and_that_of_another_model_is_refused_by_name() -> None:
     drifts = [torch.randn(5) for _ in range(2)]
     server, other = (GlobalModel(nn.Linear(1, 5, bias=False), make_strategy("diloco")) for _ in range(2))
     for drift in drifts:

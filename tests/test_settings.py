@@ -1,4 +1,4 @@
-"""Every setting is of its kind, or a sentence says what was expected."""
+"""Every setting has a valid value, or a sentence states the expected one."""
 
 import math
 from typing import Any
@@ -37,13 +37,13 @@ NAN, INF = math.nan, math.inf
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_kind_accepts_what_it_says(kind: Kind, wanted: str, good: list, bad: list) -> None:
+def test_a_kind_accepts_the_values_that_it_describes(kind: Kind, wanted: str, good: list, bad: list) -> None:
     assert kind.wanted == wanted
     assert all(map(kind.accepts, good))
     assert not any(map(kind.accepts, bad))
 
 
-def test_what_is_wrong_is_said_of_each_setting() -> None:
+def test_every_wrong_setting_is_reported() -> None:
     with pytest.raises(ValueError, match="expected") as caught:
         check({"learning_rate": "fast", "seed": 1, "num_rounds": -1, "learning_rat": 1, "zzz": 1})
     first, second, third, fourth = str(caught.value).splitlines()
@@ -53,12 +53,12 @@ def test_what_is_wrong_is_said_of_each_setting() -> None:
     assert fourth == "'zzz': expected the name of a setting, got an unknown one. print_config lists all settings"
 
 
-def test_every_default_is_of_its_kind() -> None:
+def test_every_default_is_valid() -> None:
     check(vars(Settings()))
     check(vars(Settings(task_name="agnews", model="distilbert")))
 
 
-def test_what_is_given_counts_and_none_is_given() -> None:
+def test_given_values_override_defaults_and_none_is_a_given_value() -> None:
     assert Settings().max_train_examples == 480
     assert Settings(max_train_examples=None).max_train_examples is None
     assert Settings(iid_split=False).partition == "by_label"
@@ -85,14 +85,14 @@ def test_what_is_given_counts_and_none_is_given() -> None:
         ("site_ids=[0,0]", [0, 0]),
     ],
 )
-def test_a_text_setting_arrives_as_the_text_that_was_typed(argument: str, value: Any) -> None:
+def test_a_text_setting_is_the_text_that_was_typed(argument: str, value: Any) -> None:
     arrived = _convert_value(quote_text(argument).partition("=")[2])
     assert arrived == value
     assert type(arrived) is type(value)
 
 
 @pytest.mark.parametrize("argument", ["with", "--unobserved", "job_name", "job_name=", "-m", "host:27017:job_name", ""])
-def test_what_is_no_text_setting_is_left_alone(argument: str) -> None:
+def test_other_settings_than_texts_are_unchanged(argument: str) -> None:
     assert quote_text(argument) == argument
 
 
@@ -106,5 +106,5 @@ def test_what_is_no_text_setting_is_left_alone(argument: str) -> None:
         (OSError(2, "No such file", "a b"), "[Errno 2] No such file: 'a b'"),
     ],
 )
-def test_what_an_exception_says_is_one_line(error: BaseException, says: str) -> None:
+def test_the_message_of_an_exception_is_one_line(error: BaseException, says: str) -> None:
     assert one_line(error) == says

@@ -1,4 +1,4 @@
-"""Signals end a process at any moment: in code that catches every error, at a lock, twice, while it prints an error."""
+"""Signals end a process at any moment: in code that catches every error, at a lock, and while it prints an error."""
 
 import os
 import queue
@@ -21,7 +21,7 @@ PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is kil
 
 
 def in_fork(work: Callable[[], object]) -> int:
-    """Do `work` in a process with handlers of signals; return its exit status."""
+    """Call `work` in a process with signal handlers; return its exit status."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -52,7 +52,7 @@ def work_for_hours() -> None:
 
 
 class Hashed:
-    """Asks for the end while it is pickled."""
+    """Requests the end of the process while it is pickled."""
 
     def __reduce__(self) -> tuple:
         ask()
@@ -99,7 +99,7 @@ def as_another_error() -> None:
 @pytest.mark.parametrize(
     "then", [work_for_hours, signals.check_interrupt, lambda: None], ids=["works", "looks", "ends"]
 )
-def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
+def test_a_signal_whose_exception_is_caught_ends_the_process_nevertheless(
     place: Callable[[], None], then: Callable[[], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
@@ -110,7 +110,7 @@ def test_a_signal_that_is_swallowed_ends_the_process_nevertheless(
     assert capfd.readouterr().err == "", "not even of a destructor"
 
 
-def test_no_lock_stays_locked_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_lock_is_released_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "RETRY_SECONDS", 0.005)
 
     def use_until_asked(box: queue.Queue[int], seconds: float) -> None:
@@ -151,7 +151,7 @@ def test_a_second_signal_does_not_interrupt_the_end(capfd: pytest.CaptureFixture
     assert capfd.readouterr().out == "cleaned up\nsaid goodbye\n"
 
 
-def test_of_several_signals_the_first_one_counts() -> None:
+def test_the_first_of_several_signals_determines_the_status() -> None:
     def work() -> None:
         in_a_return()
         ask(signal.SIGINT)
@@ -159,7 +159,7 @@ def test_of_several_signals_the_first_one_counts() -> None:
     assert in_fork(work) == INTERRUPTED
 
 
-def test_a_process_that_does_not_end_is_ended(
+def test_a_process_that_does_not_end_is_killed(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(signals, "GRACE_SECONDS", 0.5)
@@ -184,7 +184,7 @@ def test_a_process_that_does_not_end_is_ended(
     assert capfd.readouterr().err == "interrupted by SIGTERM; the process did not end within 0 s\n"
 
 
-def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
+def test_a_signal_ignored_at_the_start_of_a_process_stays_ignored() -> None:
     def work() -> None:
         ask(signal.SIGHUP)
         time.sleep(2 * signals.RETRY_SECONDS)
@@ -196,7 +196,7 @@ def test_a_signal_that_a_process_was_started_to_ignore_is_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
+def test_a_process_that_fails_without_a_signal_may_finish() -> None:
     def work() -> None:
         with pytest.raises(ValueError, match="no such file"), signals.interruptible():
             raise ValueError("no such file")
@@ -207,7 +207,7 @@ def test_a_process_that_fails_by_itself_may_finish_as_well() -> None:
     assert in_fork(lambda: signals.wait_interruptibly(lambda: 3) == 3 or ask()) == 0
 
 
-def test_a_caller_that_goes_on_after_an_interruption_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_continues_after_an_interruption_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "GRACE_SECONDS", 0.2)
 
     def cell() -> None:
@@ -241,7 +241,7 @@ def ask_parent() -> None:
     time.sleep(60)
 
 
-def test_a_program_whose_terminal_is_gone_ends_with_its_status() -> None:
+def test_a_program_without_its_terminal_ends_with_its_status() -> None:
     def work() -> None:
         raise signals.Interrupted(signal.SIGHUP)
 

@@ -1,4 +1,4 @@
-"""What trains and evaluates a site is a function: what it returns counts, and what it leaves behind does not."""
+"""A function trains and evaluates a site: its result counts, and its side effects do not."""
 
 import os
 import random
@@ -46,13 +46,13 @@ def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **
 
 
 def move(model: nn.Module, site: Site, **returned: Any) -> dict[str, Any]:
-    """Move the weight by the number of the site."""
+    """Add the number of the site to the weight."""
     with torch.no_grad():
         model.get_parameter("weight").add_(site.number)
     return {"num_examples": site.num_examples, **returned}
 
 
-def test_a_mean_counts_examples_and_a_sum_its_own_count() -> None:
+def test_a_mean_is_over_examples_and_a_sum_over_its_count() -> None:
     def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         return move(model, site, loss=float(site.number), tokens=(torch.tensor(8.0 * site.number), 4 + site.number))
 
@@ -70,7 +70,7 @@ def test_a_site_that_trains_on_fewer_examples_weighs_less() -> None:
     assert play(train_site)[2] == pytest.approx((0 * 10 + 1 * 3) / 13)
 
 
-def test_an_evaluation_is_the_mean_over_all_that_the_sites_evaluated_on() -> None:
+def test_an_evaluation_is_the_mean_over_all_evaluated_examples() -> None:
     def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         assert not model.training
         seen.append(model.get_parameter("weight").item())
@@ -95,11 +95,11 @@ def test_an_evaluation_is_the_mean_over_all_that_the_sites_evaluated_on() -> Non
         ),
     ],
 )
-def test_what_a_function_must_not_return_is_refused(returned: Any, expected: str) -> None:
+def test_invalid_results_of_a_function_are_refused(returned: Any, expected: str) -> None:
     assert refusal(lambda: play(lambda model, site, round_: returned)) == f"site 0 failed in round 1: {expected}"
 
 
-def test_a_score_that_is_not_finite_has_diverged() -> None:
+def test_a_score_that_is_not_finite_is_divergence() -> None:
     def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         return move(model, site, loss=float("nan"))
 
@@ -126,7 +126,7 @@ def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.
 
 
 def draw(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
-    """Move the weight by what the global generators draw, and use up their numbers; leave a gradient and variables."""
+    """Add random numbers of the global generators to the weight; leave a gradient and variables."""
     for _ in range(1 + site.number):
         step = random.random() + np.random.random() + torch.rand(()).item()
     weight = model.get_parameter("weight")
@@ -141,14 +141,14 @@ def draw(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
 
 
 def play_and_look() -> tuple[dict[str, Any], float, bool]:
-    """Return what changed for others in the process."""
+    """Play, and return the state that changed in the process."""
     before = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     metrics, _, weight = play(draw)
     after = dict(os.environ), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     return metrics["site.loss"], weight, before == after
 
 
-def test_a_function_may_draw_from_the_global_generators_and_no_placement_changes_a_bit() -> None:
+def test_a_function_may_use_the_global_generators_and_placement_changes_no_bit() -> None:
     alone = play_and_look()
     assert alone[2]
     assert len(set(alone[0].values())) == 3

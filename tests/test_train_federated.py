@@ -1,4 +1,4 @@
-"""The main job as a user meets it: its command line, from a folder of the user's own."""
+"""The main job on its command line, from a folder of the user."""
 
 import contextlib
 import fcntl
@@ -34,7 +34,7 @@ from scaling_fl.experiment.settings import FIELDS
 from scaling_fl.records import checkpoint
 
 
-def test_a_run_learns_and_leaves_its_record_and_a_model_that_loads(command: Command, tmp_path: Path) -> None:
+def test_a_run_learns_and_saves_its_record_and_a_loadable_model(command: Command, tmp_path: Path) -> None:
     output = succeed(command(ranks=2, num_rounds=12, site_ids="[0,0,1,1]", author="somebody", report=True))
     assert "4 with 15 to 16 examples each" in output
     assert len(accuracies(output)) == 13
@@ -93,7 +93,7 @@ def documented_columns() -> set[str]:
     return set(names)
 
 
-def test_every_column_of_a_round_is_what_the_page_says(command: Command, tmp_path: Path) -> None:
+def test_every_column_of_a_round_matches_its_description(command: Command, tmp_path: Path) -> None:
     settings = {"site_ids": "[0,0,1]", "partition": "dirichlet", "num_local_epochs": 2, "on_site_failure": "skip"}
     output = succeed(command(ranks=2, checkpoints_dir=tmp_path / "checkpoints", **settings))
     run = tmp_path / "runs" / "1"
@@ -139,7 +139,9 @@ def test_a_stopped_run_has_all_rounds_of_all_sites_in_its_last_record(command: C
 
 
 @pytest.mark.long
-def test_bars_are_for_a_terminal_and_in_no_record(tiny_model: str, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+def test_progress_bars_appear_on_a_terminal_and_in_no_record(
+    tiny_model: str, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
     settings = (
         f"task_name=text train_path={corpus[0]} test_path={corpus[1]} model={tiny_model} num_rounds=1 report=False"
     )
@@ -162,7 +164,7 @@ def test_bars_are_for_a_terminal_and_in_no_record(tiny_model: str, corpus: tuple
     assert len(accuracies(record)) == 2
 
 
-def test_every_byte_that_ranks_send_is_on_record(command: Command, tmp_path: Path) -> None:
+def test_every_byte_that_ranks_send_is_recorded(command: Command, tmp_path: Path) -> None:
     succeed(command(ranks=2, num_rounds=1))
     sent = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())["comm.bytes"]["values"][1]
     num_weights = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "1" / "model").num_parameters()
@@ -179,7 +181,7 @@ def test_the_number_of_ranks_changes_no_bit(command: Command) -> None:
     assert len({tuple(accuracies(output)) for output in outputs}) == 1
 
 
-def test_every_setting_of_the_training_acts(command: Command) -> None:
+def test_every_training_setting_has_an_effect(command: Command) -> None:
     changes: list[dict[str, object]] = [
         {},
         {"seed": 2},
@@ -204,7 +206,7 @@ def test_every_setting_of_the_training_acts(command: Command) -> None:
     assert len(set(hashes)) == len(changes), [change for i, change in enumerate(changes) if hashes[i] in hashes[:i]]
 
 
-def test_settings_of_the_evaluation_alone_change_no_weight(command: Command) -> None:
+def test_evaluation_settings_change_no_weight(command: Command) -> None:
     outputs = [
         succeed(command("--unobserved", **change))
         for change in ({}, {"val_batch_size": 3}, {"max_test_examples": 7}, {"partition": "iid", "iid_split": False})
@@ -213,7 +215,7 @@ def test_settings_of_the_evaluation_alone_change_no_weight(command: Command) -> 
     assert accuracies(outputs[0]) == accuracies(outputs[1])
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(command: Command, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_run(command: Command, tmp_path: Path) -> None:
     whole = succeed(command(ranks=1, num_rounds=4, strategy="fedadam"))
     settings = {"strategy": "fedadam", "checkpoints_dir": tmp_path / "checkpoints"}
     succeed(command(ranks=2, num_rounds=1, **settings))
@@ -228,7 +230,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(command: Command, tmp_pa
     assert last["train.loss"]["steps"] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_started_again_says_where_it_stands(command: Command, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_started_again_prints_its_result(command: Command, tmp_path: Path) -> None:
     outputs = [succeed(command(checkpoints_dir=tmp_path / "checkpoints")) for _ in range(2)]
     assert weights_hash(outputs[0]) == weights_hash(outputs[1])
     assert accuracies(outputs[0]) == accuracies(outputs[1])
@@ -237,7 +239,7 @@ def test_a_finished_run_started_again_says_where_it_stands(command: Command, tmp
 @pytest.mark.parametrize(
     ("key", "values"), [("learning_rate", (0.001, 0.002)), ("num_rounds", (1, 2)), ("max_train_examples", (30, 31))]
 )
-def test_nodes_that_were_started_differently_do_not_train(key: str, values: tuple) -> None:
+def test_nodes_with_different_settings_do_not_train(key: str, values: tuple) -> None:
     def node() -> str:
         with world():
             try:
@@ -250,7 +252,7 @@ def test_nodes_that_were_started_differently_do_not_train(key: str, values: tupl
     assert launch(node, num_ranks=2, fork=True) == [sentence] * 2
 
 
-# tests/test_bad_settings.py has what is refused before the ranks start.
+# tests/test_bad_settings.py has the settings that are refused before the ranks start.
 REFUSED = {
     "site_ids="
     + str([0] * 62).replace(" ", ""): "site_ids, num_sites: expected at most 61 sites for 61 training examples, got 62",
@@ -271,7 +273,7 @@ REFUSED_BY_RANKS = ["learning_rate=1e30", "server_learning_rate=1e30", "text_col
 @pytest.mark.parametrize(
     ("setting", "ranks"), [*((setting, 1) for setting in REFUSED), *((setting, 2) for setting in REFUSED_BY_RANKS)]
 )
-def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
+def test_an_impossible_setting_is_one_clear_sentence(command: Command, setting: str, ranks: int) -> None:
     settings = dict(part.split("=", 1) for part in setting.split(" "))
     status, output = command("--unobserved", ranks=ranks, **settings)
     head = re.compile(r"(model|data|sites|strategy|results) |round \|| +0 \|")
@@ -285,7 +287,7 @@ def test_what_cannot_be_is_one_clear_sentence(command: Command, setting: str, ra
 PLANNED = {"ranks": 2, "site_ids": "[0,0,1]", "partition": "dirichlet", "num_local_epochs": 2, "strategy": "fedadam"}
 
 
-def test_a_plan_says_what_the_run_then_does_and_trains_nothing(command: Command, tmp_path: Path) -> None:
+def test_a_plan_prints_what_the_run_does_and_trains_nothing(command: Command, tmp_path: Path) -> None:
     planned = succeed(command("plan", **PLANNED))
     assert not [*(tmp_path / "runs").iterdir()]
     table = [line.split("|") for line in planned.splitlines() if "|" in line]
@@ -309,7 +311,7 @@ def test_a_plan_says_what_the_run_then_does_and_trains_nothing(command: Command,
     assert planned.endswith("the plan holds: nothing of it would be refused\n")
 
 
-def test_a_plan_of_a_run_that_goes_on_says_so_and_changes_no_file(command: Command, tmp_path: Path) -> None:
+def test_a_plan_of_a_resumed_run_says_so_and_changes_no_file(command: Command, tmp_path: Path) -> None:
     settings = {"checkpoints_dir": tmp_path / "checkpoints"}
     succeed(command("--unobserved", num_rounds=1, **settings))
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
@@ -319,7 +321,7 @@ def test_a_plan_of_a_run_that_goes_on_says_so_and_changes_no_file(command: Comma
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
 
 
-def test_all_that_would_be_refused_is_said_at_once(command: Command) -> None:
+def test_all_wrong_settings_are_reported_at_once(command: Command) -> None:
     status, output = command("plan", batch_size=0, optimiser="lion", learning_rat=1)
     assert (status, len(output.splitlines())) == (1, 3)
     env = {"OMP_NUM_THREADS": "x", "LOST_AFTER": "0", "SACRED_HOST": "mongodb://"}
@@ -330,13 +332,13 @@ def test_all_that_would_be_refused_is_said_at_once(command: Command) -> None:
     assert (status, "text_column: expected a column of" in output) == (1, True)
 
 
-def test_a_bad_setting_leaves_no_run_behind(command: Command, tmp_path: Path) -> None:
+def test_a_bad_setting_creates_no_run_folder(command: Command, tmp_path: Path) -> None:
     assert command(optimiser="lion")[0] == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_diverged_run_is_on_record_as_failed_with_its_reason(command: Command, tmp_path: Path, ranks: int) -> None:
+def test_a_diverged_run_is_recorded_as_failed_with_its_reason(command: Command, tmp_path: Path, ranks: int) -> None:
     assert command(ranks=ranks, learning_rate=1e30)[0] == 1
     record = json.loads((tmp_path / "runs" / "1" / "run.json").read_text())
     assert len(accuracies((tmp_path / "runs" / "1" / "cout.txt").read_text())) == 1, "the round before is not forgotten"
@@ -364,7 +366,7 @@ def test_a_changed_setting_or_another_model_is_not_resumed(command: Command, tmp
     assert "OMP_NUM_THREADS was 1 and is 2" in output
 
 
-def test_fewer_rounds_than_are_done_are_refused(command: Command, tmp_path: Path) -> None:
+def test_fewer_rounds_than_completed_are_refused(command: Command, tmp_path: Path) -> None:
     settings = {"checkpoints_dir": tmp_path / "checkpoints"}
     succeed(command(num_rounds=2, **settings))
     status, output = command(num_rounds=1, **settings)
@@ -385,7 +387,7 @@ def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, t
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_at_once_and_its_record_says_so(
+def test_a_signal_ends_a_run_at_once_and_is_recorded(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, ranks: int, number: signal.Signals, status: int
 ) -> None:
     pid, output = start(ranks=ranks, num_rounds=100_000)
@@ -402,8 +404,8 @@ def test_a_signal_ends_a_run_at_once_and_its_record_says_so(
 
 
 SWALLOW, PASS = (BaseException,), ()
-# Of a run, from its start to its end: before which function of others the signal comes, whether its error is swallowed
-# there, how many rounds there are, and ranks.
+# In the order of a run: the library function before which the signal comes, the exceptions caught there, the rounds,
+# and the ranks.
 MOMENTS = {
     "the record is opened": (FileStorageObserver, "save_sources", PASS, 1, 1),
     "the tokenizer is loaded": (AutoTokenizer, "from_pretrained", SWALLOW, 1, 1),
@@ -418,7 +420,7 @@ MOMENTS = {
 
 
 def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) -> Callable:
-    """Send SIGTERM before a first call."""
+    """Send SIGTERM before the first call of a function."""
     asked: list[bool] = []
 
     def called(*args: Any, **options: Any) -> Any:
@@ -431,10 +433,10 @@ def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) 
     return called
 
 
-def test_a_signal_ends_a_run_at_any_moment_and_nothing_is_half_written(
+def test_a_signal_at_any_moment_ends_a_run_and_leaves_no_partial_file(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # who has work to do looks, too
+    monkeypatch.setattr(signals, "RETRY_SECONDS", 1e9)  # working ranks check it as well
     runs = {}
     for moment, (owner, name, swallowed, num_rounds, ranks) in MOMENTS.items():
         folder = tmp_path / moment
@@ -464,7 +466,7 @@ def test_print_config_explains_every_setting(command: Command) -> None:
     assert all(len(text) > 15 for _, text in lines)
 
 
-def test_a_task_and_a_model_bring_their_own_defaults_and_the_command_line_wins(command: Command) -> None:
+def test_task_and_model_have_defaults_that_the_command_line_overrides(command: Command) -> None:
     def config(*updates: str) -> dict[str, object]:
         run = experiment._create_run(config_updates=dict(update.split("=") for update in updates))
         return dict(run.config)
@@ -487,6 +489,6 @@ def test_print_config_marks_the_values_that_are_not_the_default_of_the_task_and_
     assert configure(of_task | {"model": "minilm"}).modified == {"task_name", "optimiser"}
 
 
-def test_a_job_name_of_digits_stays_the_text_that_it_is(command: Command, tmp_path: Path) -> None:
+def test_a_job_name_of_digits_stays_a_text(command: Command, tmp_path: Path) -> None:
     succeed(command(job_name="20261121_090000", num_rounds=0))
     assert json.loads((tmp_path / "runs" / "1" / "config.json").read_text())["job_name"] == "20261121_090000"

@@ -1,4 +1,4 @@
-"""Training one model, against the same thing written out."""
+"""Training of one model equals a loop written out."""
 
 import math
 import random
@@ -19,7 +19,7 @@ def one_batch() -> list[dict[str, torch.Tensor]]:
     return [make_examples(8).batch()]
 
 
-def test_training_scores_what_it_trained_on_and_evaluation_turns_dropout_off() -> None:
+def test_training_scores_its_batches_and_evaluation_turns_dropout_off() -> None:
     model = make_bert(dropout=0.5)
     scores = [train(model, one_batch(), OPTIMISERS["sgd"](model.parameters(), lr=0.0), score_classes) for _ in range(2)]
     assert scores[0].result()["loss"] != scores[1].result()["loss"], "dropout is on"
@@ -36,7 +36,7 @@ def test_evaluation_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_an_optimiser_is_torchs_own(optimiser: str) -> None:
+def test_an_optimiser_is_that_of_torch(optimiser: str) -> None:
     ours, plain = make_bert(dropout=0.0), make_bert(dropout=0.0)
     train(ours, one_batch() * 3, OPTIMISERS[optimiser](ours.parameters(), lr=1e-2), score_classes)
     reference = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimiser](plain.parameters(), lr=1e-2)
@@ -62,7 +62,7 @@ def test_the_proximal_pull_is_the_gradient_of_the_proximal_term() -> None:
 
 
 class Noisy(nn.Module):
-    """A model with a state of every kind, which it draws from every generator."""
+    """A model with state of every kind, which uses every generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Noisy(nn.Module):
         return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
-def test_trying_a_step_leaves_everything_as_it_was() -> None:
+def test_a_trial_step_changes_nothing() -> None:
     model = Noisy().eval()
     model.dropout.train()
     batch = {"x": torch.randn(5, 3), "labels": torch.tensor([0, 1, 0, 1, 1])}

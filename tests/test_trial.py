@@ -1,4 +1,4 @@
-"""A model that cannot be trained on the sites' texts is refused before round 0, by a plan as by a run."""
+"""A model that cannot be trained on the sites' texts is refused before round 0, by a plan and by a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ def set_weight(name: str, value: float) -> Callable[[Path], None]:
             "error: text 7 of the 7 in use: expected 1 end token '</s>', from which this model reads its answer, got 2",
         ),
     ],
-    ids=["not a number", "a width that it does not take", "an end token in a text"],
+    ids=["not a number", "an unexpected width", "an end token in a text"],
 )
 def test_texts_that_a_model_refuses_are_one_sentence(
     family: str,
@@ -83,9 +83,9 @@ def test_a_plan_accepts_a_model_that_works(
     assert "newly initialised" in output
 
 
-@pytest.mark.parametrize("own_files", [False, True])
-def test_a_head_is_judged_by_the_names_of_its_labels(
-    own_files: bool, command: Command, texts: dict[str, object], tmp_path: Path
+@pytest.mark.parametrize("separate_files", [False, True])
+def test_a_head_is_matched_by_the_names_of_its_labels(
+    separate_files: bool, command: Command, texts: dict[str, object], tmp_path: Path
 ) -> None:
     model = str(tmp_path / "model")
     put_model(tmp_path / "model", "bert")
@@ -101,7 +101,7 @@ def test_a_head_is_judged_by_the_names_of_its_labels(
     (tmp_path / "rows.csv").write_text(
         "text,label\n" + "".join(f"{a},{b}\n" for a, b in zip(words, answers, strict=True))
     )
-    if own_files:
+    if separate_files:
         texts |= {"train_path": None, "test_path": None, "site_paths": '[["rows.csv","rows.csv"],"rows.csv"]'}
     output = succeed(command(**texts | {"num_rounds": 0, "site_ids": [0, 0]}))
     assert accuracies(output) == [1.0]

@@ -1,4 +1,4 @@
-"""What follows `with` on the command line: settings by their names, and files of settings."""
+"""The words after `with` on the command line: settings by name, and files of settings."""
 
 import json
 import pickle
@@ -80,7 +80,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("word", SENTENCES)
-def test_what_is_no_setting_is_one_sentence(check_updates: Callable[[list[str]], None], word: str) -> None:
+def test_an_unknown_word_is_one_sentence(check_updates: Callable[[list[str]], None], word: str) -> None:
     with pytest.raises(SystemExit) as caught:
         check_updates(["train.py", "--unobserved", "with", "seed=3", word, "num_rounds=2"])
     sentence = str(caught.value)
@@ -95,7 +95,9 @@ def test_a_setting_before_with_is_one_sentence(check_updates: Callable[[list[str
             check_updates(argv)
 
 
-def test_settings_and_files_of_settings_are_taken(check_updates: Callable[[list[str]], None], tmp_path: Path) -> None:
+def test_settings_and_files_of_settings_are_accepted(
+    check_updates: Callable[[list[str]], None], tmp_path: Path
+) -> None:
     (tmp_path / "some.json").write_text(json.dumps({"site_ids": [0, 0], "model": "a.b", "site_paths": ["a.csv"]}))
     (tmp_path / "some.yaml").write_text("seed: 2\nnum_sites: null\n")
     files = [str(tmp_path / "some.json"), str(tmp_path / "some.yaml")]
@@ -104,7 +106,7 @@ def test_settings_and_files_of_settings_are_taken(check_updates: Callable[[list[
 
 
 @pytest.mark.parametrize("word", ["model.name=a", "model='a',['b']", "task_name='a',['b']"])
-def test_no_such_word_is_a_traceback(command: Command, word: str) -> None:
+def test_a_wrong_word_prints_no_traceback(command: Command, word: str) -> None:
     key, _, value = word.partition("=")
     status, output = command("print_config", **{key: value})
     assert status == 1

@@ -1,4 +1,4 @@
-"""Tiny models of many families, in folders as the hub has them."""
+"""Tiny models of many families, in folders like those of the hub."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SIZES = {
     "vocab_size": len(WORDS),
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
 }
-# How many families call these sizes; what a family has by another name, or must have, is in EXTRA.
+# The names of these sizes in many families; EXTRA has other names and required options of a family.
 NAMES = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "emb_dim", "dim", "embedding_size", "word_embed_proj_dim"), 16
@@ -57,7 +57,7 @@ def put_tokenizer(folder: Path, **options: object) -> str:
 
 
 def make_config(family: str, **options: Any) -> PreTrainedConfig:
-    """Describe a model of a family that is as small as can be."""
+    """Return the configuration of the smallest model of a family."""
     default = AutoConfig.for_model(family)
     known = {name: size for name, size in {**NAMES, "vocab_size": len(WORDS)}.items() if hasattr(default, name)}
     for name in UNSETTABLE.get(family, ()):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -212,23 +213,31 @@ def _check(settings: Settings, ranks: int) -> None:
 @contextmanager
 def _started(command: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
     """Start a process and let it end: after an error of the body, such as an interrupt, by SIGTERM."""
-    pipe = subprocess.PIPE
-    # In a session of its own, so that the Ctrl-C of a terminal reaches this process alone.
-    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    # It has a session of its own, so that the Ctrl-C of a terminal reaches this process alone.
+    options: Any = {"env": environment, "start_new_session": True}
+    options |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pool = ThreadPoolExecutor(1)  # no interrupt comes to a thread while it starts the process
+    starting = pool.submit(subprocess.Popen, command, **options)
     try:
-        yield process
+        yield starting.result()
     except BaseException:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.communicate(timeout=GRACE_SECONDS + 15)
-        except BaseException:  # a second interrupt, or it took too long
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _end(starting.result())
         raise
     finally:
-        for stream in (process.stdin, process.stdout, process.stderr):
+        pool.shutdown()
+        for stream in (starting.result().stdin, starting.result().stdout, starting.result().stderr):
             if stream is not None:
                 stream.close()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask a process to end, and end it if it does not, or at a second interrupt."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.communicate(timeout=GRACE_SECONDS + 15)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _make_bar(name: str, total: int) -> Any:
