@@ -24,10 +24,10 @@ from scaling_fl import PeerError, Run, Settings, plan, train
 pytestmark = pytest.mark.long  # each run starts a Python
 
 
-def children() -> set[int]:
-    """The processes that this one has started and that have not ended."""
-    path = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    return set(map(int, path.read_text().split()))
+def children(process: int | str = "self") -> set[int]:
+    """The processes that a process has started, from any thread, and that have not ended."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return {int(child) for path in lists for child in path.read_text().split()}
 
 
 def state() -> dict[str, Any]:
@@ -132,8 +132,7 @@ def test_what_is_wrong_is_one_error_and_never_an_exit(settings: Settings, monkey
 def kill_a_rank(metrics: dict[str, Any]) -> None:
     """Kill the last of the ranks."""
     (run,) = children()
-    ranks = Path(f"/proc/{run}/task/{run}/children").read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    os.kill(max(children(run)), signal.SIGKILL)
 
 
 def test_a_rank_that_is_killed_is_a_peer_error(settings: Settings) -> None:
@@ -176,10 +175,10 @@ train(Settings(**{values | {"num_rounds": 100_000}!r}), ranks=2, on_round=lambda
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert caller.stdout is not None
     next(line for line in caller.stdout if line == "told\n")
-    run = Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text().split()
+    (run,) = children(caller.pid)
     caller.kill()
     caller.wait()
-    wait_until(lambda: not Path(f"/proc/{run[0]}/cmdline").exists())
+    wait_until(lambda: not Path(f"/proc/{run}/cmdline").exists())
     assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "INTERRUPTED"
 
 

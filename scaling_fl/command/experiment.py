@@ -116,7 +116,8 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
 def make_record(run: Run) -> Record:
     """Return where a run leaves its results. A caller in Python learns of its folder and rounds, and may end it."""
     record = observers.make_record(run)
-    caller.tell(folder=os.path.abspath(record.folder or ""))
+    if record.folder is not None:
+        caller.tell(folder=os.path.abspath(record.folder))
     return replace(record, goes_on=lambda metrics: caller.ask(metrics=metrics) is not False)
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from scaling_fl.distributed.caller import ADDRESS, encode
 from scaling_fl.distributed.heartbeat import PeerError
-from scaling_fl.distributed.signals import GRACE_SECONDS
+from scaling_fl.distributed.signals import GRACE_SECONDS, set_handlers
 from scaling_fl.distributed.world import launched
 from scaling_fl.experiment.result import Run, sites_as_numbers
 from scaling_fl.experiment.settings import Settings, check, default_beside, find_contradictions
@@ -213,21 +212,35 @@ def _check(settings: Settings, ranks: int) -> None:
 @contextmanager
 def _started(command: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
     """Start a process and let it end: after an error of the body, such as an interrupt, by SIGTERM."""
-    # It has a session of its own, so that the Ctrl-C of a terminal reaches this process alone.
-    options: Any = {"env": environment, "start_new_session": True}
-    options |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    pool = ThreadPoolExecutor(1)  # no interrupt comes to a thread while it starts the process
-    starting = pool.submit(subprocess.Popen, command, **options)
+    pipe, process = subprocess.PIPE, None
     try:
-        yield starting.result()
+        with _delaying_interrupts():
+            # In a session of its own, so that the Ctrl-C of a terminal reaches this process alone.
+            process = subprocess.Popen(
+                command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            )
+        yield process
     except BaseException:
-        _end(starting.result())
+        if process is not None:
+            _end(process)
         raise
     finally:
-        pool.shutdown()
-        for stream in (starting.result().stdin, starting.result().stdout, starting.result().stderr):
+        for stream in (process.stdin, process.stdout, process.stderr) if process is not None else ():
             if stream is not None:
                 stream.close()
+
+
+@contextmanager
+def _delaying_interrupts() -> Iterator[None]:
+    """Let an interrupt that comes during the body come after it: it would lose a process that is being started."""
+    came: list[tuple] = []
+    before = set_handlers({signal.SIGINT: lambda *of: came.append(of)})
+    try:
+        yield
+    finally:
+        set_handlers(before)
+    if came:
+        before[signal.SIGINT](*came[0])
 
 
 def _end(process: subprocess.Popen) -> None:
