@@ -15,7 +15,7 @@ from torch import Tensor
 from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, share_memory, world_size
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
-from scaling_fl.federation.aggregation import PIECE, Mean
+from scaling_fl.federation.aggregation import PIECE, make_mean
 
 NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
@@ -41,7 +41,7 @@ def world_that(shares: bool) -> Iterator[None]:
 def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> list[tuple[str, list[float], int]]:
     """Return for two rounds the hash of the mean, its first numbers, and the bytes sent for it."""
     with world_that(share_it):
-        mean = Mean(size, comm_dtype, torch.device("cpu"))
+        mean = make_mean(size, comm_dtype, torch.device("cpu"))
         assert bool(mean._vector._parts) == (share_it or world_size() == 1)
         found, weights = [], global_weights(size, largest)
         for round_ in range(2):
@@ -85,7 +85,7 @@ def test_ranks_without_sites_change_no_bit_of_the_mean(largest: float) -> None:
 
     def mean_of_few(share_it: bool) -> str:
         with world_that(share_it):
-            mean, weights = Mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
+            mean, weights = make_mean(size, "exact", torch.device("cpu")), global_weights(size, largest)
             for site in range(rank(), 3, world_size()):
                 local = train(weights, site, 0)
                 if site == 1:
@@ -147,7 +147,7 @@ def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: p
 def test_no_rank_reads_a_part_of_the_mean_before_it_is_written() -> None:
     def slow_first_rank() -> str:
         with world():
-            mean = Mean(2 * PIECE, "exact", torch.device("cpu"))
+            mean = make_mean(2 * PIECE, "exact", torch.device("cpu"))
             mean.add(torch.ones(2 * PIECE), torch.zeros(2 * PIECE), Fraction(1, 2))
             if rank() == 0:
                 be_late(mean)

@@ -6,7 +6,6 @@ An aggregator gets a round's sites one by one (`add`) and returns the mean over 
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import partial
 from threading import Lock
 
 import torch
@@ -29,43 +28,32 @@ COMM_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# What numbers are multiplied by in messages: float16 has no numbers below 6e-8, where drifts are common.
-SCALES = {"exact": 1 / UNIT, "float16": 2.0**8}
+# float16 has no numbers below 6e-8, where drifts are common: they travel multiplied by this.
+FLOAT16_SCALE = 2.0**8
 
 
 class Mean:
-    """The weighted mean: sites are added to a vector piece by piece, and ranks add up their vectors.
-
-    If ranks send each other "exact" sums, no order and no placement of the sites changes a bit, as `fixed_point`
-    explains. A site's term is its local weights. What the terms would be if no site had trained is summed once a round,
-    rounded alike, for each weight of a site: the difference is the drift, exactly zero where no site has moved a
-    weight. Where a global weight is LIMIT / 2 or more, the terms are local minus global weights instead, which takes
-    longer.
-
-    Otherwise these terms are summed in float32, and the last bits depend on the order of the sites.
+    """What the means have in common: sites are added to a vector piece by piece, and ranks add up their vectors.
 
     Args:
         size: weights in a drift.
-        comm_dtype: what ranks send each other, a key of COMM_DTYPES.
-        device: where the mean is computed.
+        origin: what a sum starts at, of the type that is summed in, ().
+        wire: the type of what ranks send each other.
+        scale: of numbers in messages.
     """
 
-    def __init__(self, size: int, comm_dtype: str, device: torch.device) -> None:
-        self._grid = Grid(device) if comm_dtype == "exact" else None
-        self._origin = torch.tensor(0.0, device=device) if self._grid is None else self._grid.origin
-        self._wire, self._scale = COMM_DTYPES[comm_dtype], SCALES.get(comm_dtype, 1.0)
-        self._piece = PIECE if device.type == "cpu" else min(size, ACCELERATOR_PIECE)
-        self._vector = RankVector(size, self._origin.dtype, self._wire, device, self._piece)
+    def __init__(self, size: int, origin: Tensor, wire: torch.dtype, scale: float) -> None:
+        self._origin, self._wire, self._scale = origin, wire, scale
+        self._piece = PIECE if origin.device.type == "cpu" else min(size, ACCELERATOR_PIECE)
+        self._vector = RankVector(size, origin.dtype, wire, origin.device, self._piece)
         self._sum = self._vector.values
-        self._buffer = torch.empty(self._piece, dtype=self._origin.dtype, device=device)
-        self._adds_weights = False  # in this round; or else what they have gained
         self._weights: list[Fraction] = []  # of the sites that this rank has added
         self._lock = Lock()
 
     @property
     def nbytes(self) -> int:
         """How many bytes this rank holds."""
-        return self._vector.nbytes + self._buffer.nbytes
+        return self._vector.nbytes
 
     @property
     def num_bytes_sent(self) -> int:
@@ -85,7 +73,7 @@ class Mean:
         with self._lock:
             self._prepare(global_weights)
         for before, after in self._pieces(global_weights, local_weights):
-            check_size(after if self._adds_weights else after - before)
+            self._check_piece(before, after)
 
     def add(self, global_weights: Tensor, local_weights: Tensor, weight: Fraction) -> None:
         """Add a site, and overwrite its weights with the global ones. Threads may do so at once.
@@ -104,14 +92,7 @@ class Mean:
         with self._lock:
             self._prepare(global_weights)
             for before, after, total in self._pieces(global_weights, local_weights, self._sum):
-                term = self._buffer[: len(after)].copy_(after)
-                check_size(after if self._adds_weights else term.sub_(before))
-                after.copy_(before)
-                start = total if self._weights else self._origin
-                if self._grid is None:
-                    torch.add(start, term, alpha=factor, out=total)
-                else:
-                    self._grid.add(start, term, factor, total)
+                self._add_piece(before, after, factor, total if self._weights else self._origin, total)
             self._weights.append(weight)
 
     def finish(self, global_weights: Tensor) -> Tensor:
@@ -143,8 +124,11 @@ class Mean:
                 f"{float(total):.2g}. The mean is divided by this fraction, which would magnify its rounding"
             )
         factors = Counter(tie_free(float(weight)) for rank in self._vector.ranks for weight in by_rank[rank])
-        work = partial(self._drift_of, global_weights, factors)
-        mean = self._vector.all_reduce(work, float(total or 1), self._scale)
+
+        def drift_of(piece: Tensor, where: slice) -> Tensor:
+            return self._drift_of(piece, global_weights[where], factors)
+
+        mean = self._vector.all_reduce(drift_of, float(total or 1), self._scale)
         self._weights = []
         return mean
 
@@ -153,27 +137,89 @@ class Mean:
 
     def _prepare(self, global_weights: Tensor) -> None:
         """Decide before a round's first site how to sum: the same on all ranks, as the global weights are."""
-        if self._grid is not None and not self._weights:
-            self._adds_weights = all(is_below(piece, LIMIT / 2) for piece in global_weights.split(self._piece))
 
-    def _drift_of(self, global_weights: Tensor, factors: Counter[float], total: Tensor, where: slice) -> Tensor:
-        """Return a piece of the sum of the drifts of the sites of the ranks `self._vector.ranks`.
+    def _check_piece(self, before: Tensor, after: Tensor) -> None:
+        check_size(after - before)
+
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
+        """Write the sum `total` plus a piece of a site to `out`, and its global weights to `after`."""
+        raise NotImplementedError
+
+    def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
+        """Return the sum of the drifts of the sites of the ranks `self._vector.ranks`.
 
         Args:
-            global_weights: as for `check`.
-            factors: of these sites, and how often each occurs.
             total: the sum of a piece of these ranks' vectors, which may be overwritten.
-            where: the place of the piece in the vector.
+            weights: the global ones.
+            factors: of these sites, and how often each occurs.
         """
-        if self._grid is not None:
-            total = to_sum_(total, len(self._vector.ranks))
+        raise NotImplementedError
+
+
+class FloatMean(Mean):
+    """The mean in float32, sent as `wire`. Its last bits depend on the order of the sites."""
+
+    def __init__(self, size: int, wire: torch.dtype, device: torch.device) -> None:
+        scale = FLOAT16_SCALE if wire == torch.float16 else 1.0
+        super().__init__(size, torch.tensor(0.0, device=device), wire, scale)
+
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
+        check_size(after.sub_(before))
+        torch.add(total, after, alpha=factor, out=out)
+        after.copy_(before)
+
+    def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
+        return torch.sub(self._origin, total, out=total)
+
+
+class ExactMean(Mean):
+    """The mean of which no order and no placement of the sites changes a bit, as `fixed_point` explains.
+
+    A site's term is its local weights. What the terms would be if no site had trained is summed once a round, rounded
+    alike, for each weight of a site: the difference is the drift, exactly zero where no site has moved a weight. Where
+    a global weight is LIMIT / 2 or more, the terms are local minus global weights instead, which takes longer.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._grid = Grid(device)
+        super().__init__(size, self._grid.origin, torch.int64, scale=1 / UNIT)
+        self._buffer = torch.empty(self._piece, dtype=torch.float64, device=device)
+        self._adds_weights = False  # in this round; or else what they have gained
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes this rank holds."""
+        return super().nbytes + self._buffer.nbytes
+
+    def _prepare(self, global_weights: Tensor) -> None:
+        if not self._weights:
+            self._adds_weights = all(is_below(piece, LIMIT / 2) for piece in global_weights.split(self._piece))
+
+    def _check_piece(self, before: Tensor, after: Tensor) -> None:
+        check_size(after if self._adds_weights else after - before)
+
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
+        term = self._buffer[: len(after)].copy_(after)
+        check_size(after if self._adds_weights else term.sub_(before))
+        after.copy_(before)
+        self._grid.add(total, term, factor, out)
+
+    def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
+        total = to_sum_(total, len(self._vector.ranks))
         drift = torch.sub(self._origin, total, out=self._buffer[: len(total)])
-        if self._grid is not None and self._adds_weights:
-            wide = global_weights[where].double()
+        if self._adds_weights:
+            wide = weights.double()
             for factor, count in factors.items():
                 # Multiples of UNIT below 2**8, of which nothing is rounded.
                 drift.add_(self._grid.place(wide, factor).sub_(self._origin), alpha=count)
         return drift
+
+
+def make_mean(size: int, comm_dtype: str, device: torch.device) -> Mean:
+    """Return the aggregator for `size` weights on `device` whose ranks send what a key of COMM_DTYPES says."""
+    if comm_dtype == "exact":
+        return ExactMean(size, device)
+    return FloatMean(size, COMM_DTYPES[comm_dtype], device)
 
 
 def check_size(term: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.distributed.collectives import broadcast_, world_size
-from scaling_fl.federation.aggregation import Mean
+from scaling_fl.federation.aggregation import make_mean
 from scaling_fl.federation.buffers import BufferMean
 from scaling_fl.models.flat import Slot, lay_out, pack, trained_weights
 
@@ -42,7 +42,7 @@ class GlobalModel:
         broadcast_(self.weights)
         self._trained = nn.Parameter(self.weights[:num_trained])
         self._optimiser = make_optimiser([self._trained])
-        self._mean = Mean(num_trained, comm_dtype, self.weights.device)
+        self._mean = make_mean(num_trained, comm_dtype, self.weights.device)
         self._buffers = BufferMean(self._slots[self._num_tensors :])
         self._is_in_round = False
 
