@@ -15,7 +15,7 @@ from torch import Tensor
 from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, share_memory, world_size
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
-from scaling_fl.federation.aggregation import PIECE, make_mean
+from scaling_fl.federation.aggregation import PIECE, Mean, make_mean
 
 NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
