@@ -31,7 +31,7 @@ def test_the_notebook_trains_draws_predicts_and_continues(tmp_path: Path) -> Non
     assert not [output for output in training if output.output_type == "stream" and output.name == "stderr"]
     assert [output for output in training if "image/png" in output.get("data", {})]
     assert rounds[0].data["text/html"].count("<tr>") == 5
-    assert sites[0].data["text/html"].count("<tr>") == 5
+    assert sites[0].data["text/html"].count("<tr>") == 4
     assert labels[0].data["text/plain"].count("'") == 4
     assert "report.html" in end[-1].data["text/plain"]
     assert (tmp_path / "report.html").stat().st_size > 10_000
