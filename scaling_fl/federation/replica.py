@@ -30,7 +30,7 @@ class Replica:
             (module, key, buffer)
             for module in model.modules()
             for key, buffer in module._buffers.items()
-            if id(buffer) in self._shared
+            if buffer is not None and id(buffer) in self._shared
         ]
         # A model may put another tensor in the place of a buffer, and register more; a site's function leaves hooks,
         # wrappers of `forward` and changes of the configuration.
