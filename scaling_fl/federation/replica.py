@@ -25,6 +25,7 @@ class Replica:
         self.is_reset = False  # in this round
         self._weights = {name: weight.data_ptr() for name, weight in trained_weights(model).items()}
         self._shared = {id(tensor): name for name, tensor in shared_tensors(model).items()}
+        self._views = [(tensor, tensor.data, tensor.requires_grad) for tensor in shared_tensors(model).values()]
         self._unshared = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in self._shared]
         self._shared_places = [
             (module, key, buffer)
@@ -106,6 +107,10 @@ class Replica:
         for found, before in self._attributes:
             found.clear()
             found.update(before)
+        for tensor, view, requires_grad in self._views:
+            if tensor.data_ptr() != view.data_ptr():
+                tensor.data = view
+            tensor.requires_grad_(requires_grad)
         for weight in self.model.parameters():
             weight.grad = None
         for buffer, first in self._unshared:
