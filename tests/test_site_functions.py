@@ -45,7 +45,7 @@ def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **
         return metrics, federation.evaluate(1), global_model.weights[0].item()
 
 
-def move(model: nn.Module, site: Site, **returned: Any) -> dict[str, Any]:
+def move(model: nn.Module, site: Site, round_: int = 0, **returned: Any) -> dict[str, Any]:
     """Add the number of the site to the weight."""
     with torch.no_grad():
         model.get_parameter("weight").add_(site.number)
@@ -122,6 +122,33 @@ def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.
 
     assert refusal(lambda: play(train_site)).startswith(
         "site 0 failed in round 1: weight weight: expected to be trained in place"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.Module.half, replace_weight, lambda model: model.requires_grad_(False)],
+    ids=["type", "weight", "freezes"],
+)
+def test_a_site_that_fails_leaves_a_model_that_the_next_can_train(change: Callable[[nn.Module], Any]) -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        if site.number == 0:
+            change(model)
+        return move(model, site)
+
+    metrics, _, weight = play(train_site, min_sites=2)
+    assert metrics["sites.failed"] == 1
+    assert weight == pytest.approx((1 * 30 + 2 * 20) / 50)
+
+
+def test_a_site_may_evaluate_on_more_examples_than_it_trains_on() -> None:
+    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        assert not torch.is_grad_enabled()
+        return {"num_examples": 1000, "accuracy": 0.5}
+
+    assert play(move, evaluate_site)[1] == {"validation.accuracy": 0.5}
+    assert refusal(lambda: play(move, lambda model, site, round_: {"num_examples": -1})) == (
+        "num_examples: expected at least 0, got -1"
     )
 
 

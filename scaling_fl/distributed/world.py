@@ -80,6 +80,16 @@ def _join(timeout: timedelta) -> tuple[Any, int, int]:
     return store, number, num_ranks
 
 
+@contextmanager
+def without_process_group() -> Iterator[None]:
+    """Hide the process group from the body, so that a library there runs alone and waits for no other rank."""
+    group, dist.group.WORLD = dist.group.WORLD, None
+    try:
+        yield
+    finally:
+        dist.group.WORLD = group
+
+
 def launched() -> bool:
     """Tell whether a launcher started this process as one rank of several."""
     return "RANK" in os.environ

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from threading import Event
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,9 +25,17 @@ class Replica:
         self.is_reset = False  # in this round
         self._weights = {name: weight.data_ptr() for name, weight in trained_weights(model).items()}
         self._shared = {id(tensor): name for name, tensor in shared_tensors(model).items()}
+        self._views = [(tensor, tensor.data, tensor.requires_grad) for tensor in shared_tensors(model).values()]
         self._unshared = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in self._shared]
-        # A model may put another tensor in the place of a buffer, and register more.
-        self._places = [(module, dict(module._buffers)) for module in model.modules()]
+        self._shared_places = [
+            (module, key, buffer)
+            for module in model.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and id(buffer) in self._shared
+        ]
+        # A model may put another tensor in the place of a buffer, and register more; a site's function leaves hooks,
+        # wrappers of `forward` and changes of the configuration.
+        self._attributes = [(found, found.copy()) for found in _attributes(model)]
 
     def reset(self, global_model: GlobalModel) -> None:
         """Load the global weights, and restore all else that a site may have changed in the model."""
@@ -69,8 +78,8 @@ class Replica:
 
     def release(self) -> nn.Module:
         """Return the model, with copies of the shared buffers: torch saves no two types of numbers in one memory."""
-        copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places()}
-        for module, key, buffer in self._shared_places():
+        copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places}
+        for module, key, buffer in self._shared_places:
             module._buffers[key] = copies[id(buffer)]
         return self.model
 
@@ -86,7 +95,7 @@ class Replica:
 
     def _collect_buffers(self) -> None:
         """Copy tensors that the model has put in the place of shared buffers into these."""
-        for module, key, buffer in self._shared_places():
+        for module, key, buffer in self._shared_places:
             found = module._buffers.get(key)
             if _form(found) != _form(buffer):
                 name = self._shared[id(buffer)]
@@ -94,22 +103,28 @@ class Replica:
             if found is not None and found is not buffer:
                 buffer.copy_(found)
 
-    def _shared_places(self) -> list[tuple[nn.Module, str, Tensor]]:
-        return [
-            (module, key, buffer)
-            for module, buffers in self._places
-            for key, buffer in buffers.items()
-            if buffer is not None and id(buffer) in self._shared
-        ]
-
     def _restore(self) -> None:
+        for found, before in self._attributes:
+            found.clear()
+            found.update(before)
+        for tensor, view, requires_grad in self._views:
+            if tensor.data_ptr() != view.data_ptr():
+                tensor.data = view
+            tensor.requires_grad_(requires_grad)
         for weight in self.model.parameters():
             weight.grad = None
-        for module, buffers in self._places:
-            module._buffers.clear()
-            module._buffers.update(buffers)
         for buffer, first in self._unshared:
             buffer.copy_(first)
+
+
+def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the attributes of a model's modules and configurations, and those of them that are dicts, such as hooks."""
+    modules = list(model.modules())
+    found = (getattr(module, name, None) for module in modules for name in ("config", "generation_config"))
+    configurations = {id(value): value for value in found if hasattr(value, "__dict__")}
+    for holder in (*modules, *configurations.values()):
+        yield vars(holder)
+        yield from (value for value in vars(holder).values() if isinstance(value, dict))
 
 
 def _form(tensor: Tensor | None) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from copy import deepcopy
 from fractions import Fraction
 from functools import partial
@@ -20,6 +21,7 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.site import Cost, Site, SiteFunction, describe_failure, read_scores
+from scaling_fl.federation.strategies import fedavg
 from scaling_fl.training.loop import Batch, try_step
 from scaling_fl.training.metrics import Means, Metrics, spread
 
@@ -33,8 +35,8 @@ class Federation:
         topology: where this rank's sites run.
         sites: this rank's sites.
         model: the model to train; it is moved to this rank's first device.
-        global_model: holds the global weights.
-        train_site: trains a site, such as `LocalTraining`. It seeds what it draws at random, and keeps no state.
+        global_model: holds the global weights; None: that of FedAvg.
+        train_site: trains a site, such as `LocalTraining`. See `SiteFunction` for what it must do.
         evaluate_site: evaluates the global model on the data of a site, if there is no `evaluate_device`.
         evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
             each (sum, count).
@@ -48,19 +50,19 @@ class Federation:
         topology: Topology,
         sites: Sequence[Site],
         model: nn.Module,
-        global_model: GlobalModel,
+        global_model: GlobalModel | None = None,
         *,
         train_site: SiteFunction,
         evaluate_site: SiteFunction | None = None,
         evaluate_device: Callable[[nn.Module, torch.device], Mapping[str, Any]] | None = None,
-        seed: int,
+        seed: int = 0,
         min_sites: int | None = None,
     ) -> None:
         if evaluate_site is not None and evaluate_device is not None:
             raise ValueError("evaluate_site: expected None beside evaluate_device, got a function")
         self._topology = topology
         self._sites = sites
-        self._global_model = global_model
+        self.global_model = global_model or GlobalModel(model, fedavg, device=topology.devices[0])
         self._train_site, self._evaluate_site, self._evaluate_device = train_site, evaluate_site, evaluate_device
         self._seed, self._min_sites = seed, min_sites
         self._num_examples = sum(all_gather(sum(site.num_examples for site in sites)))
@@ -76,7 +78,7 @@ class Federation:
     def model(self) -> nn.Module:
         """The model of this rank's first device, with the global weights."""
         replica = self._replicas[self._topology.devices[0]]
-        replica.reset(self._global_model)
+        replica.reset(self.global_model)
         return replica.release()
 
     def try_out(self, batches: Mapping[torch.device, Batch]) -> None:
@@ -87,7 +89,7 @@ class Federation:
         """
         for device, batch in batches.items():
             replica = self._replicas[device]
-            replica.reset(self._global_model)
+            replica.reset(self.global_model)
             size = "{} texts of {} tokens".format(*batch["attention_mask"].shape)
             try:
                 loss = try_step(replica.model, batch)
@@ -113,7 +115,7 @@ class Federation:
             ValueError: a site's loss or weights are not finite, too few sites are left, or the last round was not
                 followed by a step.
         """
-        self._global_model.start_round()
+        self.global_model.start_round()
         self._failures, self._by_site = [], {}
         for replica in self._replicas.values():
             replica.is_reset = False  # as the global model may have moved
@@ -133,15 +135,14 @@ class Federation:
         cost, replica = Cost(site.device), self._replicas[site.device]
         try:
             if not replica.is_reset:
-                replica.reset(self._global_model)
+                replica.reset(self.global_model)
             replica.is_reset = False  # until the exchange
-            seed_site(self._seed, round_, site, is_alone=len(self._replicas) == 1)
             with replica.stopped_by(self._is_ending):
-                returned = self._train_site(replica.model.train(), site, round_)
-            num_examples, means = read_scores(site, returned)
+                returned = self._call(self._train_site, replica.model.train(), site, round_)
+            num_examples, means = read_scores(returned, most=site.num_examples)
             if num_examples:
                 weight = Fraction(num_examples, self._num_examples)
-                replica.exchange(self._global_model, weight, check_first=self._min_sites is not None)
+                replica.exchange(self.global_model, weight, check_first=self._min_sites is not None)
         except Exception as error:
             if self._min_sites is not None:
                 self._failures.append((site.number, describe_failure(site, round_, error)))
@@ -152,6 +153,13 @@ class Federation:
             raise
         self._by_site[site.number] = means.result() | cost.metrics()
         return means
+
+    def _call(self, function: SiteFunction, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        """Call a site's function, which finds the process as if no other site had been there."""
+        is_alone = len(self._replicas) == 1  # else another device's thread is in the process, too
+        with isolated() if is_alone else nullcontext():
+            seed_site(self._seed, round_, site, is_alone=is_alone)
+            return function(model, site, round_)
 
     def _count_failures(self, round_: int) -> Metrics:
         """Return how many sites failed on all ranks, and log which."""
@@ -184,9 +192,10 @@ class Federation:
         def evaluate_on(device: torch.device) -> Means:
             replica, means = self._replicas[device], Means()
             for evaluate in self._evaluations(device, round_):
-                replica.reset(self._global_model)
+                replica.reset(self.global_model)
                 try:
-                    means.merge([evaluate(replica.model.eval())])
+                    with torch.no_grad():
+                        means.merge([evaluate(replica.model.eval())])
                 except FloatingPointError as error:
                     raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
             return means
@@ -202,7 +211,7 @@ class Federation:
             return []
 
         def evaluate_site(site: Site, model: nn.Module) -> Means:
-            return read_scores(site, on_site(model, site, round_))[1]
+            return read_scores(self._call(on_site, model, site, round_))[1]
 
         return [partial(evaluate_site, site) for site in self._sites if site.device == device]
 

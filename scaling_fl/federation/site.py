@@ -43,7 +43,12 @@ class Site:
 
 
 # Trains (or evaluates) the model, which holds the global weights, on the data of a site in a round, and returns
-# `num_examples`, how many it used, and scores by name: (sum, count), or a mean over `num_examples`.
+# `num_examples`, how many it used, and scores by name: (sum, count), or a mean over `num_examples`. So that neither the
+# number of ranks nor a stop changes a bit, the function
+# * seeds what it draws at random, by the round and the site's number. The global generators of Python, NumPy and torch
+#   are seeded so already, unless the rank has several devices;
+# * keeps no state from one call to the next, such as an optimiser's;
+# * trains the weights in place. All else that it leaves in the model or the process is undone.
 SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 
 TRAINERS: dict[str, SiteFunction] = {}  # those of plugins, by the name that the setting `trainer` has
@@ -89,24 +94,23 @@ class LocalTraining:
         return {"num_examples": site.num_examples, **train(model, batches(), optimiser, self.score).totals()}
 
 
-def read_scores(site: Site, returned: Any) -> tuple[int, Means]:
+def read_scores(returned: Any, most: int | None = None) -> tuple[int, Means]:
     """Return how many examples a `SiteFunction` used, and its scores.
 
     Args:
-        site: whose examples they are.
         returned: what the function returned.
+        most: how many examples it has at most.
 
     Raises:
-        ValueError: it is not of the form of a `SiteFunction`, or there are more examples than the site has.
+        ValueError: it is not of the form of a `SiteFunction`, or there are too many examples.
         FloatingPointError: a score is not finite.
     """
     if not isinstance(returned, Mapping) or type(returned.get("num_examples")) is not int:
         raise ValueError(f"num_examples: expected a whole number from the site's function, got {returned!r:.100}")
     num_examples = returned["num_examples"]
-    if not 0 <= num_examples <= site.num_examples:
-        raise ValueError(
-            f"num_examples: expected 0 to {site.num_examples}, the number of the site's examples, got {num_examples}"
-        )
+    if num_examples < 0 or (most is not None and num_examples > most):
+        bound = "at least 0" if most is None else f"0 to {most}, the number of the site's examples"
+        raise ValueError(f"num_examples: expected {bound}, got {num_examples}")
     scores = {name: _total(name, value, num_examples) for name, value in returned.items() if name != "num_examples"}
     return num_examples, Means.of(scores)
 
