@@ -34,7 +34,7 @@ SUBCOMMANDS = {
     ),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
-MISSING = {"pkg_resources": '"setuptools<81"'}  # modules that a package of another name brings
+MISSING = {"pkg_resources": '"setuptools<80.9"'}  # modules that a package of another name brings
 
 
 def main() -> None:
