@@ -6,8 +6,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-from scaling_fl.errors import printable
-
 TRAINING = "experiment"  # the module whose subcommands are Sacred's
 
 
@@ -34,7 +32,7 @@ SUBCOMMANDS = {
     ),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
-MISSING = {"pkg_resources": '"setuptools<80.9"'}  # modules that a package of another name brings
+PACKAGES = {"pkg_resources": '"setuptools<80.9"', "docopt": "docopt-ng"}  # which bring modules of other names
 
 
 def main() -> None:
@@ -47,7 +45,8 @@ def main() -> None:
     name = arguments[0] if arguments else "with"
     is_option_or_setting = name.startswith("-") or "=" in name
     if not (is_option_or_setting or name in SUBCOMMANDS or name in OF_SACRED):
-        sys.exit(f"error: subcommand: expected one of {', '.join(SUBCOMMANDS)}, got {printable(name)!r}. See --help")
+        known = ", ".join(SUBCOMMANDS)
+        sys.exit(f"error: subcommand: expected one of {known}, got {name!r}. `scaling-fl --help` explains each")
     module = SUBCOMMANDS[name].module if name in SUBCOMMANDS else TRAINING
     if module != TRAINING:
         load(module).main(arguments[1:])
@@ -63,7 +62,7 @@ def load(module: str) -> ModuleType:
     try:
         return import_module(module if "." in module else f"scaling_fl.command.{module}")
     except ModuleNotFoundError as error:
-        package = MISSING.get(str(error.name), error.name)
+        package = PACKAGES.get(str(error.name), error.name)
         sys.exit(f"error: {error.name}: expected an installed module, got none. Type: python -m pip install {package}")
 
 
