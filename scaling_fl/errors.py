@@ -1,6 +1,8 @@
-"""What went wrong in one sentence, and numbers from the environment."""
+"""What went wrong in one sentence, letters that do not print, and numbers from the environment."""
 
+import io
 import os
+import sys
 from collections.abc import Iterable
 
 LONGEST_LINE = 200  # characters
@@ -29,6 +31,13 @@ def one_line(error: BaseException) -> str:
 def printable(name: str) -> str:
     """Return a name in one line, with escapes for what does not print."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def escape_unprintable() -> None:
+    """Print escapes in place of letters that the terminal or file has no code for: any name may hold an emoji."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def preview(names: Iterable[object]) -> str:

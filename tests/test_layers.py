@@ -3,9 +3,14 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # Each package or top-level module, and the packages of this library that it may import. Modules of one package may
 # import each other, but not in a circle.
@@ -79,16 +84,77 @@ def test_large_dependencies_are_imported_in_few_modules(package: str, users: set
     } == users
 
 
-def test_importing_has_no_side_effects() -> None:
+def installed_with(*extras: str) -> set[str]:
+    """The modules that pip installs with these extras of the package, as far as they are here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    left = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    found: set[str] = set()
+    while left:
+        needed = Requirement(left.pop())
+        name = canonicalize_name(needed.name)
+        if name not in found and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+            found.add(name)
+            try:
+                left += requires(name) or []
+            except PackageNotFoundError:
+                continue
+    return {
+        module for module, names in packages_distributions().items() if found & {canonicalize_name(n) for n in names}
+    }
+
+
+def run_at_import(nodes: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda) and "TYPE_CHECKING" not in ast.dump(node):
+            yield from run_at_import(ast.iter_child_nodes(node))
+
+
+def packages_of(nodes: Iterable[ast.AST]) -> set[str]:
+    found = set()
+    for node in nodes:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.partition(".")[0] for name in names}
+    return found - {"scaling_fl"} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_what_pip_installs_and_an_extra_only_where_it_is_used(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    assert packages_of(run_at_import(tree.body)) <= INSTALLED
+    assert packages_of(ast.walk(tree)) <= INSTALLED_WITH_EXTRAS
+
+
+def test_importing_has_no_side_effects_and_needs_no_extra() -> None:
     modules = ", ".join(f"scaling_fl.{module}" for module in MODULES if module != "__init__")
+    hidden = INSTALLED_WITH_EXTRAS - INSTALLED
+    assert {"s3fs", "gcsfs", "sentencepiece", "pytest", "sklearn"} <= hidden
     code = f"""
-import signal, sys, threading, torch
+import signal, sys, threading
+
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Hide, sys.meta_path)
+import torch
 before = torch.random.get_rng_state(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
 import {modules}
 assert torch.equal(torch.random.get_rng_state(), before[0])
 assert (torch.get_num_threads(), signal.getsignal(signal.SIGTERM)) == before[1:]
 assert not torch.distributed.is_initialized()
 assert threading.active_count() == 1
+assert not {hidden}.intersection(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+INSTALLED = installed_with()
+INSTALLED_WITH_EXTRAS = installed_with("s3", "gcs", "llm", "sentencepiece", "demo", "dev")

@@ -1,16 +1,84 @@
 """The command `scaling-fl`, which imports what a subcommand needs when it is named."""
 
 import signal
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+TRAINING = "experiment"  # the module whose subcommands are Sacred's
+
+
+class Subcommand(NamedTuple):
+    """A module of this package with `main(arguments)`, and what `--help` says of it."""
+
+    module: str
+    example: str
+    meaning: str
+
+
+SUBCOMMANDS = {
+    "with": Subcommand(
+        TRAINING, "with site_ids=[0,0,0,0] num_rounds=5", "train; without any settings, the first run of README.md"
+    ),
+    "plan": Subcommand(
+        TRAINING, "plan with partition=dirichlet", "print what would run where, its memory and bytes, or all errors"
+    ),
+    "print_config": Subcommand(
+        TRAINING, "print_config with task_name=text", "print every setting with its value and its meaning"
+    ),
+    "report": Subcommand(
+        "report", "report runs/1 runs/2 --output report.html", "draw one or several runs on a page that opens offline"
+    ),
+}
+OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
+PACKAGES = {"pkg_resources": '"setuptools<80.9"', "docopt": "docopt-ng"}  # which bring modules of other names
 
 
 def main() -> None:
     """Run a subcommand and exit with its status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages are imported ends without a stack trace
-    from scaling_fl.command import experiment
-    from scaling_fl.distributed.launch import run_program
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    name = arguments[0] if arguments else "with"
+    is_option_or_setting = name.startswith("-") or "=" in name
+    if not (is_option_or_setting or name in SUBCOMMANDS or name in OF_SACRED):
+        known = ", ".join(SUBCOMMANDS)
+        sys.exit(f"error: subcommand: expected one of {known}, got {name!r}. `scaling-fl --help` explains each")
+    module = SUBCOMMANDS[name].module if name in SUBCOMMANDS else TRAINING
+    if module != TRAINING:
+        load(module).main(arguments[1:])
+    elif {"-h", "--help"}.intersection(arguments):
+        print(usage(), end="")
+    else:
+        experiment = load(module)
+        load("scaling_fl.distributed.launch").run_program(experiment.main)
 
-    run_program(experiment.main)
+
+def load(module: str) -> ModuleType:
+    """Import a module of this package, or end with what to install."""
+    try:
+        return import_module(module if "." in module else f"scaling_fl.command.{module}")
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get(str(error.name), error.name)
+        sys.exit(f"error: {error.name}: expected an installed module, got none. Type: python -m pip install {package}")
+
+
+def usage() -> str:
+    """Return the screen that explains the command."""
+    subcommands = "\n".join(f"  scaling-fl {each.example}\n      {each.meaning}" for each in SUBCOMMANDS.values())
+    return f"""\
+scaling-fl fine-tunes one language model on the data of many sites, each of which keeps its data.
+In a clone, ./run-local.sh scripts/train_federated.py is the same command.
+
+{subcommands}
+
+After `with`: settings as name=value, or files of settings in JSON or YAML; what comes later counts. print_config lists
+all settings. -u leaves no record of the run, -c TEXT adds a comment to it; sacred.readthedocs.io explains more options.
+RANKS=2 in the environment trains on two processes, RANKS=auto on one per core.
+"""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from scaling_fl.distributed.collectives import local_rank
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
 from scaling_fl.distributed.world import launched, lost_after, num_threads, world
-from scaling_fl.errors import one_line
+from scaling_fl.errors import escape_unprintable, one_line
 from scaling_fl.experiment.plan import plan as plan_run
 from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train_on_rank
 from scaling_fl.experiment.settings import (
@@ -36,7 +36,6 @@ from scaling_fl.experiment.settings import (
     unknown,
 )
 from scaling_fl.records import observers
-from scaling_fl.records.console import escape_unprintable
 from scaling_fl.records.rounds import ROUNDS, Record
 
 T = TypeVar("T")

@@ -1,6 +1,5 @@
 """What a run prints: tables, a line a round, a progress bar."""
 
-import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,13 +18,6 @@ from scaling_fl.records.rounds import METRICS
 from scaling_fl.storage import naming_place
 from scaling_fl.training.loop import Batch
 from scaling_fl.training.metrics import Metrics
-
-
-def escape_unprintable() -> None:
-    """Print escapes in place of letters that the terminal or file has no code for: any name may hold an emoji."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def print_once(*lines: str) -> None:

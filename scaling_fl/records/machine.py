@@ -13,7 +13,7 @@ import torch
 from scaling_fl.distributed.collectives import all_gather, rank
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "transformers", "datasets", "numpy")
+PACKAGES = ("scaling_fl", "torch", "transformers", "datasets", "numpy")
 
 
 def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:

@@ -1,0 +1,90 @@
+"""The command `scaling-fl`: its subcommands, its help, and what it says where something is missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPT, fork_script, wait_for_exit
+from test_report import write_run
+
+from scaling_fl.command import __main__ as command
+from scaling_fl.command.experiment import experiment
+
+HEAVY = {"torch", "datasets", "sacred", "transformers", "pymongo"}
+
+
+def run_cold(*arguments: str) -> tuple[str, set[str]]:
+    """Run the command in a fresh interpreter; return what it prints, and the modules that it imports."""
+    code = "import sys; from scaling_fl.command.__main__ import main; main(); print('MODULES', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    output, _, modules = done.stdout.rpartition("MODULES")
+    return output, set(modules.split())
+
+
+def run(script: Path, folder: Path, *arguments: str) -> tuple[int, str]:
+    pid = fork_script(script, arguments, folder / "output.txt", folder, {})
+    return wait_for_exit(pid), (folder / "output.txt").read_text()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["plan", "--help"], ["help", "plan"], ["-u", "-h"]])
+def test_help_is_one_screen_and_imports_nothing_that_takes_long(words: list[str]) -> None:
+    output, modules = run_cold(*words)
+    assert not modules & HEAVY
+    for subcommand in command.SUBCOMMANDS.values():
+        assert f"scaling-fl {subcommand.example}\n" in output
+    lines = output.splitlines()
+    assert len(lines) <= 24 - 1, "a terminal and its prompt"
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_report_is_drawn_without_torch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_rounds=0)
+    output, modules = run_cold("report", folder)
+    assert output.startswith(f"{folder}/report.html, and ")
+    assert not modules & HEAVY
+
+
+def test_the_examples_of_the_help_name_their_subcommands() -> None:
+    for name, subcommand in command.SUBCOMMANDS.items():
+        assert subcommand.example.split()[0] == name
+        assert callable(command.load(subcommand.module).main)
+
+
+def test_every_command_of_sacred_is_known() -> None:
+    ours = {name for name, subcommand in command.SUBCOMMANDS.items() if subcommand.module == command.TRAINING}
+    assert dict(experiment.gather_commands()).keys() == (ours | command.OF_SACRED) - {"with"}
+
+
+@pytest.mark.parametrize(
+    ("words", "got"), [(["trian", "with", "num_rounds=2"], "'trian'"), (["repo\nrt"], "'repo\\nrt'"), ([""], "''")]
+)
+def test_an_unknown_subcommand_is_one_sentence(tmp_path: Path, words: list[str], got: str) -> None:
+    status, output = run(SCRIPT, tmp_path, *words)
+    assert status == 1
+    assert output == (
+        f"error: subcommand: expected one of {', '.join(command.SUBCOMMANDS)}, got {got}. `scaling-fl --help` explains "
+        "each\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "package"), [("pkg_resources", '"setuptools<80.9"'), ("sacred", "sacred"), ("docopt", "docopt-ng")]
+)
+def test_a_missing_package_is_one_sentence(tmp_path: Path, missing: str, package: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys
+for name in [name for name in sys.modules if name.startswith(("sacred", "scaling_fl.command", "pkg_resources"))]:
+    del sys.modules[name]
+sys.modules[{missing!r}] = None
+from scaling_fl.command.__main__ import main
+main()
+"""
+    )
+    assert run(script, tmp_path, "plan") == (
+        1,
+        f"error: {missing}: expected an installed module, got none. Type: python -m pip install {package}\n",
+    )
