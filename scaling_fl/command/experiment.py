@@ -48,15 +48,24 @@ record_problems: list[str] = []  # why a run cannot be recorded, which is printe
 
 def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
     """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
-    given = {**(preset or {}), **(fixed or {})}
+    given = with_text_keys({**(preset or {}), **(fixed or {})})
     known = {name: value for name, value in given.items() if name in FIELDS}
+    try:
+        settings = Settings(**known)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
         modified={name for name, value in known.items() if value != default_beside(known, name)},
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
-    summary.update({**vars(Settings(**known)), **given})
+    summary.update({**with_text_keys(vars(settings)), **given})
     return summary
+
+
+def with_text_keys(value: Any) -> Any:
+    """Return a value with texts as keys of all dicts in it, which is what JSON and MongoDB keep."""
+    return {str(key): with_text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def default_beside(given: Mapping[str, Any], name: str) -> Any:
@@ -92,9 +101,11 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
 
 
 def read_settings(config: dict[str, Any]) -> Settings:
-    """Return the settings in Sacred's configuration, whose lists are of a class of its own."""
+    """Return the settings in Sacred's configuration, whose lists and dicts are of classes of its own."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     return Settings(**{name: plain(value) for name, value in config.items()})
@@ -217,7 +228,9 @@ def check_update(word: str) -> None:
         if not name.strip().isidentifier():  # others are checked with all settings
             raise ValueError(unknown(name.strip()))
     elif os.path.isfile(word):
-        check(read_file(word))
+        # Values are checked with all settings: those of `plugins`, which add names, may come from elsewhere.
+        if problems := [unknown(name) for name in read_file(word) if name not in FIELDS]:
+            raise ValueError("\n".join(problems))
     else:
         raise ValueError(
             f"{word!r}: expected name=value or a file of settings, got neither. A value with a space needs quotes"

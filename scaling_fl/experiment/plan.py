@@ -12,7 +12,7 @@ from scaling_fl.experiment.build import (
     make_federation,
     server_optimiser,
 )
-from scaling_fl.experiment.settings import Settings
+from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
 from scaling_fl.records import console, export
@@ -31,17 +31,25 @@ def plan(settings: Settings, folder: str | None = None) -> None:
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, *job.make_progress(num_epochs=0))  # which tries the model
+    make_federation(settings, job, *job.make_progress(settings))  # which tries the model
     num_weights, num_bytes = job.global_model.weights.numel(), job.global_model.bytes_a_round
+    sites = [
+        site | {"steps": count_steps(settings, number, site["examples"])}
+        for number, site in enumerate(job.data.describe_sites(job.topology))
+    ]
     console.print_once(
         *describe(settings, job),
         f"round     {num_weights:,} weights shared, {num_bytes * 1e-6:.1f} MB sent by all ranks",
-        *console.site_table(
-            job.data.describe_sites(job.topology), job.data.label_names, settings.batch_size, settings.num_local_epochs
-        ),
+        *console.site_table(sites, job.data.label_names),
         *console.device_table(memory),
         "the plan holds: nothing of it would be refused",
     )
+
+
+def count_steps(settings: Settings, site: int, num_examples: int) -> int:
+    """Return how many steps of its optimiser a site takes in a round."""
+    own = of_site(settings, site)
+    return own["num_local_epochs"] * -(-num_examples // own["batch_size"])
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
@@ -76,14 +84,16 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
 def describe(settings: Settings, job: Job) -> list[str]:
     """Return lines on what is about to run."""
     classifier, topology = job.classifier, job.topology
-    num_weights = sum(weight.numel() for weight in trained_weights(classifier.model).values())
+    weights = trained_weights(classifier.model)
+    num_weights = sum(weight.numel() for weight in weights.values())
+    new = "all" if weights.keys() <= set(classifier.new) else ", ".join(classifier.new) or "none"
     sizes = [size.num_examples for size in job.data.sizes]
     how = settings.partition if settings.site_paths is None else "of their own"
     where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
     where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"newly initialised: {', '.join(classifier.new) or 'none'}" + f" ({classifier.note})" * bool(classifier.note),
+        f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy}, weighted by examples, sent as {settings.comm_dtype}",

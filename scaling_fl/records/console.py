@@ -57,24 +57,21 @@ class Table:
         print_once(" | ".join(cells))
 
 
-def site_table(sites: list[dict[str, Any]], label_names: Sequence[str], batch_size: int, num_epochs: int) -> list[str]:
+def site_table(sites: list[dict[str, Any]], label_names: Sequence[str]) -> list[str]:
     """Return the lines of a table with where each site runs and what it trains on in a round.
 
     Args:
-        sites: as `SiteData.describe_sites` returns them.
+        sites: as `SiteData.describe_sites` returns them, with the `steps` of a round.
         label_names: of the classes.
-        batch_size: examples in a step.
-        num_epochs: of a round.
     """
     lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
     for number, site in enumerate(sites):
-        num_steps = num_epochs * -(-site["examples"] // batch_size)
         labels = ", ".join(
             f"{printable(name)} {count:,}" for name, count in zip(label_names, site["labels"], strict=True)
         )
         lines.append(
             f"{number:>4} | {site['rank']:>4} | {site['device']:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
-            f"{num_steps:>13,} | {labels}"
+            f"{site['steps']:>13,} | {labels}"
         )
     return lines
 
