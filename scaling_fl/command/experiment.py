@@ -5,17 +5,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import datasets
 import huggingface_hub
 import transformers
 from sacred import SETTINGS, Experiment
-from sacred.config.config_files import load_config_file
 from sacred.config.config_summary import ConfigSummary
 from sacred.run import Run
 
+from scaling_fl.command.arguments import check_updates, insert_files
 from scaling_fl.distributed import signals
 from scaling_fl.distributed.collectives import local_rank
 from scaling_fl.distributed.heartbeat import PeerError
@@ -31,7 +30,6 @@ from scaling_fl.experiment.settings import (
     find_contradictions,
     find_problems,
     quote_text,
-    unknown,
 )
 from scaling_fl.records import observers
 from scaling_fl.records.console import escape_unprintable
@@ -48,7 +46,7 @@ record_problems: list[str] = []  # why a run cannot be recorded, which is printe
 
 def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> ConfigSummary:
     """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
-    given = with_text_keys({**(preset or {}), **(fixed or {})})
+    given = {**(preset or {}), **(fixed or {})}
     known = {name: value for name, value in given.items() if name in FIELDS}
     try:
         settings = Settings(**known)
@@ -172,7 +170,7 @@ def run_command() -> None:
     escape_unprintable()
     silence_libraries()
     check_updates(argv)
-    run = experiment.run_commandline(argv)
+    run = experiment.run_commandline(insert_files(argv))
     if run is None:
         return
     try:
@@ -206,50 +204,6 @@ def draw_report(run: Run) -> None:
         observers.attach(run, REPORT)
     except Exception as error:  # a run of days does not fail for its pictures
         experiment.logger.warning("the report of %s was not written: %s", folder, one_line(error))
-
-
-def check_updates(argv: list[str]) -> None:
-    """Refuse what follows `with` and is neither a setting nor a file of settings, such as half a list."""
-    end = argv.index("with") if "with" in argv else len(argv)
-    problems = [
-        f"{word!r}: expected `with` before the first setting, got none: ... with {word}"
-        for word in argv[1:end]
-        if word.partition("=")[0] in FIELDS and "=" in word
-    ]
-    problems += find_problems([partial(check_update, word) for word in argv[end + 1 :] if not word.startswith("-")])
-    if problems:
-        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
-
-
-def check_update(word: str) -> None:
-    """Refuse what Sacred would take apart at a dot, or stumble over."""
-    name, equals, _ = word.partition("=")
-    if equals and name.strip():
-        if not name.strip().isidentifier():  # others are checked with all settings
-            raise ValueError(unknown(name.strip()))
-    elif os.path.isfile(word):
-        # Values are checked with all settings: those of `plugins`, which add names, may come from elsewhere.
-        if problems := [unknown(name) for name in read_file(word) if name not in FIELDS]:
-            raise ValueError("\n".join(problems))
-    else:
-        raise ValueError(
-            f"{word!r}: expected name=value or a file of settings, got neither. A value with a space needs quotes"
-        )
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """Return the settings of a file, but of no pickle, which could run code."""
-    got = "a file of another kind"
-    if path.endswith((".json", ".yaml", ".yml")):
-        try:
-            found = load_config_file(path)
-        except Exception as error:
-            got = f"one that cannot be read: {one_line(error)}"
-        else:
-            if isinstance(found, dict):
-                return found
-            got = "an empty one" if found is None else f"a {type(found).__name__}"
-    raise ValueError(f'{path}: expected settings such as {{"seed": 2}} in JSON (.json) or YAML (.yaml), got {got}')
 
 
 def is_rank() -> bool:

@@ -97,3 +97,11 @@ def one_of(names: Iterable[str], *first: str) -> Kind:
 def optional(kind: Kind) -> Kind:
     """Accept None too."""
     return Kind(lambda value: value is None or kind.accepts(value), lambda: f"{kind.wanted} or None")
+
+
+def sort_sites(by_site: Any) -> Any:
+    """Return `site_settings` in one form: YAML and the command line have numbers as keys, JSON and MongoDB texts."""
+    if not by_site or not SITE_SETTINGS.accepts(by_site):
+        return by_site or None  # is refused later
+    found = {int(site): dict(sorted(of_site.items())) for site, of_site in by_site.items()}
+    return {site: found[site] for site in sorted(found) if found[site]} or None

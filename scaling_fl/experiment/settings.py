@@ -22,6 +22,7 @@ from scaling_fl.experiment.kinds import (
     number,
     one_of,
     optional,
+    sort_sites,
     whole_number,
 )
 from scaling_fl.experiment.plugins import import_plugins
@@ -116,7 +117,7 @@ class Settings:
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
         for name in FIELDS:
             resolve(name, of_others.get(name, default(name)))
-        object.__setattr__(self, "site_settings", _sort_sites(self.site_settings))
+        object.__setattr__(self, "site_settings", sort_sites(self.site_settings))
 
 
 FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
@@ -153,14 +154,6 @@ def _import_plugins(names: Any) -> Any:
         return names or None
     import_plugins(names)
     return list(names)
-
-
-def _sort_sites(by_site: Any) -> Any:
-    """Return `site_settings` in one form: YAML and the command line have numbers as keys, JSON and MongoDB texts."""
-    if not by_site or not SITE_SETTINGS.accepts(by_site):
-        return by_site or None
-    found = {int(site): dict(sorted(of_site.items())) for site, of_site in by_site.items()}
-    return {site: found[site] for site in sorted(found) if found[site]} or None
 
 
 def of_site(settings: Settings, site: int) -> dict[str, Any]:
