@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from conftest import Command, refusal, succeed, weights_hash
 
+from scaling_fl.command.experiment import configure
+from scaling_fl.data.tasks import TASKS
+from scaling_fl.data.tasks.task import Task
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.build import build, largest_training_batch
 from scaling_fl.experiment.settings import FIELDS, Settings, find_contradictions
@@ -83,3 +86,9 @@ def test_each_wrong_value_is_a_sentence() -> None:
         "site_settings[2]['learning_rate']: expected a number > 0, got '1e-5'. To YAML this is a text: write 1.0e-5",
         "site_settings[2]['num_local_epochs']: expected a whole number >= 1, got 0",
     ]
+
+
+def test_the_record_has_texts_as_keys_whoever_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MongoDB takes no others."""
+    monkeypatch.setitem(TASKS, "late", Task(defaults={"site_settings": {1: OWN}}))
+    assert configure({"task_name": "late"})["site_settings"] == {"1": OWN}
