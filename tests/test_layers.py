@@ -32,6 +32,7 @@ LAZY = {"experiment.result": {"report"}}  # a finished run draws its report
 MODULES = {
     ".".join(path.relative_to(ROOT / "scaling_fl").with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "scaling_fl").rglob("*.py")
+    if (path.parent / "__init__.py").exists()  # others are files of the project that `new` writes
 }
 
 

@@ -92,3 +92,24 @@ def test_a_partition_depends_on_its_seed(scheme: str) -> None:
     np.random.seed(0)  # must not change it
     first, again, other = (as_lists(partition_indices(LABELS, 5, SCHEMES[scheme], seed)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("partitioner", "says"),
+    [
+        (lambda labels, num_sites, random: [np.arange(5), np.arange(5)], "expected each index from 0 to 9 in one part"),
+        (
+            lambda labels, num_sites, random: [np.arange(5), np.arange(6, 11)],
+            "expected each index from 0 to 9 in one part",
+        ),
+        (lambda labels, num_sites, random: [np.arange(10)], "expected 2 parts with an example or more, got 1 with 10"),
+        (
+            lambda labels, num_sites, random: [np.arange(10), np.arange(0)],
+            "expected 2 parts with an example or more, got 2",
+        ),
+    ],
+    ids=["twice", "lost", "too few", "empty"],
+)
+def test_a_partition_that_loses_an_example_or_a_site_is_refused(partitioner: Partitioner, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^partition: {says}"):
+        partition_indices(LABELS[:10], 2, partitioner, 1)

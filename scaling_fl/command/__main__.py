@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "report": Subcommand(
         "report", "report runs/1 runs/2 --output report.html", "draw one or several runs on a page that opens offline"
     ),
+    "new": Subcommand("new", "new my_project", "write a small project with a model, data and training of your own"),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
 PACKAGES = {"pkg_resources": '"setuptools<80.9"', "docopt": "docopt-ng"}  # which bring modules of other names

@@ -6,17 +6,16 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import datasets
 import huggingface_hub
 import transformers
 from sacred import SETTINGS, Experiment
-from sacred.config.config_files import load_config_file
 from sacred.config.config_summary import ConfigSummary
 from sacred.run import Run
 
+from scaling_fl.command.arguments import check_updates, insert_files
 from scaling_fl.distributed import caller, signals
 from scaling_fl.distributed.collectives import local_rank
 from scaling_fl.distributed.heartbeat import PeerError
@@ -33,7 +32,6 @@ from scaling_fl.experiment.settings import (
     find_contradictions,
     find_problems,
     quote_text,
-    unknown,
 )
 from scaling_fl.records import observers
 from scaling_fl.records.rounds import ROUNDS, Record
@@ -51,13 +49,22 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     """Return all settings, those that are given and the defaults of the others, in the form that Sacred asks for."""
     given = {**(preset or {}), **(fixed or {})}
     known = {name: value for name, value in given.items() if name in FIELDS}
+    try:
+        settings = Settings(**known)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
         modified={name for name, value in known.items() if value != default_beside(known, name)},
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
-    summary.update({**vars(Settings(**known)), **given})
+    summary.update({**with_text_keys(vars(settings)), **given})
     return summary
+
+
+def with_text_keys(value: Any) -> Any:
+    """Return a value with texts as keys of all dicts in it, which is what JSON and MongoDB keep."""
+    return {str(key): with_text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 experiment.configurations.append(configure)
@@ -88,9 +95,11 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
 
 
 def read_settings(config: dict[str, Any]) -> Settings:
-    """Return the settings in Sacred's configuration, whose lists are of a class of its own."""
+    """Return the settings in Sacred's configuration, whose lists and dicts are of classes of its own."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     return Settings(**{name: plain(value) for name, value in config.items()})
@@ -167,7 +176,7 @@ def run_command() -> None:
     escape_unprintable()
     silence_libraries()
     check_updates(argv)
-    run = experiment.run_commandline(argv)
+    run = experiment.run_commandline(insert_files(argv))
     if run is None:
         return
     try:
@@ -201,48 +210,6 @@ def draw_report(run: Run) -> None:
         observers.attach(run, REPORT)
     except Exception as error:  # a run of days does not fail for its pictures
         experiment.logger.warning("the report of %s was not written: %s", folder, one_line(error))
-
-
-def check_updates(argv: list[str]) -> None:
-    """Refuse what follows `with` and is neither a setting nor a file of settings, such as half a list."""
-    end = argv.index("with") if "with" in argv else len(argv)
-    problems = [
-        f"{word!r}: expected `with` before the first setting, got none: ... with {word}"
-        for word in argv[1:end]
-        if word.partition("=")[0] in FIELDS and "=" in word
-    ]
-    problems += find_problems([partial(check_update, word) for word in argv[end + 1 :] if not word.startswith("-")])
-    if problems:
-        raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
-
-
-def check_update(word: str) -> None:
-    """Refuse what Sacred would take apart at a dot, or stumble over."""
-    name, equals, _ = word.partition("=")
-    if equals and name.strip():
-        if not name.strip().isidentifier():  # others are checked with all settings
-            raise ValueError(unknown(name.strip()))
-    elif os.path.isfile(word):
-        check(read_file(word))
-    else:
-        raise ValueError(
-            f"{word!r}: expected name=value or a file of settings, got neither. A value with a space needs quotes"
-        )
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """Return the settings of a file, but of no pickle, which could run code."""
-    got = "a file of another kind"
-    if path.endswith((".json", ".yaml", ".yml")):
-        try:
-            found = load_config_file(path)
-        except Exception as error:
-            got = f"one that cannot be read: {one_line(error)}"
-        else:
-            if isinstance(found, dict):
-                return found
-            got = "an empty one" if found is None else f"a {type(found).__name__}"
-    raise ValueError(f'{path}: expected settings such as {{"seed": 2}} in JSON (.json) or YAML (.yaml), got {got}')
 
 
 def is_rank() -> bool:

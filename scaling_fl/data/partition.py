@@ -56,11 +56,19 @@ def partition_indices(labels: np.ndarray, num_sites: int, partitioner: Partition
     """Return each site's indices into `labels`.
 
     Raises:
-        ValueError: there are more sites than examples, or a site gets none.
+        ValueError: there are more sites than examples, or an index is not at one site alone, or a site gets none.
     """
     if len(labels) < num_sites:
         raise ValueError(
             f"site_ids, num_sites: expected at most {len(labels)} sites for {len(labels)} training examples, got "
             f"{num_sites}"
         )
-    return partitioner(labels, num_sites, np.random.default_rng(seed))
+    parts = partitioner(labels, num_sites, np.random.default_rng(seed))
+    if len(parts) != num_sites or not all(map(len, parts)):
+        least = min(map(len, parts), default=0)
+        raise ValueError(
+            f"partition: expected {num_sites} parts with an example or more, got {len(parts)} with {least} or more"
+        )
+    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels))):
+        raise ValueError(f"partition: expected each index from 0 to {len(labels) - 1} in one part, got others")
+    return parts

@@ -20,10 +20,11 @@ from scaling_fl.data.sites import SiteData, files_of, partition_examples, read_s
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
-from scaling_fl.experiment.settings import FIELDS, Settings
+from scaling_fl.experiment.plugins import hash_plugins
+from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import LocalTraining, Site
+from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import load_pretrained
@@ -48,11 +49,12 @@ class Job:
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
 
-    def make_progress(self, num_epochs: int) -> tuple[Progress, Progress]:
+    def make_progress(self, settings: Settings) -> tuple[Progress, Progress]:
         """Return progress bars of a round's training and of its evaluation on this rank."""
-        num_train = sum(map(len, self.data.train.values()))
+        train = self.data.train.items()
+        num_train = sum(of_site(settings, site)["num_local_epochs"] * len(examples) for site, examples in train)
         num_test = sum(len(batch) for of_device in self.data.test.values() for batch in of_device)
-        return Progress(num_epochs * num_train), Progress(num_test)
+        return Progress(num_train), Progress(num_test)
 
 
 def build(settings: Settings) -> Job:
@@ -70,6 +72,9 @@ def build(settings: Settings) -> Job:
         raise ValueError(
             f"min_sites: expected at most {topology.num_sites}, the number of sites, got {settings.min_sites}"
         )
+    last = max(settings.site_settings or {}, default=0)
+    if last >= topology.num_sites:
+        raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
     pretrained = local_first(partial(load_pretrained, host_path(settings.model), settings.max_seq_len))
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
@@ -136,27 +141,23 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
     data = job.data
 
     def site_batches(site: Site, seed: int) -> Iterator[Batch]:
-        return training.watch(site.data.shuffled_batches(settings.batch_size, seed))
+        return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed))
 
     def evaluate_device(model: nn.Module, device: torch.device) -> Mapping[str, Any]:
         return evaluate(model, testing.watch(part.batch() for part in data.test[device]), score_classes).totals()
 
+    default = LocalTraining(
+        local_optimiser(settings), site_batches, score_classes, settings.seed, proximal_mu=settings.proximal_mu
+    )
     federation = Federation(
         job.topology,
         [
-            Site(number, device, len(data.train[number]), data.train[number])
+            Site(number, device, len(data.train[number]), data.train[number], settings=of_site(settings, number))
             for number, device in job.topology.sites.items()
         ],
         job.classifier.model,
         job.global_model,
-        train_site=LocalTraining(
-            local_optimiser(settings),
-            site_batches,
-            score_classes,
-            settings.seed,
-            settings.num_local_epochs,
-            settings.proximal_mu,
-        ),
+        train_site=default if settings.trainer == "default" else TRAINERS[settings.trainer],
         evaluate_device=evaluate_device,
         seed=settings.seed,
         min_sites=settings.min_sites if settings.on_site_failure == "skip" else None,
@@ -182,7 +183,7 @@ def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimiz
 def largest_training_batch(settings: Settings, job: Job, device: torch.device) -> Batch | None:
     """Return the largest batch that the sites of a device train on; None if it has no site."""
     sites = [site for site, where in job.topology.sites.items() if where == device]
-    return find_largest(job.data.train[site].longest_batch(settings.batch_size) for site in sites)
+    return find_largest(job.data.train[site].longest_batch(of_site(settings, site)["batch_size"]) for site in sites)
 
 
 def find_largest(batches: Iterable[Batch]) -> Batch | None:
@@ -193,7 +194,9 @@ def find_largest(batches: Iterable[Batch]) -> Batch | None:
 def identity_of_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings and versions that the weights of a round depend on."""
     values = {name: value for name, value in asdict(settings).items() if not FIELDS[name]["may_change"]}
-    return values | {
+    return {
+        **values,
+        **hash_plugins(settings.plugins or ()),
         "data": "partitioned" if settings.site_paths is None else "of the sites (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
         "versions": f"scaling_fl {version('scaling_fl')}, torch {torch.__version__}, "

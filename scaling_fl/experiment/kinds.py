@@ -1,22 +1,41 @@
 """The kinds of values that a setting takes."""
 
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A test of a value, and what it accepts in words."""
+    """A test of a value, and what it accepts in words, or a function that returns these."""
 
     accepts: Callable[[Any], bool]
-    wanted: str
+    words: str | Callable[[], str]
+
+    @property
+    def wanted(self) -> str:
+        """What it accepts, in words."""
+        return self.words if isinstance(self.words, str) else self.words()
 
 
 def _is_list(value: Any, least: int, accepts: Callable[[Any], bool]) -> bool:
     return isinstance(value, list | tuple) and len(value) >= least and all(map(accepts, value))
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
+def _are_of_sites(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(set(map(str, value))) == len(value)
+        and all(re.fullmatch("0|[1-9][0-9]*", str(site)) and type(site) in (int, str) for site in value)
+        and all(isinstance(of_site, Mapping) for of_site in value.values())
+    )
 
 
 def _is_site_path(value: Any) -> bool:
@@ -33,6 +52,10 @@ DEVICE_IDS = Kind(
 SITE_PATHS = Kind(
     lambda value: _is_list(value, 1, _is_site_path),
     "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
+)
+MODULES = Kind(lambda value: _is_list(value, 0, _is_module), "a list of names of modules such as ['my_module']")
+SITE_SETTINGS = Kind(
+    _are_of_sites, "settings by the number of a site, such as {3:{'learning_rate':1e-5,'num_local_epochs':1}}"
 )
 LABELS = Kind(
     lambda value: _is_list(value, 2, lambda item: type(item) in (str, int, float)),
@@ -63,12 +86,22 @@ def number(*, above: float = -math.inf, least: float = -math.inf, below: float =
     )
 
 
-def one_of(names: Iterable[str]) -> Kind:
-    """Accept some names."""
-    names = tuple(names)
-    return Kind(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+def one_of(names: Iterable[str], *first: str) -> Kind:
+    """Accept some names: `first` and `names`, to which plugins may add."""
+    return Kind(
+        lambda value: isinstance(value, str) and value in (*first, *names),
+        lambda: f"one of {', '.join([*first, *names])}",
+    )
 
 
 def optional(kind: Kind) -> Kind:
     """Accept None too."""
-    return Kind(lambda value: value is None or kind.accepts(value), f"{kind.wanted} or None")
+    return Kind(lambda value: value is None or kind.accepts(value), lambda: f"{kind.wanted} or None")
+
+
+def sort_sites(by_site: Any) -> Any:
+    """Return `site_settings` in one form: YAML and the command line have numbers as keys, JSON and MongoDB texts."""
+    if not by_site or not SITE_SETTINGS.accepts(by_site):
+        return by_site or None  # is refused later
+    found = {int(site): dict(sorted(of_site.items())) for site, of_site in by_site.items()}
+    return {site: found[site] for site in sorted(found) if found[site]} or None

@@ -14,7 +14,7 @@ from scaling_fl.experiment.build import (
     make_federation,
     server_optimiser,
 )
-from scaling_fl.experiment.settings import Settings
+from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
 from scaling_fl.records import console, export
@@ -38,7 +38,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, *job.make_progress(num_epochs=0))  # which tries the model
+    make_federation(settings, job, *job.make_progress(settings))  # which tries the model
     labels = job.data.label_names
     planned: dict[str, Any] = {
         "labels": list(labels),
@@ -49,10 +49,10 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "sites": [
             site
             | {
-                "steps": settings.num_local_epochs * -(-site["examples"] // settings.batch_size),
+                "steps": count_steps(settings, number, site["examples"]),
                 "labels": dict(zip(labels, site["labels"], strict=True)),
             }
-            for site in job.data.describe_sites(job.topology)
+            for number, site in enumerate(job.data.describe_sites(job.topology))
         ],
         "devices": [
             {"rank": number, "device": device, "bytes": size}
@@ -69,6 +69,12 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "the plan holds: nothing of it would be refused",
     )
     return planned
+
+
+def count_steps(settings: Settings, site: int, num_examples: int) -> int:
+    """Return how many steps of its optimiser a site takes in a round."""
+    own = of_site(settings, site)
+    return own["num_local_epochs"] * -(-num_examples // own["batch_size"])
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
@@ -103,14 +109,16 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
 def describe(settings: Settings, job: Job) -> list[str]:
     """Return lines on what is about to run."""
     classifier, topology = job.classifier, job.topology
-    num_weights = sum(weight.numel() for weight in trained_weights(classifier.model).values())
+    weights = trained_weights(classifier.model)
+    num_weights = sum(weight.numel() for weight in weights.values())
+    new = "all" if weights.keys() <= set(classifier.new) else ", ".join(classifier.new) or "none"
     sizes = [size.num_examples for size in job.data.sizes]
     how = settings.partition if settings.site_paths is None else "of their own"
     where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
     where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"newly initialised: {', '.join(classifier.new) or 'none'}" + f" ({classifier.note})" * bool(classifier.note),
+        f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy}, weighted by examples, sent as {settings.comm_dtype}",

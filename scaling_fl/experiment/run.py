@@ -8,7 +8,7 @@ from scaling_fl.data.sites import files_of
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.build import Job, build, make_federation
 from scaling_fl.experiment.plan import check_output, describe
-from scaling_fl.experiment.settings import Settings
+from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.records import checkpoint, console
 from scaling_fl.records.export import save_elsewhere, save_model
 from scaling_fl.records.machine import describe_machine
@@ -58,7 +58,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
 def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> None:
     """Train, average, evaluate, record and save, round by round, and save the model."""
     history, global_model = job.history, job.global_model
-    training, testing = job.make_progress(settings.num_local_epochs)
+    training, testing = job.make_progress(settings)
     with clock("setup"):
         federation = make_federation(settings, job, training, testing)
         table = console.Table(with_failures=settings.on_site_failure == "skip")
@@ -99,12 +99,14 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
 
 def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    trained = {site: job.data.sizes[site] for site in metrics["site.loss"]}
-    epochs_a_second = settings.num_local_epochs / metrics["time.train_s"]
+    trained = {site: job.data.sizes[site] for site in metrics["site.seconds"]}
+    epochs = {site: of_site(settings, site)["num_local_epochs"] for site in trained}
+    num_examples = sum(epochs[site] * size.num_examples for site, size in trained.items())
+    num_tokens = sum(epochs[site] * size.num_tokens for site, size in trained.items())
     return {
         "site.examples": {site: size.num_examples for site, size in trained.items()},
-        "speed.examples_per_s": epochs_a_second * sum(size.num_examples for size in trained.values()),
-        "speed.tokens_per_s": epochs_a_second * sum(size.num_tokens for size in trained.values()),
+        "speed.examples_per_s": num_examples / metrics["time.train_s"],
+        "speed.tokens_per_s": num_tokens / metrics["time.train_s"],
         "comm.expected_bytes": job.global_model.bytes_a_round,
     }
 

@@ -13,21 +13,32 @@ from scaling_fl.experiment.kinds import (
     DEVICE_IDS,
     FLAG,
     LABELS,
+    MODULES,
     NAME,
     SITE_PATHS,
+    SITE_SETTINGS,
     TEXT,
     Kind,
     number,
     one_of,
     optional,
+    sort_sites,
     whole_number,
 )
+from scaling_fl.experiment.plugins import import_plugins
 from scaling_fl.federation.aggregation import COMM_DTYPES
+from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES, make_strategy
 from scaling_fl.models.loading import model_defaults
 from scaling_fl.training.optimisers import OPTIMISERS
 
 NOT_GIVEN: Any = object()  # the default takes its place; None is a value
+# Names that modules of `plugins` may add to, by setting.
+EXTENSIBLE = {
+    **{"task_name": "TASKS", "model": "MODELS", "partition": "PARTITIONERS"},
+    **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
+}
+OF_SITES = ("learning_rate", "num_local_epochs", "batch_size")  # what `site_settings` may name
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
 
@@ -57,6 +68,8 @@ class Settings:
     val_batch_size: int = setting(512, whole_number(1), "most examples in an evaluation batch", may_change=True)
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
     optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd` or `adamw`, made again for each round")
+    trainer: str = setting("default", one_of(TRAINERS, "default"), "what trains a site: `default`, or the name of a function that a module of `plugins` adds")
+    site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs` and `batch_size` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")
     strategy: str = setting("fedavg", one_of(STRATEGIES), "how the mean moves the global weights: `fedavg`, `fedavgm`, `fedadam`, `fedadagrad`, `diloco`")
     server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: the strategy's own")
@@ -80,6 +93,7 @@ class Settings:
     model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](#specifying-models)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
+    plugins: list | None = setting(None, optional(MODULES), "modules of yours, in the current folder or installed, that every rank imports first, to add tasks, models, partitions, strategies, optimisers and trainers. Resuming compares their source")
     job_name: str | None = setting(None, optional(TEXT), "the name under which MongoDB continues a run that is resumed", may_change=True)
     checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](#resuming-runs)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
@@ -97,12 +111,14 @@ class Settings:
             if given is NOT_GIVEN or isinstance(given, os.PathLike):
                 object.__setattr__(self, name, value if given is NOT_GIVEN else os.fspath(given))
 
-        for name in ("task_name", "model", "iid_split"):
+        for name in ("plugins", "task_name", "model", "iid_split"):
             resolve(name, default(name))
+        object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
         for name in FIELDS:
             resolve(name, of_others.get(name, default(name)))
+        object.__setattr__(self, "site_settings", sort_sites(self.site_settings))
 
 
 FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
@@ -124,9 +140,32 @@ def check(values: Mapping[str, Any]) -> None:
         if name not in FIELDS:
             problems.append(unknown(name))
         elif not FIELDS[name]["kind"].accepts(value):
-            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {value!r}")
+            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {_describe(name, value)}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _describe(name: str, value: Any) -> str:
+    """Return a wrong value, and what to do about it if that is known."""
+    if callable(value) and name in EXTENSIBLE:
+        return f"a function. Add it to {EXTENSIBLE[name]} in a module of plugins, and give its name"
+    is_of_yaml = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+e[-+]?[0-9]+", value, re.IGNORECASE)
+    hint = f". To YAML this is a text: write {value.lower().replace('e', '.0e')}" if is_of_yaml else ""
+    return f"{value!r}{hint}"
+
+
+def _import_plugins(names: Any) -> Any:
+    """Import the modules of the setting, unless it is refused later."""
+    if not names or not FIELDS["plugins"]["kind"].accepts(names):
+        return names or None
+    import_plugins(names)
+    return list(names)
+
+
+def of_site(settings: Settings, site: int) -> dict[str, Any]:
+    """Return the settings that the training of a site follows."""
+    common = {name: getattr(settings, name) for name in (*OF_SITES, "optimiser", "proximal_mu", "seed")}
+    return common | (settings.site_settings or {}).get(site, {})
 
 
 def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
@@ -145,6 +184,7 @@ def find_contradictions(settings: Settings) -> list[str]:
     return find_problems(
         [
             lambda: _check_site_paths(settings),
+            lambda: _check_site_settings(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum),
         ]
@@ -166,6 +206,19 @@ def _check_site_paths(settings: Settings) -> None:
         raise ValueError(
             f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"
         )
+
+
+def _check_site_settings(settings: Settings) -> None:
+    problems = []
+    for site, given in (settings.site_settings or {}).items():
+        for name, value in given.items():
+            place = f"site_settings[{site}]"
+            if name not in OF_SITES:
+                problems.append(f"{place}: expected one of {', '.join(OF_SITES)}, got {name!r}")
+            elif not (kind := FIELDS[name]["kind"]).accepts(value):
+                problems.append(f"{place}[{name!r}]: expected {kind.wanted}, got {_describe(name, value)}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def unknown(name: object) -> str:

@@ -47,7 +47,7 @@ def make_classifier(
 ) -> Classifier:
     """Load a pretrained model in float32, with a head for the labels.
 
-    The weights of the head that the model does not have are newly initialised.
+    The weights that the model does not have are newly initialised.
 
     Args:
         pretrained: the model.
@@ -65,6 +65,9 @@ def make_classifier(
     config.problem_type = "single_label_classification"
     config.return_dict = True
     torch.manual_seed(seed)
+    if not pretrained.has_weights:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        return Classifier(model, [name for name, _ in model.named_parameters()])
     model, info = load(
         pretrained.name,
         AutoModelForSequenceClassification.from_pretrained,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
@@ -18,10 +18,18 @@ from scaling_fl.hub import from_hub
 
 @dataclass(frozen=True)
 class Nickname:
-    """A short name for a model, with default settings."""
+    """A short name for a model, with default settings.
 
-    path: Callable[[], str]  # a hub id or folder
+    Args:
+        path: returns a hub id or folder.
+        defaults: of settings.
+        make: in place of `path`, returns the configuration and the tokenizer of a model without pretrained weights.
+            Other architectures than those of transformers are registered with its AutoModel classes.
+    """
+
+    path: Callable[[], str] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[], tuple[PreTrainedConfig, PreTrainedTokenizerBase]] | None = None
 
 
 def _minilm() -> str:
@@ -56,6 +64,24 @@ WEIGHT_FILES = (
 def model_defaults(model: str) -> dict[str, Any]:
     """Return the default settings of a model; none for a model without a nickname."""
     return MODELS[model].defaults if model in MODELS else {}
+
+
+def make_parts(model: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase] | None:
+    """Return the configuration and the tokenizer of a model that is made by a function; None if it is loaded.
+
+    Raises:
+        ValueError: the function fails.
+    """
+    make = MODELS[model].make if model in MODELS else None
+    if make is None:
+        return None
+    try:
+        config, tokenizer = make()
+    except Exception as error:
+        raise ValueError(
+            f"model={model!r}: expected its function to return a configuration and a tokenizer, got {one_line(error)}"
+        ) from error
+    return config, tokenizer
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -98,7 +124,8 @@ def find_file(path: str, name: str, **options: Any) -> str | None:
 
 def path_of(model: str) -> str:
     """Return the folder or hub id of the setting `model`."""
-    return MODELS[model].path() if model in MODELS else model
+    find = MODELS[model].path if model in MODELS else None
+    return find() if find else model
 
 
 def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from scaling_fl.models.loading import find_file, load, load_config, path_of
+from scaling_fl.models.loading import find_file, load, load_config, make_parts, path_of
 
 # Families whose classifier reads the last position, so that every text must end there.
 PADDED_LEFT = {"xlnet"}
@@ -33,6 +33,7 @@ class Pretrained:
         num_ids: ids of tokens are below it; None if the model has no token embedding.
         width: of all batches; None pads to the longest text of a batch.
         end_id: a token that all texts must contain equally often, at least once; None if there is none.
+        has_weights: they can be loaded; otherwise all are newly initialised.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Pretrained:
     num_ids: int | None = None
     width: int | None = None
     end_id: int | None = None
+    has_weights: bool = True
 
 
 def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
@@ -50,8 +52,9 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     Raises:
         ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
     """
-    config = load_config(model)
-    tokenizer = _load_tokenizer(model, config)
+    made = make_parts(model)
+    config, tokenizer = made or _load_parts(model)
+    _check_tokenizer(model, tokenizer)
     text_config = config.get_text_config()
     num_ids = getattr(text_config, "vocab_size", None)
     if num_ids is not None and tokenizer.pad_token_id >= num_ids:
@@ -63,7 +66,7 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     pad_id = getattr(text_config, "pad_token_id", None)
     if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
         text_config.pad_token_id = tokenizer.pad_token_id
-    model_without_head = load(model, lambda *_, **__: _make_empty(config))
+    model_without_head = _make_empty(config) if made else load(model, lambda *_, **__: _make_empty(config))
     num_positions, padding = _find_positions(model_without_head)
     if padding is None:
         # Other models find the end of a text by it. Models like RoBERTa count positions from it: theirs stays.
@@ -84,16 +87,21 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
         num_ids=_num_embeddings(model_without_head),
         width=max_seq_len if kind in PADDED_TO_MAX else None,
         end_id=getattr(text_config, "eos_token_id", None) if kind in READ_AT_END else None,
+        has_weights=made is None,
     )
 
 
-def _load_tokenizer(model: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def _load_parts(model: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    config = load_config(model)
     side = "left" if config.model_type in PADDED_LEFT else "right"
     try:
-        tokenizer = load(model, AutoTokenizer.from_pretrained, config=config, padding_side=side)
+        return config, load(model, AutoTokenizer.from_pretrained, config=config, padding_side=side)
     except ValueError as error:
         _check_sentencepiece(model)
         raise error from error.__cause__
+
+
+def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     # Without files of a tokenizer, transformers makes one without words, to which every text is unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         _check_sentencepiece(model)
@@ -104,7 +112,6 @@ def _load_tokenizer(model: str, config: PreTrainedConfig) -> PreTrainedTokenizer
         raise ValueError(
             f"model={model!r}: expected a padding token, got none. Set pad_token in its tokenizer_config.json"
         )
-    return tokenizer
 
 
 def _check_sentencepiece(model: str) -> None:
