@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling_fl.data.partition import by_label, dirichlet, iid, partition_indices
+    from scaling_fl.data.partition import PARTITIONERS, by_label, dirichlet, iid, partition_indices
+    from scaling_fl.data.tasks import TASKS
+    from scaling_fl.data.tasks.task import Task
     from scaling_fl.distributed.collectives import rank
     from scaling_fl.distributed.heartbeat import PeerError
     from scaling_fl.distributed.launch import launch
@@ -18,11 +20,15 @@ if TYPE_CHECKING:
     from scaling_fl.experiment.start import plan, train
     from scaling_fl.federation.global_model import GlobalModel
     from scaling_fl.federation.round import Federation
-    from scaling_fl.federation.site import LocalTraining, Site
-    from scaling_fl.federation.strategies import make_strategy
+    from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
+    from scaling_fl.federation.strategies import STRATEGIES, make_strategy
+    from scaling_fl.models.loading import MODELS, Nickname
+    from scaling_fl.training.optimisers import OPTIMISERS
 
 _MODULES = {
-    "data.partition": ("by_label", "dirichlet", "iid", "partition_indices"),
+    "data.partition": ("PARTITIONERS", "by_label", "dirichlet", "iid", "partition_indices"),
+    "data.tasks": ("TASKS",),
+    "data.tasks.task": ("Task",),
     "distributed.collectives": ("rank",),
     "distributed.heartbeat": ("PeerError",),
     "distributed.launch": ("launch",),
@@ -33,8 +39,10 @@ _MODULES = {
     "experiment.start": ("plan", "train"),
     "federation.global_model": ("GlobalModel",),
     "federation.round": ("Federation",),
-    "federation.site": ("LocalTraining", "Site"),
-    "federation.strategies": ("make_strategy",),
+    "federation.site": ("TRAINERS", "LocalTraining", "Site"),
+    "federation.strategies": ("STRATEGIES", "make_strategy"),
+    "models.loading": ("MODELS", "Nickname"),
+    "training.optimisers": ("OPTIMISERS",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

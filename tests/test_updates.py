@@ -27,8 +27,6 @@ SENTENCES = {
     "": "'': expected name=value or a file of settings, got neither. ",
     "missing.json": "'missing.json': expected name=value or a file of settings, got neither. ",
     "folder.json": "'folder.json': expected name=value or a file of settings, got neither. ",
-    "nested.json": "model: expected a text, got {'name': 'a'}",
-    "nested.yaml": "model: expected a text, got {'name': 'a'}",
     "dotted.json": "'model.name': expected the name of a setting, got an unknown one. Did you mean model?",
     "number.yaml": "1: expected the name of a setting, got an unknown one. print_config lists all settings",
     "list.json": 'list.json: expected settings such as {"seed": 2} in JSON (.json) or YAML (.yaml), got a list',
@@ -42,8 +40,6 @@ SENTENCES = {
     "a.txt": "a.txt: expected settings such as ",
 }
 FILES = {
-    "nested.json": b'{"model": {"name": "a"}}',
-    "nested.yaml": b"model:\n  name: a\n",
     "dotted.json": b'{"seed": 2, "model.name": "a"}',
     "number.yaml": b"1: 2\n",
     "list.json": b'["seed", 2]',

@@ -14,11 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from scaling_fl import MODELS, TASKS, TRAINERS, Nickname, Site, Task
 from scaling_fl.data.files import read_table
-from scaling_fl.data.tasks import TASKS
-from scaling_fl.data.tasks.task import Task
-from scaling_fl.federation.site import TRAINERS, Site
-from scaling_fl.models.loading import MODELS, Nickname
 from scaling_fl.training.seeds import derive_seed
 
 # The data: a table with a column of texts and one of labels, each label with its name.
