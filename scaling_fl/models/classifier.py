@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from scaling_fl.models.loading import load
@@ -83,10 +84,7 @@ def make_classifier(
     if new & output_layer.keys():
         return Classifier(model, sorted(new), unused)
     if rows is not None:
-        with torch.no_grad():
-            for name, dimension in output_layer.items():
-                weight = model.state_dict()[name]
-                weight.copy_(weight.index_select(dimension, torch.tensor(rows)))
+        _order_rows_(model, output_layer, torch.tensor(rows))
         return Classifier(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
     model, info = type(model).from_pretrained(
@@ -95,6 +93,14 @@ def make_classifier(
     names = labels_of(pretrained.config)
     reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
+
+
+@torch.no_grad()
+def _order_rows_(model: PreTrainedModel, output_layer: dict[str, int], rows: Tensor) -> None:
+    """Put the rows of the output layer, and the numbers of its bias, in another order."""
+    for name, dimension in output_layer.items():
+        weight = model.state_dict()[name]
+        weight.copy_(weight.index_select(dimension, rows))
 
 
 def _output_layer(config: PreTrainedConfig) -> dict[str, int]:
