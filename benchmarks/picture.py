@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
@@ -62,6 +63,8 @@ def kill(process: subprocess.Popen[str], folder: Path) -> None:
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"round {KILL_AFTER} left no checkpoint in {folder}")
             time.sleep(0.02)
+        if process.poll() is not None:
+            raise SystemExit("the run ended before it could be killed")
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own, in which its ranks are
         process.communicate()
@@ -101,7 +104,7 @@ def draw(path: Path, sha256: str, runs: dict[str, Path]) -> None:
     axes.set_ylabel("validation accuracy")
     axes.set_title("One federation of four sites, run in four ways", loc="left", fontsize=13)
     axes.set_ylim(0, 1.03)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, handlelength=3.5, labelspacing=0.9)

@@ -33,7 +33,8 @@ def recipes() -> dict[str, list[Edit]]:
     page = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2]
     return {
         section.partition("\n")[0]: [
-            Edit(step["path"] or step["new"], step["how"], step["mark"], step["code"]) for step in EDIT.finditer(section)
+            Edit(step["path"] or step["new"], step["how"], step["mark"], step["code"])
+            for step in EDIT.finditer(section)
         ]
         for section in page.split("\n### ")[1:]
     }
@@ -81,8 +82,12 @@ def test_the_recipes_train(root: Path, tiny_model: str) -> None:
     for name in ("train", "test"):
         rows = [f"{row % 2 * 3 + 1},{WORDS[row % 9]} {WORDS[row % 7]}" for row in range(24)]
         (root / f"{name}.csv").write_text("\n".join(["stars,review", *rows]))
-    given = f"task_name=reviews partition=linear strategy=fedamsgrad weight_decay=0.5 optimiser=adamw model={tiny_model}"
-    command = f"-m scaling_fl.command with {given} train_path=train.csv test_path=test.csv site_ids=[0,0,0] num_rounds=1"
+    given = (
+        f"task_name=reviews partition=linear strategy=fedamsgrad weight_decay=0.5 optimiser=adamw model={tiny_model}"
+    )
+    command = (
+        f"-m scaling_fl.command with {given} train_path=train.csv test_path=test.csv site_ids=[0,0,0] num_rounds=1"
+    )
     run = [sys.executable, *command.split(), "report=False"]
     env = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(run, cwd=root, env=env, capture_output=True, text=True)
