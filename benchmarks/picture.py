@@ -25,7 +25,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
-SETTINGS = ["num_rounds=5", "max_train_examples=320", "max_test_examples=256", "batch_size=8", "learning_rate=1e-4"]
+SETTINGS = [
+    "job_name=four sites",
+    "num_rounds=5",
+    "max_train_examples=320",
+    "max_test_examples=256",
+    "batch_size=8",
+    "learning_rate=1e-4",
+]
 KILL_AFTER = 2  # rounds
 PATIENCE = 600.0  # seconds until the round after which to kill
 # Later lines are thinner and drawn over the earlier ones, so that each shows where all lie on one another.
@@ -35,7 +42,7 @@ LINES: list[dict[str, Any]] = [
     {"color": "#f2bc3e", "linewidth": 3.5},
     {"color": "#1c2026", "linewidth": 0, "marker": "X", "markersize": 9},
 ]
-PAGE_SIZE = 900, 1300  # pixels of the report
+PAGE_SIZE = 900, 950  # pixels of the report
 SHOWN_WIDTH = 700  # of README's picture
 
 
@@ -87,14 +94,23 @@ def run_all(folder: Path, settings: list[str]) -> tuple[str, dict[str, Path]]:
     hashes.append(finish(start(3, place, settings)))
     runs[f"4 ranks, killed (-9) after round {KILL_AFTER},\nresumed on 3"] = place / "runs" / "2"
     print(f"killed and resumed: {hashes[-1]}", flush=True)
-    if len(set(hashes)) > 1:
+    return only(hashes), runs
+
+
+def only(hashes: list[str]) -> str:
+    """Return the SHA-256 that all runs have.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    if len(set(hashes)) != 1:
         raise SystemExit(f"expected one SHA-256, got {hashes}")
-    return hashes[0], runs
+    return hashes[0]
 
 
 def draw(path: Path, sha256: str, runs: dict[str, Path]) -> None:
     """Draw the validation accuracies of all runs by round, one over the other."""
-    figure = Figure(figsize=(7, 5.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7, 6), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for (name, run), style in zip(runs.items(), LINES, strict=True):
         rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
@@ -109,7 +125,7 @@ def draw(path: Path, sha256: str, runs: dict[str, Path]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, handlelength=3.5, labelspacing=0.9)
     caption = f"all four end with the same weights: SHA-256\n{sha256}"
-    figure.text(0.02, -0.08, caption, fontsize=10, family="monospace", va="top")
+    figure.text(0.02, -0.02, caption, fontsize=11, family="monospace", va="top")
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
     shrink(path)
 
