@@ -26,7 +26,6 @@ from PIL import Image
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 SETTINGS = [
-    "job_name=four sites",
     "num_rounds=5",
     "max_train_examples=320",
     "max_test_examples=256",
