@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A federation of several nodes under Slurm: sbatch deploy/slurm.sh with num_rounds=100 checkpoints_dir=...
-# See docs/distributed.md. %n in an argument is the number of the node, from 0, for settings that differ:
+# See docs/clusters.md. %n in an argument is the number of the node, from 0, for settings that differ:
 # sbatch deploy/slurm.sh with nodes/%n.json ...
 #SBATCH --job-name=federation
 #SBATCH --nodes=2

@@ -1,4 +1,4 @@
-"""The settings of a run: one dataclass, from which the command line, the checks and the README's table are made."""
+"""The settings of a run: one dataclass, from which the command line, the checks and the table of docs/settings.md are made."""
 
 import os
 import re
@@ -78,7 +78,7 @@ class Settings:
     comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
     min_sites: int = setting(1, whole_number(1), "of `on_site_failure=skip`: end the run if fewer sites are left in a round, or less than 1/1024 of all examples", may_change=True)
-    task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](#specifying-tasks)")
+    task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](tasks.md)")
     site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of `train_path` and `test_path`", may_change=True)
     train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)
     test_path: str | None = setting(None, optional(TEXT), "the test file, which is evaluated whole after every round", may_change=True)
@@ -90,12 +90,12 @@ class Settings:
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
     partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned: `iid`, `by_label` (sorted by label) or `dirichlet`; it takes precedence over `iid_split`")
     dirichlet_alpha: float = setting(0.5, number(above=0), "of `partition=dirichlet`: the smaller, the more the sites differ")
-    model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](#specifying-models)")
+    model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](models.md)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
     plugins: list | None = setting(None, optional(MODULES), "modules of yours, in the current folder or installed, that every rank imports first, to add tasks, models, partitions, strategies, optimisers and trainers. Resuming compares their source")
     job_name: str | None = setting(None, optional(TEXT), "the name under which MongoDB continues a run that is resumed", may_change=True)
-    checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](#resuming-runs)", may_change=True)
+    checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](resuming.md)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
     report: bool = setting(True, FLAG, "write `report.html` at the end of the run", may_change=True)
     author: str = setting(lambda: os.environ.get("USER") or "unknown", NAME, "written into the record", may_change=True)
@@ -238,7 +238,7 @@ def quote_text(argument: str) -> str:
 
 
 def table() -> str:
-    """Return the README's table of all settings, in Markdown."""
+    """Return the table of all settings in Markdown, as docs/settings.md has it."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, of in FIELDS.items():
         default = "$USER" if name == "author" else str(of["default"]).replace(" ", "")

@@ -1,0 +1,34 @@
+"""README's picture: four runs of one federation, of which the last was killed; see benchmarks/picture.py."""
+
+import json
+from pathlib import Path
+
+import picture
+import pytest
+from PIL import Image
+
+
+@pytest.mark.long
+def test_the_picture_is_of_four_runs_with_one_hash_of_which_one_was_killed(
+    small_run: dict[str, object], tmp_path: Path
+) -> None:
+    settings = [f"{name}={value}" for name, value in {**small_run, "num_rounds": 8}.items()]
+    sha256, runs = picture.run_all(tmp_path, settings)
+    assert len(sha256) == 64
+    assert len(runs) == len(picture.LINES)
+    resumed = list(runs.values())[-1]
+    statuses = [json.loads((run / "run.json").read_text())["status"] for run in (*runs.values(), resumed.parent / "1")]
+    assert statuses == ["COMPLETED"] * 4 + ["RUNNING"]
+    lines = [(run / "rounds.jsonl").read_text().splitlines() for run in runs.values()]
+    accuracies = [[json.loads(line)["validation.accuracy"] for line in of_run] for of_run in lines]
+    assert all(of_run == accuracies[0] for of_run in accuracies)
+    assert len(accuracies[0]) == 9
+    picture.draw(tmp_path / "picture.png", sha256, runs)
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.width == picture.SHOWN_WIDTH
+
+
+def test_runs_with_other_weights_make_no_picture() -> None:
+    assert picture.only(["a", "a"]) == "a"
+    with pytest.raises(SystemExit, match="expected one SHA-256"):
+        picture.only(["a", "a", "b"])
