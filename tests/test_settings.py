@@ -1,6 +1,7 @@
 """Every setting has a valid value, or a sentence states the expected one."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,12 @@ def test_every_wrong_setting_is_reported() -> None:
 def test_every_default_is_valid() -> None:
     check(vars(Settings()))
     check(vars(Settings(task_name="agnews", model="distilbert")))
+
+
+def test_paths_and_tuples_are_texts_and_lists() -> None:
+    settings = Settings(train_path=Path("a.csv"), site_paths=(Path("b.csv"), (Path("c.csv"), "d.csv")), site_ids=(0, 1))
+    assert (settings.train_path, settings.site_paths) == ("a.csv", ["b.csv", ["c.csv", "d.csv"]])
+    assert settings.site_ids == [0, 1]
 
 
 def test_given_values_override_defaults_and_none_is_a_given_value() -> None:

@@ -77,7 +77,7 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     is_on_record = is_to_train and is_observed() and not was_launched_here()
     problems = find_problems([lambda: check(config)])
     if not problems:
-        settings = read_settings(config)
+        settings = Settings(**config)
         problems = find_contradictions(settings) + find_problems(
             [
                 lambda: count_ranks(settings),
@@ -94,17 +94,6 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     return {}
 
 
-def read_settings(config: dict[str, Any]) -> Settings:
-    """Return the settings in Sacred's configuration, whose lists and dicts are of classes of its own."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return Settings(**{name: plain(value) for name, value in config.items()})
-
-
 def count_ranks(settings: Settings) -> int:
     """Return how many ranks this node starts."""
     return num_ranks(settings.num_sites or len(settings.site_ids))
@@ -115,7 +104,7 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
         with signals.interruptible():
-            return on_ranks(read_settings(_config), lambda settings: train_on_rank(settings, make_record(_run)))
+            return on_ranks(Settings(**_config), lambda settings: train_on_rank(settings, make_record(_run)))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
@@ -133,7 +122,7 @@ def make_record(run: Run) -> Record:
 def plan(_config: dict[str, Any]) -> None:
     """Print what would run where, and what it takes, or what would be refused. Trains nothing."""
     folder = observers.runs_dir() if is_observed() else None
-    on_ranks(read_settings(_config), lambda settings: caller.tell(plan=plan_run(settings, folder)))
+    on_ranks(Settings(**_config), lambda settings: caller.tell(plan=plan_run(settings, folder)))
 
 
 def on_ranks(settings: Settings, work: Callable[[Settings], T]) -> T | None:

@@ -1,6 +1,7 @@
 """The kinds of values that a setting takes."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -97,6 +98,15 @@ def one_of(names: Iterable[str], *first: str) -> Kind:
 def optional(kind: Kind) -> Kind:
     """Accept None too."""
     return Kind(lambda value: value is None or kind.accepts(value), lambda: f"{kind.wanted} or None")
+
+
+def plain(value: Any) -> Any:
+    """Return a value with lists and dicts of Python's own classes in it, and texts in place of paths."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def sort_sites(by_site: Any) -> Any:

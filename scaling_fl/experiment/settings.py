@@ -22,6 +22,7 @@ from scaling_fl.experiment.kinds import (
     number,
     one_of,
     optional,
+    plain,
     sort_sites,
     whole_number,
 )
@@ -108,8 +109,7 @@ class Settings:
 
         def resolve(name: str, value: Any) -> None:
             given = getattr(self, name)
-            if given is NOT_GIVEN or isinstance(given, os.PathLike):
-                object.__setattr__(self, name, value if given is NOT_GIVEN else os.fspath(given))
+            object.__setattr__(self, name, value if given is NOT_GIVEN else plain(given))
 
         for name in ("plugins", "task_name", "model", "iid_split"):
             resolve(name, default(name))
