@@ -34,6 +34,12 @@ def test_the_notebook_trains_draws_predicts_and_continues(tmp_path: Path) -> Non
     texts = [output.text for output in training if output.output_type == "stream" and output.name == "stdout"]
     assert "weights   SHA-256 " in "".join(texts)
     assert not [output for output in training if output.output_type == "stream" and output.name == "stderr"]
+    bars = [output for output in training if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    assert [bar.data["text/plain"].partition(":")[0] for bar in bars] == [
+        "round 0, evaluating",
+        "round 1, training",
+        "round 1, evaluating",
+    ]
     assert [output for output in training if "image/png" in output.get("data", {})]
     assert rounds[0].data["text/html"].count("<tr>") == 3, "a row for the name of the index, and one for each round"
     assert sites[0].data["text/html"].count("<tr>") == 4

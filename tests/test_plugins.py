@@ -148,6 +148,7 @@ def compare_sources(folders: list[str]) -> str:
         return refusal(lambda: check_equal(hash_plugins(["of_this_rank"])))
 
 
+@pytest.mark.long
 def test_ranks_have_the_same_source(tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:

@@ -190,10 +190,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _make_bar(name: str, total: int) -> Any:
-    """Return a progress bar: in a notebook its widget, or text where there are no widgets."""
-    from tqdm import TqdmWarning
+    """Return a progress bar: a widget in a notebook that has widgets, else text on a terminal."""
+    from tqdm import TqdmWarning, std
 
     with warnings.catch_warnings(action="ignore", category=TqdmWarning):
-        from tqdm.auto import tqdm
+        from tqdm.autonotebook import tqdm
 
-    return tqdm(total=total, desc=name, unit=" examples", leave=False, disable=None)
+    is_text = tqdm is std.tqdm
+    return tqdm(total=total, desc=name, unit=" examples", leave=False, disable=None if is_text else False)

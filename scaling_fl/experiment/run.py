@@ -42,7 +42,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "labels": list(job.data.label_names),
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
-                "metrics": describe_metrics(),
+                "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
             }
         )
     try:

@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, dict[str, str]]:
         """The unit and the meaning of each metric; runs of old versions do not have them."""
-        found = self.info.get("metrics")
+        found = self.info.get("meanings")
         found = found.items() if isinstance(found, dict) else ()
         return {name: of for name, of in found if isinstance(of, dict)}
 
