@@ -33,7 +33,7 @@ def children(process: int | str = "self") -> set[int]:
 def state() -> dict[str, Any]:
     """What training changes in a process for good."""
     return {
-        "threads": (threading.active_count(), torch.get_num_threads()),
+        "threads": (sorted(thread.name for thread in threading.enumerate()), torch.get_num_threads()),
         "handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
         "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
@@ -153,10 +153,14 @@ def test_an_interrupt_ends_the_run_and_nothing_is_left_of_it(settings: Settings,
             raise KeyboardInterrupt
 
     settings = but(settings, num_rounds=100_000, checkpoints_dir="checkpoints")
-    if isinstance(moment, float):
-        interrupt_after(moment)
-    with pytest.raises(KeyboardInterrupt):
+
+    def train_until_it_comes() -> None:
+        if isinstance(moment, float):
+            interrupt_after(moment)
         train(settings, ranks=2, on_round=interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until_it_comes()
     assert not children()
     statuses = [json.loads(path.read_text())["status"] for path in Path("runs").glob("*/run.json")]
     assert statuses in ([], ["INTERRUPTED"])

@@ -196,5 +196,8 @@ def _make_bar(name: str, total: int) -> Any:
     with warnings.catch_warnings(action="ignore", category=TqdmWarning):
         from tqdm.autonotebook import tqdm
 
+    class Bar(tqdm):
+        monitor_interval = 0  # which starts no thread in the caller's process
+
     is_text = tqdm is std.tqdm
-    return tqdm(total=total, desc=name, unit=" examples", leave=False, disable=None if is_text else False)
+    return Bar(total=total, desc=name, unit=" examples", leave=False, disable=None if is_text else False)
