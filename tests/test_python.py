@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +130,16 @@ def test_what_is_wrong_is_one_error_and_never_an_exit(settings: Settings, monkey
         assert refusal(lambda: train(settings)).startswith("train: expected to be called in a process without RANK")
 
 
-def kill_a_rank(metrics: dict[str, Any]) -> None:
-    """Kill the last of the ranks."""
+def kill_a_rank(number: int, metrics: dict[str, Any]) -> None:
+    """Kill the rank of this number."""
     (run,) = children()
-    os.kill(max(children(run)), signal.SIGKILL)
+    os.kill(sorted(children(run))[number], signal.SIGKILL)
 
 
-def test_a_rank_that_is_killed_is_a_peer_error(settings: Settings) -> None:
-    with pytest.raises(PeerError, match="rank 1 was ended by SIGKILL"):
-        train(but(settings, num_rounds=100_000), ranks=2, on_round=kill_a_rank)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_killed_is_a_peer_error(settings: Settings, number: int) -> None:
+    with pytest.raises(PeerError, match=f"rank {number} was ended by SIGKILL"):
+        train(but(settings, num_rounds=100_000), ranks=2, on_round=partial(kill_a_rank, number))
 
 
 def interrupt_after(seconds: float) -> None:

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from scaling_fl.distributed.caller import ADDRESS, encode
@@ -52,7 +52,9 @@ class Caller:
         Raises:
             ValueError, PeerError: the command ended with an error.
         """
-        with TemporaryDirectory(prefix="scaling_fl-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        # The path of a socket has some hundred bytes at most.
+        place = "/tmp" if len(gettempdir()) > 60 else None
+        with TemporaryDirectory(prefix="scaling_fl-", dir=place) as folder, socket.socket(socket.AF_UNIX) as listener:
             file, address = Path(folder, "settings.json"), os.path.join(folder, "caller")
             file.write_text(json.dumps(settings))
             listener.bind(address)
@@ -82,13 +84,14 @@ class Caller:
                 )
 
             def read(source: Any, handle: Callable[[bytes], None]) -> None:
-                data = source.recv(65536) if isinstance(source, socket.socket) else source.read1(65536)
+                data = _read(source)
                 *lines, buffers[source] = (buffers.get(source, b"") + data).split(b"\n")
-                for line in lines:
-                    handle(line)
                 if not data:
+                    lines = [buffers[source]] if buffers[source] and not isinstance(source, socket.socket) else []
                     selector.unregister(source)
                     source.close()
+                for line in lines:
+                    handle(line)
 
             selector.register(listener, selectors.EVENT_READ, accept)
             streams: Any = (process.stdout, sys.stdout), (process.stderr, sys.stderr)
@@ -121,7 +124,8 @@ class Caller:
         elif "metrics" in message:
             self._close_bar()
             goes_on = self._on_round is None or self._on_round(sites_as_numbers(message["metrics"])) is not False
-            connection.sendall(encode(goes_on))
+            with suppress(OSError):  # the rank has ended meanwhile
+                connection.sendall(encode(goes_on))
 
     def _show(self, stream: Any, line: bytes) -> None:
         """Print a line of the process to a stream of this one."""
@@ -129,7 +133,8 @@ class Caller:
         self._last_lines = [*self._last_lines, text][-LAST_LINES:]
         if not self._is_quiet:
             self._close_bar()
-            print(text, file=stream, flush=True)
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -143,6 +148,13 @@ class Caller:
             return ValueError("\n".join(ours))
         others = list(self._errors) or [f"the run's process ended with status {status}", *self._last_lines]
         return PeerError("\n".join(others))
+
+
+def _read(source: Any) -> bytes:
+    """Return what there is to read from a pipe or socket, nothing at its end."""
+    with suppress(OSError):  # the process at the other end was killed
+        return source.recv(65536) if isinstance(source, socket.socket) else source.read1(65536)
+    return b""
 
 
 @contextmanager
