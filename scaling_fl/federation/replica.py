@@ -15,12 +15,14 @@ from scaling_fl.models.flat import flatten_, shared_tensors, trained_weights
 class Replica:
     """The model of a device, which each site finds with the global weights, whatever the last site left in it.
 
+    After a reset or an exchange it is in training mode.
+
     Args:
         model: its shared tensors become views of one flat vector.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = model.train()
         self.vector = flatten_(model)
         self.is_reset = False  # in this round
         self._weights = {name: weight.data_ptr() for name, weight in trained_weights(model).items()}
@@ -77,11 +79,11 @@ class Replica:
             handle.remove()
 
     def release(self) -> nn.Module:
-        """Return the model, with copies of the shared buffers: torch saves no two types of numbers in one memory."""
+        """Return the model in evaluation mode, with copies of the shared buffers: torch saves no two types in one memory."""
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places}
         for module, key, buffer in self._shared_places:
             module._buffers[key] = copies[id(buffer)]
-        return self.model
+        return self.model.eval()
 
     def _check_weights(self) -> None:
         """Refuse weights that are no views of the flat vector any more, as after `model.half()`."""

@@ -20,7 +20,7 @@ from scaling_fl.errors import one_line
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
-from scaling_fl.federation.site import Cost, Site, SiteFunction, describe_failure, read_scores
+from scaling_fl.federation.site import Cost, LocalTraining, Site, SiteFunction, describe_failure, read_scores
 from scaling_fl.federation.strategies import fedavg
 from scaling_fl.training.loop import Batch, try_step
 from scaling_fl.training.metrics import Means, Metrics, spread
@@ -138,7 +138,7 @@ class Federation:
                 replica.reset(self.global_model)
             replica.is_reset = False  # until the exchange
             with replica.stopped_by(self._is_ending):
-                returned = self._call(self._train_site, replica.model.train(), site, round_)
+                returned = self._call(self._train_site, replica.model, site, round_)
             num_examples, means = read_scores(returned, most=site.num_examples)
             if num_examples:
                 weight = Fraction(num_examples, self._num_examples)
@@ -157,7 +157,8 @@ class Federation:
     def _call(self, function: SiteFunction, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         """Call a site's function, which finds the process as if no other site had been there."""
         is_alone = len(self._replicas) == 1  # else another device's thread is in the process, too
-        with isolated() if is_alone else nullcontext():
+        is_ours = isinstance(function, LocalTraining)  # which leaves nothing behind
+        with isolated() if is_alone and not is_ours else nullcontext():
             seed_site(self._seed, round_, site, is_alone=is_alone)
             return function(model, site, round_)
 
