@@ -153,7 +153,7 @@ def state_of_process() -> list[Any]:
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     states = [dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)]
-    return [dict(os.environ), dist.group.WORLD, flags, modes, cudnn, generators, states]
+    return [sorted(os.environ.items()), dist.group.WORLD, flags, modes, cudnn, generators, states]
 
 
 def set_flags(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from scaling_fl.distributed import heartbeat, signals
 from scaling_fl.distributed.collectives import all_gather, rank
-from scaling_fl.distributed.launch import run_program
+from scaling_fl.distributed.ending import run_program
 from scaling_fl.distributed.world import _join, world
 
 SOON = 20.0  # seconds on a very busy machine; without the heartbeat a collective waits for 24 hours

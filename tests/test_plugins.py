@@ -198,6 +198,29 @@ def test_a_module_that_cannot_be_imported_is_one_sentence(
     )
 
 
+def test_a_module_that_was_edited_or_has_the_name_of_another_one_is_imported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for number, project in ((1, "first"), (2, "second"), (3, "first")):
+        (tmp_path / project).mkdir(exist_ok=True)
+        (tmp_path / project / "twin.py").write_text(f"NUMBER = {number}")
+        monkeypatch.chdir(tmp_path / project)
+        import_plugins(["twin"])
+        assert number == sys.modules["twin"].NUMBER
+    del sys.modules["twin"]
+
+
+def test_a_module_that_exits_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaves.py").write_text("raise SystemExit(2)")
+    assert refusal(lambda: import_plugins(["leaves"])).startswith(
+        "plugins: expected a module that can be imported, got"
+    )
+
+
 def test_a_module_without_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_a_folder").mkdir()
     monkeypatch.chdir(tmp_path)

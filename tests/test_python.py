@@ -95,7 +95,7 @@ def test_a_run_from_python_is_that_of_the_command_and_a_second_one_inherits_noth
 def test_a_run_that_on_round_ends_continues_to_the_bits_of_one_that_went_on(settings: Settings) -> None:
     settings = but(settings, checkpoints_dir="checkpoints")
     whole = train(but(settings, checkpoints_dir=None))
-    part = train(settings, on_round=lambda metrics: metrics["round"] < 1)
+    part = train(settings, on_round=lambda metrics: np.mean(metrics["round"]) < 1)
     assert (part.status, len(part.history)) == ("COMPLETED", 2)
     rest = train(Run.load(part.folder).settings)
     assert rest.sha256 == whole.sha256 != part.sha256
@@ -124,10 +124,14 @@ def test_what_is_wrong_is_one_error_and_never_an_exit(settings: Settings, monkey
     assert refusal(lambda: Run.load("runs")).startswith("'runs': expected the folder of a run")
     failed = Run.load("runs/1")
     assert (failed.status, failed.history, len(failed.rounds)) == ("FAILED", [], 0)
-    assert "got one that is FAILED. train(run.settings) continues" in refusal(lambda: failed.model)
+    for name in ("model", "tokenizer", "sha256", "labels"):
+        assert "got one that is FAILED. train(run.settings) continues" in refusal(
+            lambda name=name: getattr(failed, name)
+        )
+    assert refusal(lambda: train({"num_rounds": 1})) == "settings: expected Settings(...), got {'num_rounds': 1}"
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "0")
-        assert refusal(lambda: train(settings)).startswith("train: expected to be called in a process without RANK")
+        assert refusal(lambda: train(settings)).startswith("settings: expected to be called in a process without RANK")
 
 
 def kill_a_rank(number: int, metrics: dict[str, Any]) -> None:

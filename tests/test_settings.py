@@ -65,6 +65,11 @@ def test_paths_and_tuples_are_texts_and_lists() -> None:
     assert settings.site_ids == [0, 1]
 
 
+def test_nobody_can_change_a_default() -> None:
+    Settings().site_ids.append(7)
+    assert Settings().site_ids == [0, 0, 0, 0]
+
+
 def test_given_values_override_defaults_and_none_is_a_given_value() -> None:
     assert Settings().max_train_examples == 480
     assert Settings(max_train_examples=None).max_train_examples is None

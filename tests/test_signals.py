@@ -14,7 +14,8 @@ import pytest
 from datasets.fingerprint import update_fingerprint
 
 from scaling_fl.distributed import signals
-from scaling_fl.distributed.launch import launch, run_program
+from scaling_fl.distributed.ending import run_program
+from scaling_fl.distributed.launch import launch
 
 INTERRUPTED = 128 + signal.SIGTERM
 PATIENCE = 40.0  # seconds, on a very busy machine, after which a process is killed; less than signals.GRACE_SECONDS
@@ -217,6 +218,23 @@ def test_a_caller_that_continues_after_an_interruption_is_not_killed(monkeypatch
         time.sleep(1.0)
 
     assert in_fork(cell) == 0
+
+
+def test_a_caller_that_starts_again_after_an_interruption_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.5)
+
+    def start_twice() -> None:
+        handlers = signals.install_handlers()
+        try:
+            with signals.interruptible():
+                ask()
+                work_for_hours()
+        except signals.Interrupted:
+            signals.give_back(handlers)
+        signals.install_handlers()
+        time.sleep(1.5)
+
+    assert in_fork(start_twice) == 0
 
 
 def program(work: Callable[[], object], errors: str) -> int:

@@ -82,6 +82,53 @@ def test_an_evaluation_is_the_mean_over_all_evaluated_examples() -> None:
     assert validation == {"validation.accuracy": (5 * 0.25 + 10 * 0.5) / 15, "validation.round": 1.0}
 
 
+def test_scores_of_nothing_are_left_out() -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        count = np.int64((10, 0, 0)[site.number])
+        return move(model, site) | {"num_examples": count, "loss": 1.0, "f1": (0.0, 0)}
+
+    metrics, _, _ = play(train_site)
+    assert metrics["train.loss"] == 1.0
+    assert metrics["site.loss"] == {0: 1.0}
+    assert metrics["site.examples"] == {0: 10, 1: 0, 2: 0}
+    assert not [name for name in metrics if "f1" in name]
+
+
+def test_a_round_of_no_site_leaves_weights_and_momentum_as_they_were() -> None:
+    with world():
+        topology, model = place_sites([0]), OneNumber()
+        global_model = GlobalModel(model, make_strategy("fedavgm"))
+        site, used = Site(0, topology.devices[0], 10), iter((10, 0, 10))
+
+        def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+            with torch.no_grad():
+                model.get_parameter("weight").add_(1)
+            return {"num_examples": next(used)}
+
+        federation = Federation(topology, [site], model, global_model, train_site=train_site)
+        weights = []
+        for round_ in (1, 2, 3):
+            federation.train(round_)
+            global_model.step()
+            weights.append(global_model.weights[0].item())
+    assert weights == pytest.approx([1.0, 1.0, 1.0 + 1.9])
+
+
+def test_tensors_that_are_no_buffers_are_restored() -> None:
+    def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        model.seen += 1
+        return move(model, site, seen=model.seen.item())
+
+    class Counting(OneNumber):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.zeros(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(play.__globals__, "OneNumber", Counting)
+        assert play(train_site)[0]["site.seen"] == {0: 1, 1: 1, 2: 1}
+
+
 @pytest.mark.parametrize(
     ("returned", "expected"),
     [
@@ -89,6 +136,12 @@ def test_an_evaluation_is_the_mean_over_all_evaluated_examples() -> None:
         ({"loss": 1.0}, "num_examples: expected a whole number from the site's function, got {'loss': 1.0}"),
         ({"num_examples": 11}, "num_examples: expected 0 to 10, the number of the site's examples, got 11"),
         ({"num_examples": -1}, "num_examples: expected 0 to 10, the number of the site's examples, got -1"),
+        ({"num_examples": 1.5}, "num_examples: expected a whole number from the site's function, got 1.5"),
+        ({"num_examples": 1, "f1": (0.5, -1)}, "f1, its count: expected at least 0, got -1"),
+        (
+            {"num_examples": 1, "seconds": 3.0},
+            "seconds: expected another name of a score, got one that the federation measures itself",
+        ),
         (
             {"num_examples": 1, "loss": "low"},
             "loss: expected a mean, or (sum, count), from the site's function, got 'low'",
@@ -148,7 +201,7 @@ def test_a_site_may_evaluate_on_more_examples_than_it_trains_on() -> None:
 
     assert play(move, evaluate_site)[1] == {"validation.accuracy": 0.5}
     assert refusal(lambda: play(move, lambda model, site, round_: {"num_examples": -1})) == (
-        "num_examples: expected at least 0, got -1"
+        "site 0 was not evaluated in round 1: num_examples: expected at least 0, got -1"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import Command
 
 from scaling_fl.command import experiment as command
+from scaling_fl.command.arguments import insert_files
 
 SENTENCES = {
     "model.name=a": "'model.name': expected the name of a setting, got an unknown one. Did you mean model?",
@@ -83,6 +84,11 @@ def test_an_unknown_word_is_one_sentence(check_updates: Callable[[list[str]], No
     assert sentence.startswith(f"error: {SENTENCES[word]}")
     assert "\n" not in sentence
     assert not Path("sprung").exists()
+
+
+def test_a_date_in_yaml_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("job_name: 2026-11-21\nseed: 2\n")
+    assert insert_files(["scaling-fl", "with", str(tmp_path / "a.yaml")])[2:] == ["job_name='2026-11-21'", "seed=2"]
 
 
 def test_a_setting_before_with_is_one_sentence(check_updates: Callable[[list[str]], None]) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
         print(usage(), end="")
     else:
         experiment = load(module)
-        load("scaling_fl.distributed.launch").run_program(experiment.main)
+        load("scaling_fl.distributed.ending").run_program(experiment.main)
 
 
 def load(module: str) -> ModuleType:

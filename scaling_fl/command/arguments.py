@@ -11,7 +11,17 @@ import yaml
 from scaling_fl.errors import one_line
 from scaling_fl.experiment.settings import FIELDS, find_problems, unknown
 
-LOADERS: dict[str, Callable[..., Any]] = {".json": json.load, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+
+class YamlLoader(yaml.SafeLoader):
+    """Reads YAML without dates: 2026-11-21 is the name of a job."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+read_yaml = partial(yaml.load, Loader=YamlLoader)
+LOADERS: dict[str, Callable[..., Any]] = {".json": json.load, ".yaml": read_yaml, ".yml": read_yaml}
 
 
 def check_updates(argv: list[str]) -> None:

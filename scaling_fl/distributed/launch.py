@@ -9,13 +9,11 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import TypeVar
 
 import cloudpickle
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -23,10 +21,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from scaling_fl.distributed import signals
-from scaling_fl.distributed.caller import is_called, tell
+from scaling_fl.distributed.ending import print_error
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import accelerator
 from scaling_fl.errors import one_line, whole_number_from_environment
+
+T = TypeVar("T")
 
 RUN_ID = "scaling_fl.launch on this machine"
 FUNCTION = "function.pkl"  # what the ranks call, in a folder of this user
@@ -96,7 +96,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int, fork:
             raise PeerError(f"rank {number} failed with exit status {end.code}; its error is printed above") from None
         raise end from None
     finally:
-        signals.set_handlers(handlers)
+        signals.give_back(handlers)
         os.environ.clear()
         os.environ.update(environment)
 
@@ -120,9 +120,14 @@ def _launch_fresh(config: LaunchConfig, function: Callable[..., object], args: t
             f"launch: expected a function and arguments that can be sent to other processes, got {function!r} "
             f"({one_line(error)}). Make what cannot be sent, such as files and locks, inside the function"
         ) from error
-    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # as modules go by name
+    os.environ["PYTHONPATH"] = python_path()  # as modules go by name
     elastic_launch(config, sys.executable)("-P", "-c", FRESH_RANK, str(folder))
     return [pickle.loads((folder / f"{number}.pkl").read_bytes()) for number in range(config.nproc_per_node)]
+
+
+def python_path() -> str:
+    """Return the folders in which this process finds modules, for the variable PYTHONPATH of another one."""
+    return os.pathsep.join(entry or os.getcwd() for entry in sys.path if isinstance(entry, str))
 
 
 def fresh_rank(folder: Path) -> None:
@@ -132,8 +137,18 @@ def fresh_rank(folder: Path) -> None:
         folder: with the function, and where the result goes. `launch` has made it, for this user alone.
     """
     sys.argv, function, args = pickle.loads((folder / FUNCTION).read_bytes())
-    result = _run_rank(function, *args)
-    (folder / f"{os.environ['RANK']}.pkl").write_bytes(cloudpickle.dumps(result))
+    result = _run_rank(lambda: _pack(function(*args)))
+    (folder / f"{os.environ['RANK']}.pkl").write_bytes(result)
+
+
+def _pack(result: object) -> bytes:
+    try:
+        return cloudpickle.dumps(result)
+    except Exception as error:
+        raise SystemExit(
+            f"error: launch: expected a result that can be sent to another process, got {result!r:.100} "
+            f"({one_line(error)})"
+        ) from error
 
 
 def _end_of(error: ChildFailedError) -> BaseException:
@@ -183,7 +198,7 @@ def _forked_rank(all_started: Barrier, function: Callable[..., object], *args: o
     return _run_rank(start, *args)
 
 
-def _run_rank(function: Callable[..., object], *args: object) -> object:
+def _run_rank(function: Callable[..., T], *args: object) -> T:
     """Call `function`, and print its error, which the agent would hide or interrupt."""
     try:
         with signals.interruptible():
@@ -194,45 +209,3 @@ def _run_rank(function: Callable[..., object], *args: object) -> object:
         status = print_error(error)
         time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(status) from None
-
-
-def print_error(error: BaseException) -> int:
-    """Print an error that ends a program, in one write as several ranks may print; return the exit status."""
-    if isinstance(error, SystemExit):
-        text = error.code if isinstance(error.code, str) else ""
-    elif isinstance(error, PeerError):
-        text = f"error: {error}"
-    elif isinstance(error, signals.Interrupted):
-        text = str(error) if os.environ.get("RANK", "0") == "0" else ""
-    else:
-        where = f"error on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
-        text = where + "".join(traceback.format_exception(error)).rstrip()
-    if text and is_called():
-        is_ours = isinstance(error, SystemExit) and not isinstance(error.__cause__, PeerError)
-        kind = ValueError if is_ours else signals.Interrupted if isinstance(error, signals.Interrupted) else PeerError
-        tell(error="\n".join(line.removeprefix("error: ") for line in text.splitlines()), kind=kind.__name__)
-    elif text:
-        with suppress(OSError):  # the terminal was closed
-            print(f"{text}\n", end="", file=sys.stderr, flush=True)
-    if isinstance(error, signals.Interrupted):
-        return 128 + error.number
-    if not isinstance(error, SystemExit):
-        return 1
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
-
-
-def run_program(program: Callable[[], object]) -> NoReturn:
-    """Call `program` and exit with its status; exit at once after an error.
-
-    Python's own exit would wait for a collective that a lost rank never joins.
-    """
-    status = 0
-    try:
-        program()
-    except BaseException as error:
-        status = print_error(error)
-    if status:
-        with suppress(OSError):  # the disk is full, or the reader has ended
-            sys.stdout.flush()
-        os._exit(status)
-    sys.exit()

@@ -30,6 +30,7 @@ MODULES = ("threading", "logging", __name__, "scaling_fl.distributed.heartbeat")
 UNSAFE_FUNCTIONS = {(name, module) for name in (*LOCKING, *HANDLERS) for module in MODULES}
 
 _request: BaseException | None = None
+_num_ends = 0  # how often the caller of `launch` has got its handlers back, and continues
 
 
 class Interrupted(KeyboardInterrupt):
@@ -64,6 +65,15 @@ def set_handlers(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals,
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
+def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Restore the handlers of a caller that continues, whom no earlier signal ends any more."""
+    global _num_ends
+    _num_ends += 1
+    set_handlers(handlers)
+    if sys.unraisablehook is _report_unraisable:
+        sys.unraisablehook = sys.__unraisablehook__
+
+
 def _on_wake(_: int, frame: FrameType | None) -> None:
     raise_request(frame)
 
@@ -74,7 +84,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _on_late_signal(number: int, _: object) -> None:
     """Raise nothing, but end the process after `GRACE_SECONDS`."""
-    _thread.start_new_thread(_repeat, (Interrupted(number),))
+    _thread.start_new_thread(_repeat, (Interrupted(number), _num_ends))
 
 
 def restore_defaults() -> None:
@@ -88,11 +98,11 @@ def request_end(error: Interrupted | PeerLost, frame: FrameType | None) -> None:
     if _request is None:
         _request = error
         sys.unraisablehook = _report_unraisable
-        _thread.start_new_thread(_repeat, (error,))  # a thread of `threading` would wait for its start here
+        _thread.start_new_thread(_repeat, (error, _num_ends))  # a thread of `threading` would wait for its start here
     raise_request(frame)
 
 
-def _repeat(error: BaseException) -> None:
+def _repeat(error: BaseException, num_ends: int) -> None:
     """Let the handler in the main thread raise the request again; end the process after the deadline."""
     deadline = time.monotonic() + GRACE_SECONDS
     while _request is error and time.monotonic() < deadline:
@@ -100,7 +110,9 @@ def _repeat(error: BaseException) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
     time.sleep(max(deadline - time.monotonic(), 0))
     # Not if the caller has restored its own handlers and continues. The heartbeat ends a rank that lost its peers.
-    if isinstance(error, Interrupted) and signal.getsignal(error.number) in (_on_late_signal, _on_signal):
+    if not isinstance(error, Interrupted) or num_ends != _num_ends:
+        return
+    if signal.getsignal(error.number) in (_on_late_signal, _on_signal):
         with suppress(OSError):
             print(f"{error}; the process did not end within {GRACE_SECONDS:.0f} s", file=sys.stderr, flush=True)
         os._exit(128 + error.number)

@@ -34,7 +34,7 @@ def world() -> Iterator[None]:
     of threads changes the bits.
 
     An error of one rank soon ends all ranks, and so does a rank without a heartbeat for `LOST_AFTER` seconds (60). Then
-    `launch.run_program` should end the process, as it may be in a collective. With `DEBUG=1` one rank first waits for
+    `ending.run_program` should end the process, as it may be in a collective. With `DEBUG=1` one rank first waits for
     a debugger, and no rank counts as lost.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Any
 
 from scaling_fl.distributed.caller import ADDRESS, encode
 from scaling_fl.distributed.heartbeat import PeerError
+from scaling_fl.distributed.launch import python_path
 from scaling_fl.distributed.signals import GRACE_SECONDS, set_handlers
 from scaling_fl.experiment.result import sites_as_numbers
 from scaling_fl.training.metrics import Metrics
@@ -60,8 +61,7 @@ class Caller:
             listener.bind(address)
             listener.listen()
             # Modules are found where this process finds them, and the current folder is not searched first.
-            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-            environment = {**os.environ, "RANKS": str(ranks), "PYTHONPATH": path, ADDRESS: address}
+            environment = {**os.environ, "RANKS": str(ranks), "PYTHONPATH": python_path(), ADDRESS: address}
             command = [sys.executable, "-P", "-m", COMMAND, *words, "with", str(file)]
             with _started(command, environment) as process:
                 try:
@@ -123,7 +123,8 @@ class Caller:
             self._bar.update(message["done"] - self._bar.n)
         elif "metrics" in message:
             self._close_bar()
-            goes_on = self._on_round is None or self._on_round(sites_as_numbers(message["metrics"])) is not False
+            answer = None if self._on_round is None else self._on_round(sites_as_numbers(message["metrics"]))
+            goes_on = answer is None or bool(answer)
             with suppress(OSError):  # the rank has ended meanwhile
                 connection.sendall(encode(goes_on))
 
@@ -144,6 +145,8 @@ class Caller:
     def _error(self, status: int) -> Exception:
         """Return the error with which the command ended."""
         ours = [sentence for sentence, kind in self._errors.items() if kind == "ValueError"]
+        if not self._errors:  # it ended before it could tell
+            ours = [line.removeprefix("error: ") for line in self._last_lines if line.startswith("error: ")]
         if ours:
             return ValueError("\n".join(ours))
         others = list(self._errors) or [f"the run's process ended with status {status}", *self._last_lines]
@@ -187,7 +190,7 @@ def _delaying_interrupts() -> Iterator[None]:
         yield
     finally:
         set_handlers(before)
-    if came:
+    if came and callable(before[signal.SIGINT]):
         before[signal.SIGINT](*came[0])
 
 

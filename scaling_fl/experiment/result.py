@@ -41,6 +41,9 @@ class Run:
     def settings(self) -> Settings:
         """The settings; `train(run.settings)` continues the run if it has `checkpoints_dir`, or else repeats it."""
         values = self._read("config.json")
+        unknown = [name for name in values if name not in FIELDS and not name.startswith("__")]
+        if unknown:
+            raise ValueError(f"{self.folder}: expected settings of this version, got others: {', '.join(unknown)}")
         return Settings(**{name: value for name, value in values.items() if name in FIELDS})
 
     @property
@@ -68,7 +71,7 @@ class Run:
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, by their number in the model's output."""
-        return self._read("info.json")["labels"]
+        return self._read("info.json").get("labels") or self._miss("labels")
 
     @cached_property
     def sha256(self) -> str:
@@ -125,13 +128,16 @@ class Run:
         folder = os.path.join(self.folder, MODEL_FOLDER)
         return folder if os.path.isdir(folder) else self._miss("a model")
 
-    def _miss(self, what: str) -> str:
+    def _miss(self, what: str) -> Any:
         raise ValueError(
             f"{self.folder}: expected a run with {what}, got one that is {self.status}. train(run.settings) continues "
             "it from its checkpoints, or repeats it"
         )
 
     def _read(self, name: str) -> dict[str, Any]:
+        """Return the JSON of a file, of which a run that failed early may have none."""
+        if not os.path.exists(os.path.join(self.folder, name)):
+            return {}
         with open(os.path.join(self.folder, name), encoding="utf-8") as file:
             return json.load(file)
 

@@ -99,12 +99,12 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
 
 def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    trained = {site: job.data.sizes[site] for site in metrics["site.seconds"]}
-    epochs = {site: of_site(settings, site)["num_local_epochs"] for site in trained}
-    num_examples = sum(epochs[site] * size.num_examples for site, size in trained.items())
-    num_tokens = sum(epochs[site] * size.num_tokens for site, size in trained.items())
+    num_examples = num_tokens = 0.0
+    for site, trained in metrics["site.examples"].items():
+        size, epochs = job.data.sizes[site], of_site(settings, site)["num_local_epochs"]
+        num_examples += epochs * trained
+        num_tokens += epochs * trained * size.num_tokens / size.num_examples
     return {
-        "site.examples": {site: size.num_examples for site, size in trained.items()},
         "speed.examples_per_s": num_examples / metrics["time.train_s"],
         "speed.tokens_per_s": num_tokens / metrics["time.train_s"],
         "comm.expected_bytes": job.global_model.bytes_a_round,

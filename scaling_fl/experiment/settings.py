@@ -94,7 +94,7 @@ class Settings:
     model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](models.md)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
-    plugins: list | None = setting(None, optional(MODULES), "modules of yours, in the current folder or installed, that every rank imports first, to add tasks, models, partitions, strategies, optimisers and trainers. Resuming compares their source")
+    plugins: list | None = setting(None, optional(MODULES), "modules of yours, in the current folder or installed, that every rank imports first, to add tasks, models, partitions, strategies, optimisers and trainers. Resuming compares the source of these files")
     job_name: str | None = setting(None, optional(TEXT), "the name under which MongoDB continues a run that is resumed", may_change=True)
     checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](resuming.md)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
@@ -109,7 +109,7 @@ class Settings:
 
         def resolve(name: str, value: Any) -> None:
             given = getattr(self, name)
-            object.__setattr__(self, name, value if given is NOT_GIVEN else plain(given))
+            object.__setattr__(self, name, plain(value if given is NOT_GIVEN else given))
 
         for name in ("plugins", "task_name", "model", "iid_split"):
             resolve(name, default(name))

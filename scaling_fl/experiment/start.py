@@ -24,7 +24,7 @@ def train(settings: Settings, ranks: int = 1, on_round: Callable[[Metrics], obje
         settings: of the run.
         ranks: processes of this machine that train.
         on_round: is given the metrics of each new round, with its number as `round`, in this process. If it returns
-            False, the run ends after that round as if it were the last.
+            something false but None, the run ends after that round as if it were the last.
 
     Raises:
         ValueError: a setting or the data is not what it should be, or a site failed.
@@ -58,9 +58,11 @@ def plan(settings: Settings, ranks: int = 1) -> dict[str, Any]:
 
 def _check(settings: Settings, ranks: int) -> dict[str, Any]:
     """Return the settings that differ from the defaults, if they can be those of a run."""
+    if not isinstance(settings, Settings):
+        raise ValueError(f"settings: expected Settings(...), got {settings!r:.100}")
     if launched():
         raise ValueError(
-            "train: expected to be called in a process without RANK in its environment, got a rank of torchrun. Run "
+            "settings: expected to be called in a process without RANK in its environment, got a rank of torchrun. Run "
             "the command scaling-fl on the nodes instead"
         )
     if type(ranks) is not int or ranks < 1:

@@ -95,14 +95,14 @@ class Mean:
                 self._add_piece(before, after, factor, total if self._weights else self._origin, total)
             self._weights.append(weight)
 
-    def finish(self, global_weights: Tensor) -> Tensor:
+    def finish(self, global_weights: Tensor) -> Tensor | None:
         """Return the mean over all ranks, divided by the weights that were added, and start the next round.
 
         Args:
             global_weights: as for `check`.
 
         Returns:
-            float32 (size,), in memory that the next round is summed in; zeros if nothing was added.
+            float32 (size,), in memory that the next round is summed in; None if no rank has added anything.
 
         Raises:
             ValueError: the weights add up to more than 1, or to too little. All ranks raise it.
@@ -118,7 +118,9 @@ class Mean:
                 f"the weights of a round's sites: expected a sum of at most 1, got {float(total):.4g}. "
                 "A site may report less than was planned, and only once a round"
             )
-        if 0 < total < LEAST_WEIGHT:
+        if not total:
+            return None
+        if total < LEAST_WEIGHT:
             raise ValueError(
                 f"the sites that are left: expected at least 1/{1 / LEAST_WEIGHT} of all examples, got "
                 f"{float(total):.2g}. The mean is divided by this fraction, which would magnify its rounding"
@@ -128,7 +130,7 @@ class Mean:
         def drift_of(piece: Tensor, where: slice) -> Tensor:
             return self._drift_of(piece, global_weights[where], factors)
 
-        mean = self._vector.all_reduce(drift_of, float(total or 1), self._scale)
+        mean = self._vector.all_reduce(drift_of, float(total), self._scale)
         self._weights = []
         return mean
 

@@ -110,14 +110,17 @@ class GlobalModel:
     def step(self) -> None:
         """Average the drifts of the round's sites on all ranks, and move the global weights by their mean.
 
-        Trained weights are moved by the strategy's optimiser, buffers to their mean. Without sites the mean is zero.
+        Trained weights are moved by the strategy's optimiser, buffers to their mean. A round of no site leaves the
+        weights and the optimiser's state as they were.
 
         Raises:
             ValueError: the sites' weights add up to more than 1, or to too little. All ranks raise it.
         """
-        self._trained.grad = self._mean.finish(self._trained.detach())
-        self._optimiser.step()
-        self._trained.grad = None
+        drift = self._mean.finish(self._trained.detach())
+        if drift is not None:
+            self._trained.grad = drift
+            self._optimiser.step()
+            self._trained.grad = None
         self._buffers.finish(self.weights)
         self._is_in_round = False
         if self.weights.device.type != "cpu":

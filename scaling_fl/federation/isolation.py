@@ -73,8 +73,9 @@ def isolated() -> Iterator[None]:
         for number, state in enumerate(_accelerate_states()):
             state.clear()
             state.update(states[number] if states else {})
-        os.environ.clear()
-        os.environ.update(environment)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
         if index is not None:
             torch.accelerator.set_device_index(index)
         for (get, set_), before in zip(FLAGS, flags, strict=True):

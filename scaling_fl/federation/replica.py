@@ -38,6 +38,9 @@ class Replica:
         # A model may put another tensor in the place of a buffer, and register more; a site's function leaves hooks,
         # wrappers of `forward` and changes of the configuration.
         self._attributes = [(found, found.copy()) for found in _attributes(model)]
+        known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        values = (value for found, _ in self._attributes for value in found.values() if isinstance(value, Tensor))
+        self._unshared += [(tensor, tensor.detach().clone()) for tensor in values if id(tensor) not in known]
 
     def reset(self, global_model: GlobalModel) -> None:
         """Load the global weights, and restore all else that a site may have changed in the model."""
@@ -79,7 +82,7 @@ class Replica:
             handle.remove()
 
     def release(self) -> nn.Module:
-        """Return the model in evaluation mode, with copies of the shared buffers: torch saves no two types in one memory."""
+        """Return the model in evaluation mode, with copies of the shared buffers, as torch saves one type a memory."""
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places}
         for module, key, buffer in self._shared_places:
             module._buffers[key] = copies[id(buffer)]
@@ -115,12 +118,15 @@ class Replica:
             tensor.requires_grad_(requires_grad)
         for weight in self.model.parameters():
             weight.grad = None
-        for buffer, first in self._unshared:
-            buffer.copy_(first)
+        for tensor, first in self._unshared:
+            tensor.detach().copy_(first)
 
 
 def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the attributes of a model's modules and configurations, and those of them that are dicts, such as hooks."""
+    """Yield the attributes of a model's modules and configurations, and those of them that are dicts, such as hooks.
+
+    A change inside another object, such as a list, is not undone.
+    """
     modules = list(model.modules())
     found = (getattr(module, name, None) for module in modules for name in ("config", "generation_config"))
     configurations = {id(value): value for value in found if hasattr(value, "__dict__")}

@@ -126,9 +126,9 @@ class Federation:
 
         means = self._on_devices("train", train_sites)
         means |= self._count_failures(round_)
-        return means | spread(
-            {site: of_site for of_rank in all_gather(self._by_site) for site, of_site in of_rank.items()}
-        )
+        by_site = {site: of_site for of_rank in all_gather(self._by_site) for site, of_site in of_rank.items()}
+        num_examples = {site: by_site[site].pop("examples") for site in sorted(by_site)}
+        return means | {"site.examples": num_examples} | spread(by_site)
 
     def _try_site(self, site: Site, round_: int) -> Means:
         """Train a site and hand its weights to the global model; note its scores and costs, or its failure."""
@@ -151,7 +151,7 @@ class Federation:
                 raise ValueError(describe_failure(site, round_, error)) from error
             error.add_note(f"(of site {site.number} in round {round_})")
             raise
-        self._by_site[site.number] = means.result() | cost.metrics()
+        self._by_site[site.number] = {"examples": num_examples, **means.result(), **cost.metrics()}
         return means
 
     def _call(self, function: SiteFunction, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
@@ -212,7 +212,10 @@ class Federation:
             return []
 
         def evaluate_site(site: Site, model: nn.Module) -> Means:
-            return read_scores(self._call(on_site, model, site, round_))[1]
+            try:
+                return read_scores(self._call(on_site, model, site, round_))[1]
+            except (ValueError, FloatingPointError) as error:
+                raise ValueError(f"site {site.number} was not evaluated in round {round_}: {error}") from error
 
         return [partial(evaluate_site, site) for site in self._sites if site.device == device]
 

@@ -1,6 +1,7 @@
 """A site, and what trains it: a function, by default epochs of stochastic gradient descent over the site's batches."""
 
 import math
+import operator
 import resource
 import sys
 import time
@@ -48,7 +49,8 @@ class Site:
 # * seeds what it draws at random, by the round and the site's number. The global generators of Python, NumPy and torch
 #   are seeded so already, unless the rank has several devices;
 # * keeps no state from one call to the next, such as an optimiser's;
-# * trains the weights in place. All else that it leaves in the model or the process is undone.
+# * trains the weights in place. All else that it leaves in the attributes of the model's modules (numbers, tensors,
+#   dicts, hooks), or in the process, is undone; what it appends to a list in there is not.
 SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 
 # Those of plugins, by the name that the setting `trainer` has. A run calls them with a model of transformers, to which
@@ -56,6 +58,8 @@ SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 #   data: `len(data)` is the number of its examples, and `data.shuffled_batches(batch_size, seed)` yields one epoch;
 #   settings: `learning_rate`, `num_local_epochs`, `batch_size`, `optimiser`, `proximal_mu` and the run's `seed`, those
 #     of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for each epoch.
+OWN_SCORES = {"examples", "seconds", "memory_mb"}
+
 TRAINERS: dict[str, SiteFunction] = {}
 
 
@@ -110,9 +114,11 @@ def read_scores(returned: Any, most: int | None = None) -> tuple[int, Means]:
         ValueError: it is not of the form of a `SiteFunction`, or there are too many examples.
         FloatingPointError: a score is not finite.
     """
-    if not isinstance(returned, Mapping) or type(returned.get("num_examples")) is not int:
+    if not isinstance(returned, Mapping) or "num_examples" not in returned:
         raise ValueError(f"num_examples: expected a whole number from the site's function, got {returned!r:.100}")
-    num_examples = returned["num_examples"]
+    num_examples = _whole_number("num_examples", returned["num_examples"])
+    if own := OWN_SCORES & returned.keys():
+        raise ValueError(f"{min(own)}: expected another name of a score, got one that the federation measures itself")
     if num_examples < 0 or (most is not None and num_examples > most):
         bound = "at least 0" if most is None else f"0 to {most}, the number of the site's examples"
         raise ValueError(f"num_examples: expected {bound}, got {num_examples}")
@@ -129,7 +135,18 @@ def _total(name: str, value: Any, num_examples: int) -> tuple[Fraction, int]:
         if not math.isfinite(number := float(total)):
             raise FloatingPointError(f"{name}: expected a finite number, got {number}")
         total = Fraction(number)
-    return (total * num_examples, num_examples) if count is None else (total, int(count))
+    if count is None:
+        return total * num_examples, num_examples
+    if (number := _whole_number(f"{name}, its count", count)) < 0:
+        raise ValueError(f"{name}, its count: expected at least 0, got {number}")
+    return total, number
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number from the site's function, got {value!r:.100}") from None
 
 
 def describe_failure(site: Site, round_: int, error: Exception) -> str:

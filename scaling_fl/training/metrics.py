@@ -68,9 +68,9 @@ class Means:
         return self
 
     def result(self) -> dict[str, float]:
-        """Return each mean, correctly rounded."""
+        """Return each mean of something, correctly rounded."""
         self.settle()
-        return {name: float(total / self._counts[name]) for name, total in self._sums.items()}
+        return {name: float(total / count) for name, total in self._sums.items() if (count := self._counts[name])}
 
 
 def spread(by_site: Mapping[int, Mapping[str, float]]) -> Metrics:
