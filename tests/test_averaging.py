@@ -55,7 +55,9 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
         return found
 
 
-@pytest.mark.parametrize(("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), (3 * PIECE + 17, 1.0)])
+@pytest.mark.parametrize(
+    ("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), pytest.param(3 * PIECE + 17, 1.0, marks=pytest.mark.long)]
+)
 def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size: int, largest: float) -> None:
     runs = [
         launch(means, size, "exact", share_it, largest, num_ranks=num_ranks, fork=True)

@@ -77,7 +77,9 @@ def play_two_rounds(example: ModuleType) -> list[Any]:
         return whole
 
 
-@pytest.mark.parametrize("example", [OWN_MODEL, OWN_TRAINER], ids=["model", "trainer"])
+@pytest.mark.parametrize(
+    "example", [OWN_MODEL, pytest.param(OWN_TRAINER, marks=pytest.mark.long)], ids=["model", "trainer"]
+)
 def test_neither_ranks_nor_a_stop_change_a_bit_of_an_example(
     example: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,9 +18,11 @@ from scaling_fl.training.scores import score_classes
 from scaling_fl.training.seeds import derive_seed
 
 QUIET = partial(make_bert, dropout=0.0)
+# One with state proves what holds for all of them; the others take part in the long tests.
+EACH_STRATEGY = [pytest.param(name, marks=() if name == "fedadam" else pytest.mark.long) for name in STRATEGIES]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EACH_STRATEGY)
 def test_where_a_site_runs_changes_no_bit(strategy: str) -> None:
     play = Play(strategy=strategy)
     alone = play.on_ranks(1)
@@ -48,7 +50,7 @@ def test_a_float32_mean_is_close_but_depends_on_placement() -> None:
     assert torch.allclose(one, two, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EACH_STRATEGY)
 def test_a_resumed_run_has_the_weights_and_metrics_of_the_uninterrupted_run(strategy: str, tmp_path: Path) -> None:
     play = Play(strategy=strategy, num_rounds=3)
     history, hashes = play.on_ranks(2)
