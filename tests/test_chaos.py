@@ -114,11 +114,13 @@ def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, 
     def starter() -> int | None:
         if not (tmp_path / "checkpoints/round-1.pt").exists() or 0 in [row.process for row in board.rows]:
             return None
-        ranks.extend(set(descendants(pid)) & {row.process for row in board.rows})
+        found = set(descendants(pid)) & {row.process for row in board.rows}
+        if len(found) < 3:  # the system may leave out children while others end
+            return None
+        ranks.extend(found)
         return pid
 
     assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
-    assert len(ranks) == 3, "these are its ranks"
     began = time.monotonic()
     while any(is_running(rank) for rank in ranks):
         assert time.monotonic() - began < END_SECONDS
