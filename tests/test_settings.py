@@ -65,7 +65,7 @@ def test_paths_and_tuples_are_texts_and_lists() -> None:
     assert settings.site_ids == [0, 1]
 
 
-def test_nobody_can_change_a_default() -> None:
+def test_a_default_cannot_be_changed() -> None:
     Settings().site_ids.append(7)
     assert Settings().site_ids == [0, 0, 0, 0]
 

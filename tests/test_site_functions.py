@@ -163,11 +163,14 @@ def replace_weight(model: nn.Module) -> None:
     model.weight = nn.Parameter(torch.ones(1))
 
 
-@pytest.mark.parametrize(
+with_each_change = pytest.mark.parametrize(
     "change",
     [nn.Module.half, replace_weight, lambda model: model.requires_grad_(False)],
     ids=["type", "weight", "freezes"],
 )
+
+
+@with_each_change
 def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.Module], Any]) -> None:
     def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         change(model)
@@ -178,11 +181,7 @@ def test_weights_that_are_not_trained_in_place_are_refused(change: Callable[[nn.
     )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [nn.Module.half, replace_weight, lambda model: model.requires_grad_(False)],
-    ids=["type", "weight", "freezes"],
-)
+@with_each_change
 def test_a_site_that_fails_leaves_a_model_that_the_next_can_train(change: Callable[[nn.Module], Any]) -> None:
     def train_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         if site.number == 0:

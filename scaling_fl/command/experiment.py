@@ -28,7 +28,7 @@ from scaling_fl.experiment.settings import (
     FIELDS,
     Settings,
     check,
-    default_beside,
+    find_changed,
     find_contradictions,
     find_problems,
     quote_text,
@@ -55,7 +55,7 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
         raise SystemExit(f"error: {error}") from error
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
-        modified={name for name, value in known.items() if value != default_beside(known, name)},
+        modified=find_changed(known),
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
     summary.update({**with_text_keys(vars(settings)), **given})

@@ -40,6 +40,7 @@ EXTENSIBLE = {
     **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
 }
 OF_SITES = ("learning_rate", "num_local_epochs", "batch_size")  # what `site_settings` may name
+RESOLVED_FIRST = ("plugins", "task_name", "model", "iid_split")  # as the defaults of others depend on them
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
 
@@ -111,7 +112,7 @@ class Settings:
             given = getattr(self, name)
             object.__setattr__(self, name, plain(value if given is NOT_GIVEN else given))
 
-        for name in ("plugins", "task_name", "model", "iid_split"):
+        for name in RESOLVED_FIRST:
             resolve(name, default(name))
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
@@ -124,9 +125,11 @@ class Settings:
 FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
 
 
-def default_beside(given: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a setting if only the others are given: the task and the model bring defaults."""
-    return getattr(Settings(**{other: value for other, value in given.items() if other != name}), name)
+def find_changed(given: Mapping[str, Any]) -> set[str]:
+    """Return the settings whose values are not the defaults, some of which the task and the model bring."""
+    first = Settings(**{name: value for name, value in given.items() if name in RESOLVED_FIRST})
+    defaults = vars(first) | {name: value for name, value in vars(Settings()).items() if name in RESOLVED_FIRST}
+    return {name for name, value in given.items() if value != defaults[name]}
 
 
 def check(values: Mapping[str, Any]) -> None:

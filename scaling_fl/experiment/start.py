@@ -11,7 +11,7 @@ from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import launched
 from scaling_fl.experiment.child import Caller
 from scaling_fl.experiment.result import Run
-from scaling_fl.experiment.settings import Settings, check, default_beside, find_contradictions
+from scaling_fl.experiment.settings import Settings, check, find_changed, find_contradictions
 from scaling_fl.training.metrics import Metrics
 
 
@@ -71,5 +71,4 @@ def _check(settings: Settings, ranks: int) -> dict[str, Any]:
     problems = find_contradictions(settings)
     if problems:
         raise ValueError("\n".join(problems))
-    values = vars(settings)
-    return {name: value for name, value in values.items() if value != default_beside(values, name)}
+    return {name: getattr(settings, name) for name in find_changed(vars(settings))}

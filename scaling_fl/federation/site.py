@@ -58,9 +58,9 @@ SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 #   data: `len(data)` is the number of its examples, and `data.shuffled_batches(batch_size, seed)` yields one epoch;
 #   settings: `learning_rate`, `num_local_epochs`, `batch_size`, `optimiser`, `proximal_mu` and the run's `seed`, those
 #     of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for each epoch.
-OWN_SCORES = {"examples", "seconds", "memory_mb"}
-
 TRAINERS: dict[str, SiteFunction] = {}
+
+OWN_SCORES = {"examples", "seconds", "memory_mb"}  # which the federation measures itself, by site
 
 
 @dataclass(frozen=True)
