@@ -27,6 +27,7 @@ from functools import partial
 from operator import truediv
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
 )
+
+if TYPE_CHECKING:
+    from scaling_fl.federation.round import Federation
 
 NUM_RANKS = 2
 NUM_LABELS = 4
@@ -141,53 +145,58 @@ def floor_rank(rank: int, case: Case, result: Path) -> None:
 
 def run_library(comm_dtype: str, case: Case, result: Path) -> None:
     """Train the same with the library, which is imported here so that the floor has none of it."""
-    from scaling_fl.data.examples import Examples
     from scaling_fl.distributed.collectives import rank
     from scaling_fl.distributed.launch import launch
-    from scaling_fl.distributed.placement import place_sites
     from scaling_fl.distributed.world import world
+
+    def library_rank() -> None:
+        with world():
+            federation = make_federation(case, comm_dtype)
+            rounds = time_rounds(partial(run_round, federation), case.num_rounds)
+            if rank() == 0:
+                torch.save((rounds, federation.global_model.weights), result)
+
+    launch(library_rank, num_ranks=NUM_RANKS, fork=True)
+
+
+def make_federation(case: Case, comm_dtype: str) -> "Federation":
+    """Return the federation of a case, whose sites are on the first device."""
+    from scaling_fl.data.examples import Examples
+    from scaling_fl.distributed.placement import place_sites
     from scaling_fl.federation.global_model import GlobalModel
     from scaling_fl.federation.round import Federation
     from scaling_fl.federation.site import LocalTraining, Site
     from scaling_fl.federation.strategies import make_strategy
-    from scaling_fl.training.loop import Batch
+    from scaling_fl.training.loop import Batch, evaluate
     from scaling_fl.training.optimisers import OPTIMISERS
     from scaling_fl.training.scores import score_classes
 
-    def library_rank() -> None:
-        topology = place_sites([0] * case.num_sites)
-        tokens, labels = case.examples()
-        lengths = np.full(len(tokens), case.length)
-        starts = np.arange(0, tokens.size, case.length)
-        examples = Examples({"input_ids": tokens.reshape(-1)}, starts, lengths, labels, {"input_ids": 0})
-        model = case.model()
-        server = GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0])
+    topology = place_sites([0] * case.num_sites)
+    tokens, labels = case.examples()
+    lengths = np.full(len(tokens), case.length)
+    starts = np.arange(0, tokens.size, case.length)
+    examples = Examples({"input_ids": tokens.reshape(-1)}, starts, lengths, labels, {"input_ids": 0})
+    model = case.model()
+    test = examples.fixed_batches(case.batch_size)
 
-        def batches(site: Site, seed: int) -> Iterator[Batch]:
-            return (examples.select(indices).batch() for indices in case.batches(site.number))
+    def batches(site: Site, seed: int) -> Iterator[Batch]:
+        return (examples.select(indices).batch() for indices in case.batches(site.number))
 
-        federation = Federation(
-            topology,
-            [Site(number, device, case.num_examples) for number, device in topology.sites.items()],
-            model,
-            server,
-            train_site=LocalTraining(partial(OPTIMISERS["sgd"], lr=LEARNING_RATE), batches, score_classes, seed=0),
-            seed=0,
-        )
+    return Federation(
+        topology,
+        [Site(number, device, case.num_examples) for number, device in topology.sites.items()],
+        model,
+        GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0]),
+        train_site=LocalTraining(partial(OPTIMISERS["sgd"], lr=LEARNING_RATE), batches, score_classes, seed=0),
+        evaluate_device=lambda model, _: evaluate(model, (part.batch() for part in test), score_classes).totals(),
+        seed=0,
+    )
 
-        def run_round(round_: int) -> None:
-            federation.train(round_)
-            server.step()
 
-        rounds = time_rounds(run_round, case.num_rounds)
-        if rank() == 0:
-            torch.save((rounds, server.weights), result)
-
-    def in_world() -> None:
-        with world():
-            library_rank()
-
-    launch(in_world, num_ranks=NUM_RANKS, fork=True)
+def run_round(federation: "Federation", round_: int) -> None:
+    """Train a round of the library."""
+    federation.train(round_)
+    federation.global_model.step()
 
 
 def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float, float]]:

@@ -18,7 +18,7 @@ from scaling_fl.distributed.collectives import (
     rank,
 )
 from scaling_fl.distributed.launch import launch, num_ranks
-from scaling_fl.distributed.world import num_threads, world
+from scaling_fl.distributed.world import backends, num_threads, world
 
 
 def on_ranks(num_ranks: int, work: object) -> list:
@@ -151,3 +151,9 @@ def test_the_number_of_threads_is_one_unless_the_environment_sets_it(monkeypatch
     assert num_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert num_threads() == 2
+
+
+def test_messages_between_cpus_have_a_backend_beside_that_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends() == "gloo"
+    monkeypatch.setattr("scaling_fl.distributed.world.accelerator", lambda: "cuda")
+    assert backends() == "cpu:gloo,cuda:nccl"

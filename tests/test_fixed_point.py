@@ -1,6 +1,7 @@
 """The grid on which sums are exact: no order changes a bit, no product is a tie, and bits are integers."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scaling_fl.federation.fixed_point import LIMIT, ORIGIN, ORIGIN_BITS, UNIT, Grid, tie_free, to_sum_
+from scaling_fl.federation.fixed_point import LIMIT, ORIGIN, ORIGIN_BITS, UNIT, Grid, check_sizes, tie_free, to_sum_
 
 CPU = torch.device("cpu")
 TERMS = st.floats(-LIMIT, LIMIT, width=32, exclude_min=True, exclude_max=True)
@@ -74,3 +75,10 @@ def test_the_bits_of_sums_are_integers_that_can_be_summed(units: list[int]) -> N
     few = [each // len(units) for each in units]  # so that they do not leave the binade
     bits = torch.tensor([ORIGIN + UNIT * each for each in few], dtype=torch.float64).view(torch.int64).sum()
     assert to_sum_(bits, len(few)).item() == ORIGIN + UNIT * sum(few)
+
+
+@pytest.mark.parametrize("size", [LIMIT, math.inf, math.nan])
+def test_sizes_that_a_device_reports_together_are_checked(size: float) -> None:
+    check_sizes([None, torch.tensor(math.nextafter(LIMIT, 0), dtype=torch.float64), torch.tensor(0.0).double()])
+    with pytest.raises(FloatingPointError, match="not finite, or moved by 64 or more"):
+        check_sizes([torch.tensor(1.0), torch.tensor(size), torch.tensor(0.0)])

@@ -145,6 +145,11 @@ def test_the_benchmark_command_works(places: dict[str, str], tmp_path: Path) -> 
     finish(start(command, tmp_path))
 
 
+@pytest.mark.long
+def test_the_benchmark_of_gpus_works_without_one(tmp_path: Path) -> None:
+    run_warm("./run-local.sh benchmarks/gpu.py --small --parts memory speed", tmp_path)
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(f"{IN_OTHER_TESTS}|overhead", c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     run_warm(fill(command, places), tmp_path)

@@ -10,7 +10,7 @@ import torch
 from conftest import make_bert, make_examples
 from torch import nn
 
-from scaling_fl.training.loop import evaluate, train, try_step
+from scaling_fl.training.loop import evaluate, train, try_step, with_fixed_kernels
 from scaling_fl.training.optimisers import OPTIMISERS, add_proximal_term
 from scaling_fl.training.scores import score_classes
 
@@ -94,3 +94,17 @@ def test_a_trial_step_changes_nothing() -> None:
     with pytest.raises(IndexError):
         try_step(model, batch | {"labels": torch.tensor([0, 1, 0, 1, 9])})
     assert state() == before
+
+
+def test_kernels_in_a_fixed_order_are_required_where_they_exist() -> None:
+    places, values = torch.tensor([1]), torch.ones(1)
+    try:
+        assert with_fixed_kernels(lambda: 3) == 3
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.warns(UserWarning, match="deterministic"):
+            with_fixed_kernels(lambda: torch.zeros(3).put_(places, values))  # which has none
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.raises(RuntimeError, match="size"):
+            with_fixed_kernels(lambda: torch.zeros(3) + torch.zeros(4))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -51,9 +51,10 @@ def world() -> Iterator[None]:
         # Some kernels otherwise add in no fixed order, and a resumed run would end with other bits.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
     is_debugged = is_debugging()
     if not launched():
-        dist.init_process_group(timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backends(), timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
         try:
             if is_debugged:
                 await_debugger(0, 1)
@@ -76,7 +77,7 @@ def world() -> Iterator[None]:
 def _join(timeout: timedelta) -> tuple[Any, int, int]:
     """Wait until all ranks have joined; return their store, this rank and the number of ranks."""
     store, number, num_ranks = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-    dist.init_process_group(timeout=timeout, store=store, rank=number, world_size=num_ranks)
+    dist.init_process_group(backends(), timeout=timeout, store=store, rank=number, world_size=num_ranks)
     return store, number, num_ranks
 
 
@@ -88,6 +89,12 @@ def without_process_group() -> Iterator[None]:
         yield
     finally:
         dist.group.WORLD = group
+
+
+def backends() -> str:
+    """Return the backends of collectives. torch's default has none for the CPU where there is an accelerator."""
+    kind = accelerator()
+    return "gloo" if kind is None else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
 def launched() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scaling_fl.distributed.collectives import RankVector, all_gather, world_size
-from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, tie_free, to_sum_
+from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free, to_sum_
 
 LEAST_WEIGHT = Fraction(1, 2**10)  # of a round: the mean is divided by it, and so is its error
 
@@ -72,8 +72,7 @@ class Mean:
         """
         with self._lock:
             self._prepare(global_weights)
-        for before, after in self._pieces(global_weights, local_weights):
-            self._check_piece(before, after)
+        check_sizes([self._check_piece(before, after) for before, after in self._pieces(global_weights, local_weights)])
 
     def add(self, global_weights: Tensor, local_weights: Tensor, weight: Fraction) -> None:
         """Add a site, and overwrite its weights with the global ones. Threads may do so at once.
@@ -91,8 +90,11 @@ class Mean:
         factor = tie_free(float(weight))
         with self._lock:
             self._prepare(global_weights)
-            for before, after, total in self._pieces(global_weights, local_weights, self._sum):
+            sizes = [
                 self._add_piece(before, after, factor, total if self._weights else self._origin, total)
+                for before, after, total in self._pieces(global_weights, local_weights, self._sum)
+            ]
+            check_sizes(sizes)
             self._weights.append(weight)
 
     def finish(self, global_weights: Tensor) -> Tensor | None:
@@ -140,11 +142,12 @@ class Mean:
     def _prepare(self, global_weights: Tensor) -> None:
         """Decide before a round's first site how to sum: the same on all ranks, as the global weights are."""
 
-    def _check_piece(self, before: Tensor, after: Tensor) -> None:
-        check_size(after - before)
+    def _check_piece(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """Check the size of a piece of a site, as `check_size` does."""
+        return check_size(after - before)
 
-    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
-        """Write the sum `total` plus a piece of a site to `out`, and its global weights to `after`."""
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> Tensor | None:
+        """Write the sum `total` plus a piece of a site to `out`, and its global weights to `after`; check its size."""
         raise NotImplementedError
 
     def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
@@ -165,10 +168,11 @@ class FloatMean(Mean):
         scale = FLOAT16_SCALE if wire == torch.float16 else 1.0
         super().__init__(size, torch.tensor(0.0, device=device), wire, scale)
 
-    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
-        check_size(after.sub_(before))
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> Tensor | None:
+        size = check_size(after.sub_(before))
         torch.add(total, after, alpha=factor, out=out)
         after.copy_(before)
+        return size
 
     def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
         return torch.sub(self._origin, total, out=total)
@@ -197,14 +201,15 @@ class ExactMean(Mean):
         if not self._weights:
             self._adds_weights = all(is_below(piece, LIMIT / 2) for piece in global_weights.split(self._piece))
 
-    def _check_piece(self, before: Tensor, after: Tensor) -> None:
-        check_size(after if self._adds_weights else after - before)
+    def _check_piece(self, before: Tensor, after: Tensor) -> Tensor | None:
+        return check_size(after if self._adds_weights else after - before)
 
-    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> None:
+    def _add_piece(self, before: Tensor, after: Tensor, factor: float, total: Tensor, out: Tensor) -> Tensor | None:
         term = self._buffer[: len(after)].copy_(after)
-        check_size(after if self._adds_weights else term.sub_(before))
+        size = check_size(after if self._adds_weights else term.sub_(before))
         after.copy_(before)
         self._grid.add(total, term, factor, out)
+        return size
 
     def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
         total = to_sum_(total, len(self._vector.ranks))
@@ -222,22 +227,3 @@ def make_mean(size: int, comm_dtype: str, device: torch.device) -> Mean:
     if comm_dtype == "exact":
         return ExactMean(size, device)
     return FloatMean(size, COMM_DTYPES[comm_dtype], device)
-
-
-def check_size(term: Tensor) -> None:
-    """Refuse a term that is not below LIMIT.
-
-    Raises:
-        FloatingPointError: it is not.
-    """
-    if not is_below(term, LIMIT):
-        raise FloatingPointError(f"a weight is not finite, or moved by {LIMIT / 2:g} or more")
-
-
-def is_below(vector: Tensor, limit: float) -> bool:
-    """Tell whether all numbers of a vector are finite and below a limit in size."""
-    # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
-    if torch.dot(vector, vector).item() < limit**2:
-        return True
-    least, most = torch.aminmax(vector)
-    return -limit < least.item() and most.item() < limit

@@ -25,6 +25,7 @@ ORIGIN = 1.5 * 2.0**8
 ORIGIN_BITS = (1023 + 8) << 52 | 1 << 51
 UNIT = 2.0**-44
 LIMIT = 2.0**7
+TOO_LARGE = f"a weight is not finite, or moved by {LIMIT / 2:g} or more"
 
 
 class Grid:
@@ -71,3 +72,36 @@ def is_fused(origin: Tensor) -> bool:
     terms = torch.arange(1.0, 2_000.0, 2.0, dtype=origin.dtype, device=origin.device) * (UNIT / 2 / factor)
     sums = origin, origin + UNIT
     return torch.equal(*(torch.add(before, terms, alpha=factor) - before for before in sums))
+
+
+def check_size(term: Tensor) -> Tensor | None:
+    """Refuse a term that is not below LIMIT. On an accelerator return its size for `check_sizes`, as asking waits.
+
+    Raises:
+        FloatingPointError: it is not.
+    """
+    if term.device.type != "cpu":
+        return torch.linalg.vector_norm(term, math.inf)
+    if not is_below(term, LIMIT):
+        raise FloatingPointError(TOO_LARGE)
+    return None
+
+
+def check_sizes(sizes: list[Tensor | None]) -> None:
+    """Refuse sizes of terms, each () or None for one that has been checked, of which one is not below LIMIT.
+
+    Raises:
+        FloatingPointError: one is not.
+    """
+    found = [size for size in sizes if size is not None]
+    if found and not torch.stack(found).amax().item() < LIMIT:
+        raise FloatingPointError(TOO_LARGE)
+
+
+def is_below(vector: Tensor, limit: float) -> bool:
+    """Tell whether all numbers of a vector are finite and below a limit in size."""
+    # The root of the sum of squares bounds the largest, and takes a fraction of its time to find.
+    if torch.dot(vector, vector).item() < limit**2:
+        return True
+    least, most = torch.aminmax(vector)
+    return -limit < least.item() and most.item() < limit

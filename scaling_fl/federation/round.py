@@ -22,7 +22,7 @@ from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.site import Cost, LocalTraining, Site, SiteFunction, describe_failure, read_scores
 from scaling_fl.federation.strategies import fedavg
-from scaling_fl.training.loop import Batch, try_step
+from scaling_fl.training.loop import Batch, try_step, with_fixed_kernels
 from scaling_fl.training.metrics import Means, Metrics, spread
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,10 @@ class Federation:
             replica.reset(self.global_model)
             size = "{} texts of {} tokens".format(*batch["attention_mask"].shape)
             try:
-                loss = try_step(replica.model, batch)
+                # A trainer of a plugin is not tried out, and so may not fail at its kernels later.
+                is_tried = device.type != "cpu" and isinstance(self._train_site, LocalTraining)
+                step = partial(try_step, replica.model, batch)
+                loss = with_fixed_kernels(step) if is_tried else step()
             except Exception as error:
                 hint = ". A smaller batch_size or max_seq_len takes less" if "memory" in str(error) else ""
                 raise ValueError(f"it cannot train on its longest batch ({size}): {one_line(error)}{hint}") from error

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from scaling_fl.training.metrics import Means
 
+T = TypeVar("T")
 Batch = dict[str, Tensor]  # the model's keyword arguments, labels included
 Score = Callable[[Any, Batch, Means], None]  # adds a batch's output to the means
 
@@ -67,6 +68,21 @@ def try_step(model: nn.Module, batch: Batch) -> float:
             module.training = mode
         for weight, gradient in gradients:
             weight.grad = gradient
+
+
+def with_fixed_kernels(work: Callable[[], T]) -> T:
+    """Return what `work` returns, with kernels only that add in a fixed order, from now on and in this process.
+
+    If there is none for one of its operators, torch warns of it, and uses such kernels where it has them.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        return work()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return work()
 
 
 def _to_device(batch: Batch, model: nn.Module) -> Batch:
