@@ -35,7 +35,7 @@ def evaluate_site(model, site, round_):
 
 
 def make_federation():
-    parts = partition_indices(LABELS[:1500], 10, partial(dirichlet, alpha=0.5), seed=0)
+    parts = partition_indices(LABELS[:1500], 10, partial(dirichlet, dirichlet_alpha=0.5), seed=0)
     topology = place_sites([0] * 10)
     sites = [Site(i, device, len(parts[i]), Subset(DIGITS, parts[i])) for i, device in topology.sites.items()]
     return Federation(topology, sites, make_model(), train_site=train_site, evaluate_site=evaluate_site)

@@ -58,7 +58,7 @@ def test_a_meter_measures_the_peak() -> None:
 @pytest.mark.parametrize(
     ("make", "num_copies"),
     [(OPTIMISERS["sgd"], 0), (OPTIMISERS["adamw"], 2)]
-    + [(make_strategy(name, None, None), copies) for name, copies in (("fedavg", 0), ("fedavgm", 1), ("fedadam", 2))],
+    + [(make_strategy(name), copies) for name, copies in (("fedavg", 0), ("fedavgm", 1), ("fedadam", 2))],
 )
 def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Optimizer], num_copies: int) -> None:
     weights = nn.Parameter(torch.ones(12_345))
@@ -82,7 +82,7 @@ def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
 
 def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
     with world():
-        server = GlobalModel(make_bert(), make_strategy("fedavg", None, None))
+        server = GlobalModel(make_bert(), make_strategy("fedavg"))
     held = {**vars(server), **vars(server._mean)}.values()
     storages = {
         tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1

@@ -17,7 +17,7 @@ from scaling_fl.data.partition import (
     partition_indices,
 )
 
-SCHEMES: dict[str, Partitioner] = PARTITIONERS | {"dirichlet": partial(dirichlet, alpha=10.0)}
+SCHEMES: dict[str, Partitioner] = PARTITIONERS | {"dirichlet": partial(dirichlet, dirichlet_alpha=10.0)}
 LABELS = np.random.default_rng(0).integers(0, 4, 200)
 
 
@@ -62,7 +62,7 @@ def test_iid_gives_each_site_the_labels_in_their_proportions() -> None:
 def unevenness(alpha: float) -> float:
     """Return how unequal the sites' fractions of a label are: 0 for equal, 1 for all at one site."""
     labels = np.arange(4000) % 4
-    parts = partition_indices(labels, 4, partial(dirichlet, alpha=alpha), 1)
+    parts = partition_indices(labels, 4, partial(dirichlet, dirichlet_alpha=alpha), 1)
     fractions = np.array([np.bincount(labels[part], minlength=4) for part in parts]) / 1000
     return (fractions.max(axis=0).mean() - 1 / 4) / (3 / 4)
 
@@ -77,7 +77,7 @@ def test_a_smaller_alpha_makes_the_sites_differ_more() -> None:
 @pytest.mark.parametrize("alpha", [5e-324, 1e-9, 1e-3])
 def test_a_tiny_alpha_is_refused_if_no_sample_gives_every_site_examples(alpha: float) -> None:
     with pytest.raises(ValueError, match="Use a larger dirichlet_alpha or fewer sites") as caught:
-        partition_indices(LABELS, 9, partial(dirichlet, alpha=alpha), 1)
+        partition_indices(LABELS, 9, partial(dirichlet, dirichlet_alpha=alpha), 1)
     assert f"each of 9 sites an example, got {alpha}, which did not in {MAX_SAMPLES} samples" in str(caught.value)
 
 

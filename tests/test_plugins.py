@@ -138,7 +138,8 @@ def test_another_source_is_refused_when_a_run_resumes(command: Command, mine: Pa
     mine.write_text(PLUGIN.replace("learning_rate=0.5", "learning_rate=0.6"))
     status, output = command(**given | {"num_rounds": 3})
     assert status == 1
-    assert re.search(r"got 'checkpoints', where plugin mine \(SHA-256\) was '\w{64}' and is '\w{64}'\. Use", output)
+    changed = r"server_learning_rate was 0\.5 and is 0\.6; plugin mine \(SHA-256\) was '\w{64}' and is '\w{64}'"
+    assert re.search(rf"got 'checkpoints', where {changed}\. Use", output)
 
 
 def compare_sources(folders: list[str]) -> str:

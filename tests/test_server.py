@@ -247,12 +247,6 @@ def test_fedavg_sets_the_weights_to_the_mean() -> None:
         assert torch.allclose(after, before - drift, atol=1e-7)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadagrad"])
-def test_a_momentum_that_would_be_ignored_is_refused(strategy: str) -> None:
-    with pytest.raises(ValueError, match=f"^server_momentum: expected none for strategy='{strategy}', got 0.5"):
-        make_strategy(strategy, momentum=0.5)
-
-
 class WithBuffers(nn.Module):
     """A model with frozen weights, trained weights, and the buffers of a batch norm."""
 

@@ -1,15 +1,22 @@
 """Every setting has a valid value, or a sentence states the expected one."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sacred.arg_parser import _convert_value
+from torch import Tensor
 
+from scaling_fl.data.tasks import TASKS
 from scaling_fl.errors import one_line
+from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.kinds import DEVICE_IDS, FLAG, TEXT, Kind, number, one_of, optional, whole_number
-from scaling_fl.experiment.settings import Settings, check, quote_text
+from scaling_fl.experiment.parameters import OF_OPTIONS, bind
+from scaling_fl.experiment.settings import Settings, check, find_changed, quote_text
+from scaling_fl.federation.strategies import STRATEGIES
 
 NAN, INF = math.nan, math.inf
 
@@ -75,6 +82,49 @@ def test_given_values_override_defaults_and_none_is_a_given_value() -> None:
     assert Settings(max_train_examples=None).max_train_examples is None
     assert Settings(iid_split=False).partition == "by_label"
     assert Settings(iid_split=False, partition="dirichlet").partition == "dirichlet"
+
+
+def test_a_parameter_of_an_option_has_the_default_of_the_option() -> None:
+    for given in ({}, dict.fromkeys(OF_OPTIONS)):  # None too
+        assert Settings(**given).server_momentum is Settings(**given).dirichlet_alpha is None
+        assert Settings(strategy="diloco", **given).server_learning_rate == 0.7
+        assert Settings(partition="dirichlet", **given).dirichlet_alpha == 0.5
+    assert Settings(strategy="fedavgm", server_momentum=0.0).server_momentum == 0.0
+    for settings in (Settings(), Settings(strategy="diloco", partition="dirichlet")):
+        assert Settings(**vars(settings)) == settings, "as a record gives them"
+
+
+def test_what_is_not_the_default_of_the_options_is_a_changed_setting() -> None:
+    changed = {"strategy": "diloco", "partition": "dirichlet", "dirichlet_alpha": 0.1}
+    assert find_changed(vars(Settings(**changed, server_momentum=0.9))) == changed.keys()
+    assert find_changed(vars(Settings(iid_split=False))) == {"iid_split"}
+
+
+def test_a_default_of_a_task_for_another_option_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = TASKS["text"]
+    monkeypatch.setitem(TASKS, "text", replace(task, defaults={"partition": "dirichlet", "dirichlet_alpha": 3.0}))
+    assert Settings(task_name="text").dirichlet_alpha == 3.0
+    assert Settings(task_name="text", dirichlet_alpha=2.0).dirichlet_alpha == 2.0
+    assert Settings(task_name="text", partition="iid").dirichlet_alpha is None
+
+
+def test_parameters_that_an_option_ignores_or_lacks_are_refused_and_the_others_reach_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def half(weights: Iterable[Tensor], momentum: float, damping: float = 0.5) -> Any:
+        return weights, momentum, damping
+
+    monkeypatch.setitem(STRATEGIES, "half", half)
+    assert find_contradictions(Settings(strategy="half", server_learning_rate=0.1, dirichlet_alpha=1.0)) == [
+        "server_learning_rate: expected None, as strategy='half' does not use it, got 0.1. Leave it out, or set "
+        f"strategy to one of {', '.join(name for name in STRATEGIES if name != 'half')}",
+        "server_momentum: expected a value, as strategy='half' has no default, got None",
+        "dirichlet_alpha: expected None, as partition='iid' does not use it, got 1.0. Leave it out, or set "
+        "partition to one of dirichlet",
+    ]
+    settings = Settings(strategy="half", server_momentum=0.25)
+    assert find_contradictions(settings) == []
+    assert bind("strategy", vars(settings))([]) == ([], 0.25, 0.5)
 
 
 @pytest.mark.parametrize(

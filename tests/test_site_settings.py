@@ -14,7 +14,8 @@ from scaling_fl.data.tasks import TASKS
 from scaling_fl.data.tasks.task import Task
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.build import build, largest_training_batch
-from scaling_fl.experiment.settings import FIELDS, Settings, find_contradictions
+from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.settings import FIELDS, Settings
 
 SITES = {"site_ids": [0, 0, 0, 0]}  # of the corpus's 61 examples they have 16, 15, 15 and 15
 OWN = {"learning_rate": 1e-3, "num_local_epochs": 2, "batch_size": 7}

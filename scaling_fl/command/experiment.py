@@ -22,6 +22,7 @@ from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
 from scaling_fl.distributed.world import launched, lost_after, num_threads, world
 from scaling_fl.errors import escape_unprintable, one_line
+from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.plan import plan as plan_run
 from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train_on_rank
 from scaling_fl.experiment.settings import (
@@ -29,7 +30,6 @@ from scaling_fl.experiment.settings import (
     Settings,
     check,
     find_changed,
-    find_contradictions,
     find_problems,
     quote_text,
 )
@@ -55,7 +55,7 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
         raise SystemExit(f"error: {error}") from error
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
-        modified=find_changed(known),
+        modified=find_changed(vars(settings)),
         docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
     )
     summary.update({**with_text_keys(vars(settings)), **given})

@@ -20,7 +20,9 @@ def by_label(labels: np.ndarray, num_sites: int, random: np.random.Generator) ->
     return np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], num_sites)
 
 
-def dirichlet(labels: np.ndarray, num_sites: int, random: np.random.Generator, *, alpha: float) -> list[np.ndarray]:
+def dirichlet(
+    labels: np.ndarray, num_sites: int, random: np.random.Generator, *, dirichlet_alpha: float = 0.5
+) -> list[np.ndarray]:
     """Split each label's examples in proportions sampled from Dirichlet(alpha) (Hsu et al. 2019, arXiv 1909.06335).
 
     Proportions that leave a site without an example are sampled again, at most 100 times.
@@ -32,7 +34,7 @@ def dirichlet(labels: np.ndarray, num_sites: int, random: np.random.Generator, *
         parts: list[list[np.ndarray]] = [[] for _ in range(num_sites)]
         for label in np.unique(labels):
             indices = random.permutation(np.flatnonzero(labels == label))
-            proportions = random.dirichlet(np.full(num_sites, alpha))
+            proportions = random.dirichlet(np.full(num_sites, dirichlet_alpha))
             cuts = np.round(np.cumsum(proportions)[:-1] * len(indices)).astype(int)
             for part, run in zip(parts, np.split(indices, cuts), strict=True):
                 part.append(run)
@@ -40,8 +42,8 @@ def dirichlet(labels: np.ndarray, num_sites: int, random: np.random.Generator, *
         if all(map(len, by_site)):
             return by_site
     raise ValueError(
-        f"dirichlet_alpha: expected a number that gives each of {num_sites} sites an example, got {alpha}, which did "
-        f"not in {MAX_SAMPLES} samples. Use a larger dirichlet_alpha or fewer sites"
+        f"dirichlet_alpha: expected a number that gives each of {num_sites} sites an example, got {dirichlet_alpha}, "
+        f"which did not in {MAX_SAMPLES} samples. Use a larger dirichlet_alpha or fewer sites"
     )
 
 

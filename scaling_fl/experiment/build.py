@@ -14,18 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.labels import find_rows
-from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.reader import SPLITS, read_task, sample
 from scaling_fl.data.sites import SiteData, files_of, partition_examples, read_site_files
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
+from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
-from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records import checkpoint
@@ -126,9 +125,7 @@ def read_partitioned(settings: Settings, topology: Topology, encoder: TextEncode
         encoder.encode(sample(rows[split], count, settings.data_seed), names)
         for split, count in zip(SPLITS, max_examples, strict=True)
     )
-    partitioner = PARTITIONERS[settings.partition]
-    if settings.partition == "dirichlet":
-        partitioner = partial(partitioner, alpha=settings.dirichlet_alpha)
+    partitioner = bind("partition", vars(settings))
     return partition_examples(train, test, names, topology, partitioner, settings.data_seed, settings.val_batch_size)
 
 
@@ -177,7 +174,7 @@ def local_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimize
 
 def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:
     """Return what makes the optimiser of the global weights."""
-    return make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum)
+    return bind("strategy", vars(settings))
 
 
 def largest_training_batch(settings: Settings, job: Job, device: torch.device) -> Batch | None:

@@ -14,6 +14,7 @@ from scaling_fl.experiment.build import (
     make_federation,
     server_optimiser,
 )
+from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
@@ -112,6 +113,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
     weights = trained_weights(classifier.model)
     num_weights = sum(weight.numel() for weight in weights.values())
     new = "all" if weights.keys() <= set(classifier.new) else ", ".join(classifier.new) or "none"
+    parameters = ", ".join(f"{key} {value:g}" for key, value in find_arguments("strategy", vars(settings)).items())
     sizes = [size.num_examples for size in job.data.sizes]
     how = settings.partition if settings.site_paths is None else "of their own"
     where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
@@ -121,6 +123,6 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
-        f"strategy  {settings.strategy}, weighted by examples, sent as {settings.comm_dtype}",
+        f"strategy  {settings.strategy} ({parameters}), weighted by examples, sent as {settings.comm_dtype}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
     ]

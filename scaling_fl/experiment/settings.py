@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from scaling_fl.data.partition import PARTITIONERS
-from scaling_fl.data.tasks import TASKS, name_labels, task_defaults
+from scaling_fl.data.tasks import TASKS, task_defaults
 from scaling_fl.experiment.kinds import (
     DEVICE_IDS,
     FLAG,
@@ -26,10 +26,11 @@ from scaling_fl.experiment.kinds import (
     sort_sites,
     whole_number,
 )
+from scaling_fl.experiment.parameters import OF_OPTIONS, OPTIONS, find_defaults
 from scaling_fl.experiment.plugins import import_plugins
 from scaling_fl.federation.aggregation import COMM_DTYPES
 from scaling_fl.federation.site import TRAINERS
-from scaling_fl.federation.strategies import STRATEGIES, make_strategy
+from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.loading import model_defaults
 from scaling_fl.training.optimisers import OPTIMISERS
 
@@ -59,7 +60,7 @@ def setting(default: Any, kind: Kind, help_: str, *, may_change: bool = False) -
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is asked to do. What is not given takes the default of the task and model."""
+    """What a run is asked to do. What is not given takes the default of the task, the model, and the chosen options."""
 
     # fmt: off
     site_ids: list[int] = setting([0, 0, 0, 0], DEVICE_IDS, "the GPU id of each site of this node; an id given twice hosts two sites. Without a GPU the ids name CPU slots", may_change=True)
@@ -74,8 +75,8 @@ class Settings:
     site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs` and `batch_size` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")
     strategy: str = setting("fedavg", one_of(STRATEGIES), "how the mean moves the global weights: `fedavg`, `fedavgm`, `fedadam`, `fedadagrad`, `diloco`")
-    server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: the strategy's own")
-    server_momentum: float | None = setting(None, optional(number(least=0, below=1)), "of `fedavgm`, `fedadam` and `diloco`; None: the strategy's own")
+    server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: its default")
+    server_momentum: float | None = setting(None, optional(number(least=0, below=1)), "of `fedavgm`, `fedadam` and `diloco`; None: its default")
     proximal_mu: float = setting(0.0, number(least=0, below=LARGE), "strength of FedProx's pull of the local towards the global weights")
     comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
@@ -91,7 +92,7 @@ class Settings:
     max_test_examples: int | None = setting(None, optional(whole_number(1)), "evaluate on a random sample of so many; None: on all")
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
     partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned: `iid`, `by_label` (sorted by label) or `dirichlet`; it takes precedence over `iid_split`")
-    dirichlet_alpha: float = setting(0.5, number(above=0), "of `partition=dirichlet`: the smaller, the more the sites differ")
+    dirichlet_alpha: float | None = setting(None, optional(number(above=0)), "of `partition=dirichlet`: the smaller, the more the sites differ; None: 0.5")
     model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](models.md)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
@@ -117,8 +118,14 @@ class Settings:
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
-        for name in FIELDS:
+        for name in OPTIONS:
             resolve(name, of_others.get(name, default(name)))
+        of_options = {key: value for name in OPTIONS for key, value in find_defaults(name, getattr(self, name)).items()}
+        for name in FIELDS:
+            is_ignored = name in OF_OPTIONS and name not in of_options
+            resolve(name, default(name) if is_ignored else of_others.get(name, default(name)))
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, of_options.get(name))
         object.__setattr__(self, "site_settings", sort_sites(self.site_settings))
 
 
@@ -126,9 +133,13 @@ FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in 
 
 
 def find_changed(given: Mapping[str, Any]) -> set[str]:
-    """Return the settings whose values are not the defaults, some of which the task and the model bring."""
-    first = Settings(**{name: value for name, value in given.items() if name in RESOLVED_FIRST})
-    defaults = vars(first) | {name: value for name, value in vars(Settings()).items() if name in RESOLVED_FIRST}
+    """Return the settings whose values are not the defaults, some of which the task, model and options bring."""
+    known: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for names in (RESOLVED_FIRST, OPTIONS, FIELDS):  # the values of each bring defaults of the next
+        found = vars(Settings(**known))
+        defaults |= {name: found[name] for name in names if name not in defaults}
+        known |= {name: given[name] for name in names if name in given}
     return {name for name, value in given.items() if value != defaults[name]}
 
 
@@ -143,12 +154,12 @@ def check(values: Mapping[str, Any]) -> None:
         if name not in FIELDS:
             problems.append(unknown(name))
         elif not FIELDS[name]["kind"].accepts(value):
-            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {_describe(name, value)}")
+            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {describe_value(name, value)}")
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _describe(name: str, value: Any) -> str:
+def describe_value(name: str, value: Any) -> str:
     """Return a wrong value, and what to do about it if that is known."""
     if callable(value) and name in EXTENSIBLE:
         return f"a function. Add it to {EXTENSIBLE[name]} in a module of plugins, and give its name"
@@ -180,48 +191,6 @@ def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
         except ValueError as error:
             problems += str(error).splitlines()
     return problems
-
-
-def find_contradictions(settings: Settings) -> list[str]:
-    """Return a line for each combination of settings, each right by itself, that makes no sense."""
-    return find_problems(
-        [
-            lambda: _check_site_paths(settings),
-            lambda: _check_site_settings(settings),
-            lambda: name_labels(settings.task_name, settings.labels),
-            lambda: make_strategy(settings.strategy, settings.server_learning_rate, settings.server_momentum),
-        ]
-    )
-
-
-def _check_site_paths(settings: Settings) -> None:
-    if settings.site_paths is None:
-        return
-    if len(settings.site_paths) != len(settings.site_ids):
-        raise ValueError(
-            f"site_paths: expected the files of {len(settings.site_ids)} sites, one for each of site_ids, got those of "
-            f"{len(settings.site_paths)}"
-        )
-    for name in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
-        if getattr(settings, name) is not None:
-            raise ValueError(f"{name}: expected None, as site_paths names the data, got {getattr(settings, name)!r}")
-    if settings.partition != "iid":
-        raise ValueError(
-            f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"
-        )
-
-
-def _check_site_settings(settings: Settings) -> None:
-    problems = []
-    for site, given in (settings.site_settings or {}).items():
-        for name, value in given.items():
-            place = f"site_settings[{site}]"
-            if name not in OF_SITES:
-                problems.append(f"{place}: expected one of {', '.join(OF_SITES)}, got {name!r}")
-            elif not (kind := FIELDS[name]["kind"]).accepts(value):
-                problems.append(f"{place}[{name!r}]: expected {kind.wanted}, got {_describe(name, value)}")
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 def unknown(name: object) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import launched
 from scaling_fl.experiment.child import Caller
+from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.result import Run
-from scaling_fl.experiment.settings import Settings, check, find_changed, find_contradictions
+from scaling_fl.experiment.settings import Settings, check, find_changed
 from scaling_fl.training.metrics import Metrics
 
 

@@ -1,6 +1,5 @@
 """Strategies: a strategy is an optimiser of the global weights, and the mean drift is their gradient."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -42,21 +41,12 @@ STRATEGIES: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def make_strategy(
-    name: str, learning_rate: float | None = None, momentum: float | None = None
-) -> Callable[[Iterable[Tensor]], Optimizer]:
-    """Return the strategy called `name`; what is None keeps the strategy's own default.
+def make_strategy(name: str, **parameters: float) -> Callable[[Iterable[Tensor]], Optimizer]:
+    """Return the strategy called `name` with some of its parameters, such as `learning_rate`.
 
     Raises:
-        ValueError: there is no such strategy, or it takes no momentum.
+        ValueError: there is no such strategy.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}")
-    takes_momentum = [other for other, make in STRATEGIES.items() if "momentum" in inspect.signature(make).parameters]
-    if momentum is not None and name not in takes_momentum:
-        raise ValueError(
-            f"server_momentum: expected none for strategy={name!r}, got {momentum}. Leave it out, or use "
-            f"{', '.join(takes_momentum)}"
-        )
-    given = {"learning_rate": learning_rate, "momentum": momentum}
-    return partial(STRATEGIES[name], **{key: value for key, value in given.items() if value is not None})
+    return partial(STRATEGIES[name], **parameters)

@@ -1,0 +1,47 @@
+"""Combinations of settings, each right by itself, that make no sense."""
+
+from scaling_fl.data.tasks import name_labels
+from scaling_fl.experiment.parameters import check_parameters
+from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings, describe_value, find_problems
+
+
+def find_contradictions(settings: Settings) -> list[str]:
+    """Return a line for each combination of settings, each right by itself, that makes no sense."""
+    return find_problems(
+        [
+            lambda: _check_site_paths(settings),
+            lambda: _check_site_settings(settings),
+            lambda: name_labels(settings.task_name, settings.labels),
+            lambda: check_parameters(vars(settings)),
+        ]
+    )
+
+
+def _check_site_paths(settings: Settings) -> None:
+    if settings.site_paths is None:
+        return
+    if len(settings.site_paths) != len(settings.site_ids):
+        raise ValueError(
+            f"site_paths: expected the files of {len(settings.site_ids)} sites, one for each of site_ids, got those of "
+            f"{len(settings.site_paths)}"
+        )
+    for name in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{name}: expected None, as site_paths names the data, got {getattr(settings, name)!r}")
+    if settings.partition != "iid":
+        raise ValueError(
+            f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"
+        )
+
+
+def _check_site_settings(settings: Settings) -> None:
+    problems = []
+    for site, given in (settings.site_settings or {}).items():
+        for name, value in given.items():
+            place = f"site_settings[{site}]"
+            if name not in OF_SITES:
+                problems.append(f"{place}: expected one of {', '.join(OF_SITES)}, got {name!r}")
+            elif not (kind := FIELDS[name]["kind"]).accepts(value):
+                problems.append(f"{place}[{name!r}]: expected {kind.wanted}, got {describe_value(name, value)}")
+    if problems:
+        raise ValueError("\n".join(problems))
