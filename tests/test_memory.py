@@ -58,7 +58,7 @@ def test_a_meter_measures_the_peak() -> None:
 @pytest.mark.parametrize(
     ("make", "num_copies"),
     [(OPTIMISERS["sgd"], 0), (OPTIMISERS["adamw"], 2)]
-    + [(make_strategy(name), copies) for name, copies in (("fedavg", 0), ("fedavgm", 1), ("fedadam", 2))],
+    + [(make_strategy(name), copies) for name, copies in (("fedavg", 0), ("fedavgm", 1), ("fedyogi", 2))],
 )
 def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Optimizer], num_copies: int) -> None:
     weights = nn.Parameter(torch.ones(12_345))

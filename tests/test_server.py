@@ -1,5 +1,6 @@
 """The exact mean and every strategy equal their formulas."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -207,37 +208,98 @@ def play_rounds(strategy: str, drifts: list[Tensor], **options: float) -> list[T
     return seen
 
 
-def by_formula(strategy: str, drifts: list[Tensor], rate: float, beta: float) -> Tensor:
+def by_formula(
+    strategy: str,
+    drifts: list[Tensor],
+    learning_rate: float,
+    momentum: float = 0.0,
+    beta2: float = 0.0,
+    tau: float = 0.0,
+) -> Tensor:
     """Compute the papers' equations in float64; the drift is the gradient."""
-    weights, m, v = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
-    for t, drift in enumerate(drifts, 1):
+    weights, m, v = (torch.zeros(len(drifts[0]), dtype=torch.float64) for _ in range(3))
+    v += tau**2
+    for drift in drifts:
         g = drift.double()
         if strategy == "fedavg":
-            weights -= rate * g
+            weights -= learning_rate * g
         elif strategy == "fedavgm":
-            m = beta * m + g
-            weights -= rate * m
+            m = momentum * m + g
+            weights -= learning_rate * m
         elif strategy == "diloco":
-            m = beta * m + g
-            weights -= rate * (g + beta * m)
-        elif strategy == "fedadagrad":
-            v = v + g**2
-            weights -= rate * g / (v.sqrt() + 1e-3)
+            m = momentum * m + g
+            weights -= learning_rate * (g + momentum * m)
         else:
-            m, v = beta * m + (1 - beta) * g, 0.99 * v + 0.01 * g**2
-            weights -= rate * (m / (1 - beta**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-3)
+            m = momentum * m + (1 - momentum) * g
+            v = {
+                "fedadagrad": v + g**2,
+                "fedadam": beta2 * v + (1 - beta2) * g**2,
+                "fedyogi": v - (1 - beta2) * g**2 * (v - g**2).sign(),
+            }[strategy]
+            weights -= learning_rate * m / (v.sqrt() + tau)
     return weights
+
+
+OPTIONS = {"learning_rate": 0.3, "momentum": 0.6, "beta2": 0.5, "tau": 0.1}
+
+
+def options_of(strategy: str) -> dict[str, float]:
+    return {
+        name: value for name, value in OPTIONS.items() if name in inspect.signature(STRATEGIES[strategy]).parameters
+    }
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_follows_its_formula_and_its_options_act(strategy: str) -> None:
     torch.manual_seed(0)
     drifts = [torch.randn(5) for _ in range(4)]
-    takes_momentum = strategy in ("fedavgm", "fedadam", "diloco")
-    options = {"learning_rate": 0.3} | ({"momentum": 0.6} if takes_momentum else {})
+    options = options_of(strategy)
     final = play_rounds(strategy, drifts, **options)[-1]
-    assert torch.allclose(final.double(), by_formula(strategy, drifts, 0.3, 0.6), atol=1e-6)
-    assert not torch.allclose(final, play_rounds(strategy, drifts)[-1], atol=1e-3)
+    assert torch.allclose(final.double(), by_formula(strategy, drifts, **options), atol=1e-6)
+    for name in options:
+        others = {key: value for key, value in options.items() if key != name}
+        assert not torch.allclose(final, play_rounds(strategy, drifts, **others)[-1], atol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"learning_rate": 0.3, "momentum": 0.5, "tau": 0.02}], ids=["default", "given"]
+)
+@pytest.mark.parametrize("strategy", ["fedadagrad", "fedadam", "fedyogi"])
+def test_an_adaptive_strategy_is_its_paper_for_fifty_rounds_of_drifts_of_all_sizes(
+    strategy: str, options: dict[str, float]
+) -> None:
+    torch.manual_seed(0)
+    sizes = 10.0 ** torch.arange(-8, 2, dtype=torch.float64)  # below tau and above
+    drifts = [size * torch.randn(10, dtype=torch.float64) for size in torch.rand(50, 1, dtype=torch.float64) * sizes]
+    for round_, drift in enumerate(drifts):
+        drift *= (-1) ** (torch.arange(10) * round_)  # half of the weights' drifts change signs
+        drift[round_ % 10 :: 3] = 0
+    drifts[20:22] = [torch.zeros_like(drifts[0])] * 2
+    weights = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    optimiser = STRATEGIES[strategy]([weights], **options)
+    defaults = {name: value.default for name, value in inspect.signature(STRATEGIES[strategy]).parameters.items()}
+    del defaults["weights"]
+    for drift in drifts:
+        weights.grad = drift.clone()
+        optimiser.step()
+        assert torch.equal(weights.grad, drift)
+    expected = by_formula(strategy, drifts, **defaults | options)
+    assert (expected.abs() > 0).all()
+    assert torch.allclose(weights.detach(), expected, rtol=1e-7, atol=0)
+
+
+def test_a_round_of_no_site_leaves_the_state_of_a_strategy_as_it_was() -> None:
+    server = GlobalModel(nn.Linear(1, 5, bias=False), make_strategy("fedyogi"))
+    server.exchange(server.weights - torch.rand(5), Fraction(1))
+    server.step()
+    before = deepcopy(server.state_dict())
+    assert {name: bool(value.any()) for name, value in before["optimiser"]["state"][0].items()} == {
+        "m": True,
+        "v": True,
+    }
+    server.step()
+    for name, value in server.state_dict()["optimiser"]["state"][0].items():
+        assert torch.equal(value, before["optimiser"]["state"][0][name]), name
 
 
 def test_fedavg_sets_the_weights_to_the_mean() -> None:

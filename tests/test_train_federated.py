@@ -193,6 +193,9 @@ def test_every_training_setting_has_an_effect(command: Command) -> None:
         {"optimiser": "sgd"},
         {"strategy": "fedavgm"},
         {"strategy": "fedavgm", "server_momentum": 0.5},
+        {"strategy": "fedyogi"},
+        {"strategy": "fedyogi", "server_beta2": 0.5},
+        {"strategy": "fedyogi", "server_tau": 0.1},
         {"server_learning_rate": 0.5},
         {"proximal_mu": 1.0},
         {"iid_split": False},
@@ -290,6 +293,7 @@ PLANNED = {"ranks": 2, "site_ids": "[0,0,1]", "partition": "dirichlet", "num_loc
 def test_a_plan_prints_what_the_run_does_and_trains_nothing(command: Command, tmp_path: Path) -> None:
     planned = succeed(command("plan", **PLANNED))
     assert not [*(tmp_path / "runs").iterdir()]
+    assert "strategy  fedadam (learning_rate 0.01, momentum 0.9, beta2 0.99, tau 0.001), weighted by" in planned
     table = [line.split("|") for line in planned.splitlines() if "|" in line]
     succeed(command(**PLANNED))
     info = json.loads((tmp_path / "runs" / "1" / "info.json").read_text())

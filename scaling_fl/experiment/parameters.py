@@ -12,7 +12,12 @@ from scaling_fl.federation.strategies import STRATEGIES
 OPTIONS: dict[str, Mapping[str, Callable[..., Any]]] = {"strategy": STRATEGIES, "partition": PARTITIONERS}
 # A setting that an option may have, and the name of the function's parameter.
 PARAMETERS = {
-    "strategy": {"server_learning_rate": "learning_rate", "server_momentum": "momentum"},
+    "strategy": {
+        "server_learning_rate": "learning_rate",
+        "server_momentum": "momentum",
+        "server_beta2": "beta2",
+        "server_tau": "tau",
+    },
     "partition": {"dirichlet_alpha": "dirichlet_alpha"},
 }
 OF_OPTIONS = {name: choice for choice, names in PARAMETERS.items() for name in names}

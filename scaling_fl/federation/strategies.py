@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer
+from torch.optim import SGD, Optimizer
 
 
 def fedavg(weights: Iterable[Tensor], learning_rate: float = 1.0) -> Optimizer:
@@ -17,14 +18,79 @@ def fedavgm(weights: Iterable[Tensor], learning_rate: float = 1.0, momentum: flo
     return SGD(weights, lr=learning_rate, momentum=momentum)
 
 
-def fedadam(weights: Iterable[Tensor], learning_rate: float = 1e-3, momentum: float = 0.9) -> Optimizer:
-    """FedAdam (Reddi et al. 2021, arXiv 2003.00295), with Adam's bias correction; its tau is `eps`."""
-    return Adam(weights, lr=learning_rate, betas=(momentum, 0.99), eps=1e-3)
+class Adaptive(Optimizer):
+    """The server's optimiser of Reddi et al. 2021 (arXiv 2003.00295), Algorithm 2.
+
+    It has no bias correction, and adds tau to the root. The gradient is the drift with the other sign, which only the
+    step sees. The state is `m` and `v`, of the size of the weights; a step needs as much again for a moment.
+
+    Args:
+        weights: the global weights.
+        update_: changes v in place, out of v, the gradient and beta2.
+        learning_rate, momentum, beta2, tau: the paper's eta, beta1, beta2 and tau. v starts at tau^2.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        update_: Callable[[Tensor, Tensor, float], object],
+        learning_rate: float,
+        momentum: float,
+        beta2: float,
+        tau: float,
+    ) -> None:
+        super().__init__(weights, {"lr": learning_rate, "momentum": momentum, "beta2": beta2, "tau": tau})
+        self._update_ = update_
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move the weights against their gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state, gradient, tau = self.state[weight], weight.grad, group["tau"]
+                if not state:
+                    state |= {"m": torch.zeros_like(weight), "v": torch.full_like(weight, tau**2)}
+                state["m"].lerp_(gradient, 1 - group["momentum"])
+                self._update_(state["v"], gradient, group["beta2"])
+                weight.addcdiv_(state["m"], state["v"].sqrt().add_(tau), value=-group["lr"])
 
 
-def fedadagrad(weights: Iterable[Tensor], learning_rate: float = 1e-3) -> Optimizer:
-    """FedAdagrad (Reddi et al. 2021, arXiv 2003.00295); its tau is `eps`."""
-    return Adagrad(weights, lr=learning_rate, eps=1e-3)
+def fedadagrad(
+    weights: Iterable[Tensor], learning_rate: float = 0.01, momentum: float = 0.0, tau: float = 1e-3
+) -> Optimizer:
+    """FedAdagrad (Reddi et al. 2021, arXiv 2003.00295)."""
+    return Adaptive(weights, lambda v, gradient, _: v.addcmul_(gradient, gradient), learning_rate, momentum, 0.0, tau)
+
+
+def fedadam(
+    weights: Iterable[Tensor],
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+) -> Optimizer:
+    """FedAdam (Reddi et al. 2021, arXiv 2003.00295)."""
+
+    def update_(v: Tensor, gradient: Tensor, beta2: float) -> None:
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+    return Adaptive(weights, update_, learning_rate, momentum, beta2, tau)
+
+
+def fedyogi(
+    weights: Iterable[Tensor],
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+) -> Optimizer:
+    """FedYogi (Reddi et al. 2021, arXiv 2003.00295)."""
+
+    def update_(v: Tensor, gradient: Tensor, beta2: float) -> None:
+        signed = torch.addcmul(v, gradient, gradient, value=-1).sign_().mul_(gradient)  # one vector, not two
+        v.addcmul_(signed, gradient, value=beta2 - 1)
+
+    return Adaptive(weights, update_, learning_rate, momentum, beta2, tau)
 
 
 def diloco(weights: Iterable[Tensor], learning_rate: float = 0.7, momentum: float = 0.9) -> Optimizer:
@@ -35,8 +101,9 @@ def diloco(weights: Iterable[Tensor], learning_rate: float = 0.7, momentum: floa
 STRATEGIES: dict[str, Callable[..., Optimizer]] = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
-    "fedadam": fedadam,
     "fedadagrad": fedadagrad,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
     "diloco": diloco,
 }
 
