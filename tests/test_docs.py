@@ -10,6 +10,8 @@ from conftest import ROOT
 from test_layers import MAY_IMPORT, MODULES
 
 from scaling_fl.experiment import settings
+from scaling_fl.experiment.parameters import PARAMETERS, find_defaults
+from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.records import rounds
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,6 +62,16 @@ def test_the_tables_are_those_of_the_code() -> None:
     used = {name: ", ".join(f"`{other}`" for other in sorted(others)) for name, others in MAY_IMPORT.items()}
     imports = "\n".join(f"| `{name}` | {others or 'nothing of ours'} |" for name, others in used.items())
     assert imports in (ROOT / "docs/architecture.md").read_text(), imports
+
+
+def test_the_table_of_the_strategies_defaults_is_that_of_the_code() -> None:
+    lines = [line.strip("|").split("|") for line in (ROOT / "docs/strategies.md").read_text().splitlines()]
+    table = {name.strip(" `"): [cell.strip(" `") for cell in cells] for name, *cells in lines if cells}
+    assert {*STRATEGIES} <= {*table}
+    assert {*STRATEGIES} == {*table["setting"][1:]}
+    for name in PARAMETERS["strategy"]:
+        defaults = [find_defaults("strategy", strategy).get(name, "") for strategy in table["setting"][1:]]
+        assert table[name][1:] == [str(default) for default in defaults]
 
 
 def test_the_lines_to_read_are_counted() -> None:
