@@ -179,7 +179,7 @@ def make_federation(case: Case, comm_dtype: str) -> "Federation":
     model = case.model()
     test = examples.fixed_batches(case.batch_size)
 
-    def batches(site: Site, seed: int) -> Iterator[Batch]:
+    def batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return (examples.select(indices).batch() for indices in case.batches(site.number))
 
     return Federation(

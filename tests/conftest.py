@@ -367,7 +367,7 @@ class Play:
             watched = [self.watch(server, federation)]
             for round_ in range(len(history), self.num_rounds + 1):
                 metrics = federation.train(round_) if round_ > 0 else {}
-                metrics = {name: value for name, value in metrics.items() if not re.search("seconds|memory", name)}
+                metrics = {name: value for name, value in metrics.items() if not re.search("seconds|memory|rank", name)}
                 if round_ > 0:
                     server.step()
                 history.append(metrics | federation.evaluate(round_))
@@ -375,9 +375,9 @@ class Play:
                 checkpoint.save(self.checkpoints_dir, server.state_dict(), history, settings, keep=None)
             return history, watched
 
-    def batches(self, site: Site, seed: int) -> Iterator[Batch]:
+    def batches(self, site: Site, seed: int, start: int) -> Iterator[Batch]:
         """Yield a site's batches until its disk fails."""
-        for batch in site.data.shuffled_batches(self.batch_size, seed):
+        for batch in site.data.shuffled_batches(self.batch_size, seed, start):
             yield batch
             if site.number in self.broken:
                 raise OSError("disk failure")

@@ -30,9 +30,9 @@ def test_a_site_that_fails_ends_the_run_and_is_named(capfd: pytest.CaptureFixtur
 class Endless(Play):
     """Its sites have endless data unless they are broken."""
 
-    def batches(self, site: Site, seed: int) -> Iterator[Batch]:
+    def batches(self, site: Site, seed: int, start: int) -> Iterator[Batch]:
         while True:
-            yield from super().batches(site, seed)
+            yield from super().batches(site, seed, start)
 
 
 @pytest.mark.parametrize("broken", [(0, 2, 4), (1, 3)])

@@ -79,7 +79,8 @@ def test_an_evaluation_is_the_mean_over_all_evaluated_examples() -> None:
     seen: list[float] = []
     _, validation, weight = play(lambda model, site, round_: move(model, site), evaluate_site)
     assert seen == [weight] * 3
-    assert validation == {"validation.accuracy": (5 * 0.25 + 10 * 0.5) / 15, "validation.round": 1.0}
+    means = {"validation.accuracy": (5 * 0.25 + 10 * 0.5) / 15, "validation.round": 1.0}
+    assert validation == means | {"site.test_examples": {0: 0, 1: 5, 2: 10}}
 
 
 def test_scores_of_nothing_are_left_out() -> None:
@@ -198,7 +199,8 @@ def test_a_site_may_evaluate_on_more_examples_than_it_trains_on() -> None:
         assert not torch.is_grad_enabled()
         return {"num_examples": 1000, "accuracy": 0.5}
 
-    assert play(move, evaluate_site)[1] == {"validation.accuracy": 0.5}
+    counts = dict.fromkeys(range(3), 1000)
+    assert play(move, evaluate_site)[1] == {"validation.accuracy": 0.5, "site.test_examples": counts}
     assert refusal(lambda: play(move, lambda model, site, round_: {"num_examples": -1})) == (
         "site 0 was not evaluated in round 1: num_examples: expected at least 0, got -1"
     )

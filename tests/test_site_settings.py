@@ -57,7 +57,7 @@ def test_the_largest_batch_and_the_bar_count_them(small_run: dict[str, Any]) -> 
         batch = largest_training_batch(settings, job, job.topology.devices[0])
         assert batch is not None
         assert len(batch["labels"]) == 9
-        assert job.make_progress(settings)[0]._num_examples == 61 + 2 * 15
+        assert sum(map(job.schedule.count_examples, range(4))) == 61 + 2 * 15
         beyond = replace(settings, site_settings={4: own, 1: own})
         assert refusal(lambda: build(beyond)) == "site_settings: expected numbers of sites from 0 to 3, got 4"
 
@@ -83,7 +83,7 @@ def test_other_forms_are_refused(value: Any) -> None:
 def test_each_wrong_value_is_a_sentence() -> None:
     by_site = {0: {"seed": 1}, 2: {"learning_rate": "1e-5", "num_local_epochs": 0, "batch_size": 4}}
     assert find_contradictions(Settings(site_settings=by_site)) == [
-        "site_settings[0]: expected one of learning_rate, num_local_epochs, batch_size, got 'seed'",
+        "site_settings[0]: expected one of learning_rate, num_local_epochs, local_steps, batch_size, got 'seed'",
         "site_settings[2]['learning_rate']: expected a number > 0, got '1e-5'. To YAML this is a text: write 1.0e-5",
         "site_settings[2]['num_local_epochs']: expected a whole number >= 1, got 0",
     ]

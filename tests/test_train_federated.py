@@ -204,6 +204,10 @@ def test_every_training_setting_has_an_effect(command: Command) -> None:
         {"max_train_examples": 50},
         {"comm_dtype": "bfloat16"},
         {"site_ids": "[0,0,0]"},
+        {"sites_per_round": 2},
+        {"eligible_sites": "[0,1,2]"},
+        {"weight_by": "sites"},
+        {"local_steps": 3},
     ]
     hashes = [weights_hash(succeed(command("--unobserved", **change))) for change in changes]
     assert len(set(hashes)) == len(changes), [change for i, change in enumerate(changes) if hashes[i] in hashes[:i]]

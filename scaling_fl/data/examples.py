@@ -64,11 +64,11 @@ class Examples:
         arrays |= {"attention_mask": is_token, "labels": self.labels}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
-    def shuffled_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield one epoch in the order of `seed`; the last batch may be smaller."""
+    def shuffled_batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Yield one epoch in the order of `seed`, but for the first `start` batches; the last batch may be smaller."""
         order = np.random.default_rng(seed).permutation(len(self))
-        for start in range(0, len(order), batch_size):
-            yield self.select(order[start : start + batch_size]).batch()
+        for first in range(start * batch_size, len(order), batch_size):
+            yield self.select(order[first : first + batch_size]).batch()
 
     def fixed_batches(self, batch_size: int) -> list["Examples"]:
         """Return the examples of batches of even sizes up to `batch_size`, the longest first."""

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -54,15 +54,30 @@ class SiteData:
 
     label_names: tuple[str, ...]
     train: dict[int, Examples]  # of each site of this rank
-    test: dict[torch.device, list[Examples]]  # the batches of each device of this rank
+    test: dict[torch.device, list[Examples]]  # the batches of a common test set for each device of this rank
     sizes: list[SiteSize]  # of each site of the federation
     num_test: int  # examples in all
     sha256: dict[str, str]  # of the data of all sites
+    test_of: dict[int, list[Examples]] = field(default_factory=dict)  # or else the batches of each site of this rank
+    num_test_of: dict[int, int] = field(default_factory=dict)  # examples of each site that has some
+    names: tuple[str, ...] = ()  # of the sites of the federation, if they have any
+
+    def name_of(self, site: int) -> str:
+        """Return the name of a site, "" if it has none."""
+        return self.names[site] if self.names else ""
+
+    def test_on(self, device: torch.device, topology: Topology) -> list[Examples]:
+        """Return all batches that a device may be evaluated on."""
+        sites = [site for site in self.test_of if topology.sites[site] == device]
+        return [*self.test[device], *(batch for site in sites for batch in self.test_of[site])]
 
     def describe_sites(self, topology: Topology) -> list[dict[str, Any]]:
-        """Return for each site of the federation its rank and device, and how much it trains on."""
-        by_rank = all_gather({site: str(device) for site, device in topology.sites.items()})
-        places = _merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
+        """Return for each site of the federation its rank and device, if they are fixed, and how much it trains on."""
+        by_rank = all_gather(
+            {site: str(device) for site, device in topology.sites.items()} if topology.is_fixed else {}
+        )
+        places: dict[int, tuple[int, str] | tuple[None, None]] = dict.fromkeys(range(topology.num_sites), (None, None))
+        places |= _merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
         return [
             {
                 "rank": places[site][0],
@@ -99,7 +114,7 @@ def partition_examples(
     batches = test.fixed_batches(val_batch_size)
     return SiteData(
         label_names=label_names,
-        train={site: train.select(indices[site]) for site in topology.sites},
+        train={site: train.select(indices[site]) for site in topology.hosted},
         test={device: batches[topology.slice_of(device)] for device in topology.devices},
         sizes=[train.select(of_site).size(len(label_names)) for of_site in indices],
         num_test=len(test),
@@ -159,16 +174,19 @@ def _number_sites(
     order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
     numbers = {site: number for number, site in enumerate(order)}
     everything = repr([all_sums[site] for site in order])
-    test: dict[torch.device, list[Examples]] = {device: [] for device in topology.devices}
-    for site, of_site in examples.items():
-        if "test" in of_site:
-            test[topology.sites[site]] += of_site["test"].fixed_batches(val_batch_size)
+    num_test_of = {numbers[site]: of["test"][1] for site, of in all_sums.items() if "test" in of}
     data = SiteData(
         label_names=label_names,
         train={numbers[site]: of_site["train"] for site, of_site in examples.items()},
-        test=test,
+        test={device: [] for device in topology.devices},
+        test_of={
+            numbers[site]: of_site["test"].fixed_batches(val_batch_size)
+            for site, of_site in examples.items()
+            if "test" in of_site
+        },
+        num_test_of={site: num_test_of[site] for site in sorted(num_test_of)},
         sizes=[SiteSize(*all_sizes[site]) for site in order],
-        num_test=sum(of["test"][1] for of in all_sums.values() if "test" in of),
+        num_test=sum(num_test_of.values()),
         sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
     )
     return data, topology.renumber(numbers)

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,15 +23,27 @@ class Topology:
     num_devices: int  # of all ranks
     entries: dict[int, int]  # of this rank: site number -> index in the node's site_ids
     num_entries: int  # of the site_ids of all nodes
+    is_fixed: bool = True  # else a site may run on any device, wherever it is in `sites`
 
     def slice_of(self, device: torch.device) -> slice:
         """Return the slice for a device of this rank when a list is distributed evenly to all devices."""
         return slice(self.first_device + self.devices.index(device), None, self.num_devices)
 
+    def find_device(self, number: int) -> torch.device | None:
+        """Return the device of this rank with a number among those of all ranks; None if another rank has it."""
+        index = number - self.first_device
+        return self.devices[index] if 0 <= index < len(self.devices) else None
+
+    @property
+    def hosted(self) -> Collection[int]:
+        """The sites that this rank may train."""
+        return self.sites if self.is_fixed else range(self.num_sites)
+
     def renumber(self, numbers: dict[int, int]) -> "Topology":
-        """Return a topology in which each site has a new number. `numbers`: old -> new, of all ranks."""
+        """Return a fixed topology in which each site has a new number. `numbers`: old -> new, of all ranks."""
         sites = {numbers[site]: device for site, device in self.sites.items()}
-        return replace(self, sites=sites, entries={numbers[site]: entry for site, entry in self.entries.items()})
+        entries = {numbers[site]: entry for site, entry in self.entries.items()}
+        return replace(self, sites=sites, entries=entries, is_fixed=True)
 
 
 def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topology:
@@ -42,7 +54,7 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
 
     Args:
         site_ids: the device id of each entry of this node.
-        num_sites: of the federation, assigned to the entries round-robin. None: one site for each entry.
+        num_sites: of the federation, assigned to the entries round-robin, but not fixed. None: one site for each entry.
 
     Raises:
         ValueError: `site_ids` names a missing GPU, or there are more ranks than GPUs.
@@ -70,6 +82,7 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
         num_devices=sum(num_devices),
         entries=entries,
         num_entries=sum(len(node_ids) for local_rank_, node_ids in nodes if local_rank_ == 0),
+        is_fixed=num_sites is None,
     )
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.examples import Examples
 from scaling_fl.data.labels import find_rows
 from scaling_fl.data.reader import SPLITS, read_task, sample
 from scaling_fl.data.sites import SiteData, files_of, partition_examples, read_site_files
@@ -21,7 +22,9 @@ from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
+from scaling_fl.experiment.schedule import Schedule, make_schedule
 from scaling_fl.experiment.settings import FIELDS, Settings, of_site
+from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
@@ -41,19 +44,13 @@ class Job:
 
     data: SiteData
     topology: Topology
+    schedule: Schedule
     tokenizer: PreTrainedTokenizerBase
     classifier: Classifier
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
-
-    def make_progress(self, settings: Settings) -> tuple[Progress, Progress]:
-        """Return progress bars of a round's training and of its evaluation on this rank."""
-        train = self.data.train.items()
-        num_train = sum(of_site(settings, site)["num_local_epochs"] * len(examples) for site, examples in train)
-        num_test = sum(len(batch) for of_device in self.data.test.values() for batch in of_device)
-        return Progress(num_train), Progress(num_test)
 
 
 def build(settings: Settings) -> Job:
@@ -67,10 +64,6 @@ def build(settings: Settings) -> Job:
     checkpoints_dir = settings.checkpoints_dir and host_path(settings.checkpoints_dir)
     checkpoint.check(checkpoints_dir)
     topology = place_sites(settings.site_ids, settings.num_sites)
-    if settings.on_site_failure == "skip" and settings.min_sites > topology.num_sites:
-        raise ValueError(
-            f"min_sites: expected at most {topology.num_sites}, the number of sites, got {settings.min_sites}"
-        )
     last = max(settings.site_settings or {}, default=0)
     if last >= topology.num_sites:
         raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
@@ -78,9 +71,10 @@ def build(settings: Settings) -> Job:
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
     data, topology = read_data(settings, topology, encoder)
+    schedule = make_schedule(settings, data, topology)
     rows = find_rows(data.label_names, labels_of(pretrained.config))
     classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, rows))
-    identity |= identity_of_data(settings, data, topology)
+    identity |= identity_of_data(settings, data, topology, schedule.cohorts)
     check_equal(identity)
     device = topology.devices[0]
     global_model = GlobalModel(classifier.model, server_optimiser(settings), settings.comm_dtype, device)
@@ -90,7 +84,9 @@ def build(settings: Settings) -> Job:
         history = state["history"]
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")
-    return Job(data, topology, pretrained.tokenizer, classifier, global_model, history, identity, checkpoints_dir)
+    return Job(
+        data, topology, schedule, pretrained.tokenizer, classifier, global_model, history, identity, checkpoints_dir
+    )
 
 
 def read_data(settings: Settings, topology: Topology, encoder: TextEncoder) -> tuple[SiteData, Topology]:
@@ -137,26 +133,37 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
     """
     data = job.data
 
-    def site_batches(site: Site, seed: int) -> Iterator[Batch]:
-        return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed))
+    def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
+        return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
+
+    def score(model: nn.Module, parts: Iterable[Examples]) -> Mapping[str, Any]:
+        return evaluate(model, testing.watch(part.batch() for part in parts), score_classes).totals()
 
     def evaluate_device(model: nn.Module, device: torch.device) -> Mapping[str, Any]:
-        return evaluate(model, testing.watch(part.batch() for part in data.test[device]), score_classes).totals()
+        return score(model, data.test[device])
+
+    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        return {"num_examples": data.num_test_of[site.number], **score(model, data.test_of[site.number])}
 
     default = LocalTraining(
-        local_optimiser(settings), site_batches, score_classes, settings.seed, proximal_mu=settings.proximal_mu
+        local_optimiser(settings),
+        site_batches,
+        score_classes,
+        settings.seed,
+        proximal_mu=settings.proximal_mu,
+        deadline_s=settings.site_deadline_s,
     )
     federation = Federation(
         job.topology,
-        [
-            Site(number, device, len(data.train[number]), data.train[number], settings=of_site(settings, number))
-            for number, device in job.topology.sites.items()
-        ],
+        job.schedule.train,
         job.classifier.model,
         job.global_model,
         train_site=default if settings.trainer == "default" else TRAINERS[settings.trainer],
-        evaluate_device=evaluate_device,
+        evaluate_device=None if data.num_test_of else evaluate_device,
+        evaluate_site=evaluate_site if data.num_test_of else None,
+        evaluation_sites=job.schedule.evaluate,
         seed=settings.seed,
+        weight_by=settings.weight_by,
         min_sites=settings.min_sites if settings.on_site_failure == "skip" else None,
     )
     largest = {device: largest_training_batch(settings, job, device) for device in job.topology.devices}
@@ -179,7 +186,8 @@ def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimiz
 
 def largest_training_batch(settings: Settings, job: Job, device: torch.device) -> Batch | None:
     """Return the largest batch that the sites of a device train on; None if it has no site."""
-    sites = [site for site, where in job.topology.sites.items() if where == device]
+    fixed = job.topology.is_fixed
+    sites = [site for site in job.topology.hosted if not fixed or job.topology.sites[site] == device]
     return find_largest(job.data.train[site].longest_batch(of_site(settings, site)["batch_size"]) for site in sites)
 
 
@@ -201,10 +209,12 @@ def identity_of_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def identity_of_data(settings: Settings, data: SiteData, topology: Topology) -> dict[str, Any]:
-    """Return what else the weights of a round depend on: the data, and where it is trained on."""
+def identity_of_data(settings: Settings, data: SiteData, topology: Topology, cohorts: Cohorts) -> dict[str, Any]:
+    """Return what else the weights of a round depend on: the data, who takes part, and where it is trained on."""
     return data.sha256 | {
         "number of sites": topology.num_sites,
+        "number of sites in a round": cohorts.num_sites,
+        "eligible sites": "all" if len(cohorts.eligible) == topology.num_sites else list(cohorts.eligible),
         "kind of device": topology.devices[0].type,
         "number of devices": "any" if settings.comm_dtype == "exact" else topology.num_devices,
     }

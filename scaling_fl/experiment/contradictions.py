@@ -11,6 +11,7 @@ def find_contradictions(settings: Settings) -> list[str]:
         [
             lambda: _check_site_paths(settings),
             lambda: _check_site_settings(settings),
+            lambda: _check_schedule(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: check_parameters(vars(settings)),
         ]
@@ -45,3 +46,22 @@ def _check_site_settings(settings: Settings) -> None:
                 problems.append(f"{place}[{name!r}]: expected {kind.wanted}, got {describe_value(name, value)}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _check_schedule(settings: Settings) -> None:
+    if settings.evaluation_sites is not None and settings.site_paths is None:
+        raise ValueError(
+            "evaluation_sites: expected None, as all sites have one test set without site_paths, got "
+            f"{settings.evaluation_sites}"
+        )
+    if settings.site_deadline_s is not None and settings.trainer != "default":
+        raise ValueError(
+            f"site_deadline_s: expected None, as trainer={settings.trainer!r} does not know it, got "
+            f"{settings.site_deadline_s}"
+        )
+    for site, given in (settings.site_settings or {}).items():
+        if "num_local_epochs" in given and (given.get("local_steps") or settings.local_steps) is not None:
+            raise ValueError(
+                f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
+                f"{given['num_local_epochs']}"
+            )

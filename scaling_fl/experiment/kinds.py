@@ -54,6 +54,14 @@ SITE_PATHS = Kind(
     lambda value: _is_list(value, 1, _is_site_path),
     "a list of paths, or of [training file, test file], such as ['/data/a.csv',['/data/b.csv','/data/c.csv']]",
 )
+SITES = Kind(
+    lambda value: _is_list(value, 1, lambda item: TEXT.accepts(item) or (type(item) is int and item >= 0)),
+    "a list of numbers or names of sites such as [0,3]",
+)
+COUNT_OR_FRACTION = Kind(
+    lambda value: value >= 1 if type(value) is int else type(value) is float and 0 < value <= 1,
+    "a whole number >= 1, or a fraction > 0 and <= 1.0",
+)
 MODULES = Kind(lambda value: _is_list(value, 0, _is_module), "a list of names of modules such as ['my_module']")
 SITE_SETTINGS = Kind(
     _are_of_sites, "settings by the number of a site, such as {3:{'learning_rate':1e-5,'num_local_epochs':1}}"

@@ -16,6 +16,7 @@ from scaling_fl.experiment.build import (
 )
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.settings import Settings, of_site
+from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
 from scaling_fl.records import console, export
@@ -39,7 +40,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, *job.make_progress(settings))  # which tries the model
+    make_federation(settings, job, console.Progress(), console.Progress())  # which tries the model
     labels = job.data.label_names
     planned: dict[str, Any] = {
         "labels": list(labels),
@@ -75,13 +76,15 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
 def count_steps(settings: Settings, site: int, num_examples: int) -> int:
     """Return how many steps of its optimiser a site takes in a round."""
     own = of_site(settings, site)
+    if own["local_steps"] is not None:
+        return own["local_steps"]
     return own["num_local_epochs"] * -(-num_examples // own["batch_size"])
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
     training = largest_training_batch(settings, job, device)
-    testing = find_largest(part.batch() for part in job.data.test[device])
+    testing = find_largest(part.batch() for part in job.data.test_on(device, job.topology))
     try:
         num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(settings))
     except Exception:  # some models look at the values of their tensors, and there are none
@@ -123,6 +126,20 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
-        f"strategy  {settings.strategy} ({parameters}), weighted by examples, sent as {settings.comm_dtype}",
+        f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
+        f"sent as {settings.comm_dtype}",
+        f"rounds    {settings.num_rounds}, each of {describe_cohorts(settings, job.schedule.cohorts)}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
     ]
+
+
+def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:
+    """Return in words how many sites take part in a round, and how much they train."""
+    many = len(cohorts.eligible)
+    sampled = f"{cohorts.num_sites:,} of " if cohorts.are_sampled else "all "
+    sites = f"{sampled}{many:,} {'' if settings.eligible_sites is None else 'eligible '}site{'s' * (many > 1)}"
+    given = settings.sites_per_round
+    fraction = f" (sites_per_round {given}, min_sites {settings.min_sites})" if isinstance(given, float) else ""
+    amount = "for {} step{}" if settings.local_steps else "for {} epoch{}"
+    count = settings.local_steps or settings.num_local_epochs
+    return f"{sites}{fraction}, {amount.format(count, 's' * (count > 1))}"

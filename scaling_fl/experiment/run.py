@@ -58,21 +58,24 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
 def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> None:
     """Train, average, evaluate, record and save, round by round, and save the model."""
     history, global_model = job.history, job.global_model
-    training, testing = job.make_progress(settings)
+    training, testing = console.Progress(), console.Progress()
     with clock("setup"):
         federation = make_federation(settings, job, training, testing)
-        table = console.Table(with_failures=settings.on_site_failure == "skip")
+        cohorts = job.schedule.cohorts
+        of_sites = len(cohorts.eligible) if cohorts.are_sampled else None
+        table = console.Table(of_sites, with_failures=settings.on_site_failure == "skip")
         for round_, metrics in enumerate(history):
             table.print_round(round_, metrics)
             record.add_round(round_, metrics)
     for round_ in range(len(history), settings.num_rounds + 1):
         metrics = {}
         if round_ > 0:
-            with clock("train"), training.display(f"round {round_}, training"):
+            num_examples = sum(job.schedule.count_examples(site.number) for site in job.schedule.train(round_))
+            with clock("train"), training.display(f"round {round_}, training", num_examples):
                 metrics |= federation.train(round_)
             with clock("aggregate"):
                 global_model.step()
-        with clock("evaluate"), testing.display(f"round {round_}, evaluating"):
+        with clock("evaluate"), testing.display(f"round {round_}, evaluating", job.schedule.count_tests(round_)):
             metrics |= federation.evaluate(round_)
         metrics |= clock.read_round()
         if round_ > 0:
@@ -101,9 +104,10 @@ def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
     """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
     num_examples = num_tokens = 0.0
     for site, trained in metrics["site.examples"].items():
-        size, epochs = job.data.sizes[site], of_site(settings, site)["num_local_epochs"]
-        num_examples += epochs * trained
-        num_tokens += epochs * trained * size.num_tokens / size.num_examples
+        size, own = job.data.sizes[site], of_site(settings, site)
+        seen = trained * (own["num_local_epochs"] if own["local_steps"] is None else 1)
+        num_examples += seen
+        num_tokens += seen * size.num_tokens / size.num_examples
     return {
         "speed.examples_per_s": num_examples / metrics["time.train_s"],
         "speed.tokens_per_s": num_tokens / metrics["time.train_s"],

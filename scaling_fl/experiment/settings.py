@@ -10,6 +10,7 @@ from typing import Any
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import TASKS, task_defaults
 from scaling_fl.experiment.kinds import (
+    COUNT_OR_FRACTION,
     DEVICE_IDS,
     FLAG,
     LABELS,
@@ -17,6 +18,7 @@ from scaling_fl.experiment.kinds import (
     NAME,
     SITE_PATHS,
     SITE_SETTINGS,
+    SITES,
     TEXT,
     Kind,
     number,
@@ -40,7 +42,7 @@ EXTENSIBLE = {
     **{"task_name": "TASKS", "model": "MODELS", "partition": "PARTITIONERS"},
     **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
 }
-OF_SITES = ("learning_rate", "num_local_epochs", "batch_size")  # what `site_settings` may name
+OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size")  # what `site_settings` may name
 RESOLVED_FIRST = ("plugins", "task_name", "model", "iid_split")  # as the defaults of others depend on them
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
@@ -66,7 +68,13 @@ class Settings:
     site_ids: list[int] = setting([0, 0, 0, 0], DEVICE_IDS, "the GPU id of each site of this node; an id given twice hosts two sites. Without a GPU the ids name CPU slots", may_change=True)
     num_sites: int | None = setting(None, optional(whole_number(1)), "how many sites there are in all; they use the entries of all nodes' `site_ids` in turn, so `num_sites=1000` simulates a thousand on one device. None: one for each entry", may_change=True)
     num_rounds: int = setting(3, whole_number(0), "how often the sites train and their weights are averaged", may_change=True)
+    sites_per_round: int | float | None = setting(None, optional(COUNT_OR_FRACTION), "how many sites take part in a round, sampled anew for each: a whole number, or a fraction below or equal to 1.0 of the eligible sites, rounded down, but at least `min_sites`. None: all. See [Cohorts](cohorts.md)")
+    eligible_sites: list | None = setting(None, optional(SITES), "the sites that may take part in training, by number, or by name where sites have names. None: all", may_change=True)
+    evaluation_sites: list | None = setting(None, optional(SITES), "the sites on whose test files the global model is evaluated, likewise. None: all; where sites are sampled from more than 100, those of the round", may_change=True)
+    weight_by: str = setting("examples", one_of(("examples", "sites")), "the weight of a site in the mean: the number of `examples` that it trained on, or the same for all `sites`")
     num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
+    local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round")
+    site_deadline_s: float | None = setting(None, optional(number(above=0)), "stop the training of a site at the end of a batch after so many seconds; its weight is what it trained on. Gives up promises 1 and 2")
     batch_size: int = setting(32, whole_number(1), "examples in a training step of a site")
     val_batch_size: int = setting(512, whole_number(1), "most examples in an evaluation batch", may_change=True)
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
@@ -82,7 +90,7 @@ class Settings:
     proximal_mu: float = setting(0.0, number(least=0, below=LARGE), "strength of FedProx's pull of the local towards the global weights")
     comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
-    min_sites: int = setting(1, whole_number(1), "of `on_site_failure=skip`: end the run if fewer sites are left in a round, or less than 1/1024 of all examples", may_change=True)
+    min_sites: int = setting(1, whole_number(0), "the fewest sites of a round, if `sites_per_round` is a fraction; with `on_site_failure=skip` a run ends if fewer are left in a round, or less than 1/1024 of its examples. 0: a round of which no site is left is recorded, and moves nothing", may_change=True)
     task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](tasks.md)")
     site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of `train_path` and `test_path`", may_change=True)
     train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)

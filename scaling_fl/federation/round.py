@@ -2,11 +2,11 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from copy import deepcopy
-from fractions import Fraction
 from functools import partial
 from threading import Event
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.errors import one_line
+from scaling_fl.federation.cohorts import Cohort, by_round
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
@@ -33,14 +34,16 @@ class Federation:
 
     Args:
         topology: where this rank's sites run.
-        sites: this rank's sites.
+        sites: this rank's sites, or a function that returns those of a round: its cohort.
         model: the model to train; it is moved to this rank's first device.
         global_model: holds the global weights; None: that of FedAvg.
         train_site: trains a site, such as `LocalTraining`. See `SiteFunction` for what it must do.
         evaluate_site: evaluates the global model on the data of a site, if there is no `evaluate_device`.
+        evaluation_sites: those that are evaluated, likewise; None: those that train.
         evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
             each (sum, count).
         seed: of all randomness in training.
+        weight_by: the weight of a site in the mean: "examples" that it trained on, or "sites" for the same weight each.
         min_sites: a round goes on without sites that fail while at least so many are left; None: any failure is an
             error.
     """
@@ -48,26 +51,29 @@ class Federation:
     def __init__(
         self,
         topology: Topology,
-        sites: Sequence[Site],
+        sites: Sequence[Site] | Callable[[int], Sequence[Site]],
         model: nn.Module,
         global_model: GlobalModel | None = None,
         *,
         train_site: SiteFunction,
         evaluate_site: SiteFunction | None = None,
+        evaluation_sites: Sequence[Site] | Callable[[int], Sequence[Site]] | None = None,
         evaluate_device: Callable[[nn.Module, torch.device], Mapping[str, Any]] | None = None,
         seed: int = 0,
+        weight_by: str = "examples",
         min_sites: int | None = None,
     ) -> None:
         if evaluate_site is not None and evaluate_device is not None:
             raise ValueError("evaluate_site: expected None beside evaluate_device, got a function")
         self._topology = topology
-        self._sites = sites
+        self._sites_of = by_round(sites)
+        self._evaluated_of = self._sites_of if evaluation_sites is None else by_round(evaluation_sites)
         self.global_model = global_model or GlobalModel(model, fedavg, device=topology.devices[0])
         self._train_site, self._evaluate_site, self._evaluate_device = train_site, evaluate_site, evaluate_device
-        self._seed, self._min_sites = seed, min_sites
-        self._num_examples = sum(all_gather(sum(site.num_examples for site in sites)))
-        self._failures: list[tuple[int, str]] = []  # of this round, on this rank
+        self._seed, self._min_sites, self._weight_by = seed, min_sites, weight_by
+        self._failures: dict[int, str] = {}  # of sites of this rank in this round
         self._by_site: dict[int, dict[str, float]] = {}  # scores and costs, likewise
+        self._num_tests: dict[int, int] = {}  # of each site, likewise
         self._is_ending = Event()  # a site of another device has ended the run
         copies = [model, *(deepcopy(model) for _ in topology.devices[1:])]
         self._replicas = {
@@ -119,18 +125,24 @@ class Federation:
                 followed by a step.
         """
         self.global_model.start_round()
-        self._failures, self._by_site = [], {}
+        self._failures, self._by_site = {}, {}
+        cohort = self._cohort = Cohort(self._sites_of(round_), self._weight_by)
+        seconds = dict.fromkeys(self._replicas, 0.0)
         for replica in self._replicas.values():
             replica.is_reset = False  # as the global model may have moved
 
         def train_sites(device: torch.device) -> Means:
-            sites = [site for site in self._sites if site.device == device]
-            return Means().merge(self._try_site(site, round_) for site in sites)
+            start = time.perf_counter()
+            means = Means().merge(self._try_site(site, round_) for site in cohort.sites if site.device == device)
+            seconds[device] = time.perf_counter() - start
+            return means
 
         means = self._on_devices("train", train_sites)
-        means |= self._count_failures(round_)
+        if self._min_sites is not None:
+            means |= cohort.count_failures(self._failures, self._min_sites, round_)
         by_site = {site: of_site for of_rank in all_gather(self._by_site) for site, of_site in of_rank.items()}
         num_examples = {site: by_site[site].pop("examples") for site in sorted(by_site)}
+        means |= cohort.describe(busy=max(seconds.values()))
         return means | {"site.examples": num_examples} | spread(by_site)
 
     def _try_site(self, site: Site, round_: int) -> Means:
@@ -144,11 +156,11 @@ class Federation:
                 returned = self._call(self._train_site, replica.model, site, round_)
             num_examples, means = read_scores(returned, most=site.num_examples)
             if num_examples:
-                weight = Fraction(num_examples, self._num_examples)
+                weight = self._cohort.weigh(num_examples)
                 replica.exchange(self.global_model, weight, check_first=self._min_sites is not None)
         except Exception as error:
             if self._min_sites is not None:
-                self._failures.append((site.number, describe_failure(site, round_, error)))
+                self._failures[site.number] = describe_failure(site, round_, error)
                 return Means()
             if isinstance(error, FloatingPointError | ValueError):
                 raise ValueError(describe_failure(site, round_, error)) from error
@@ -164,22 +176,6 @@ class Federation:
         with isolated() if is_alone and not is_ours else nullcontext():
             seed_site(self._seed, round_, site, is_alone=is_alone)
             return function(model, site, round_)
-
-    def _count_failures(self, round_: int) -> Metrics:
-        """Return how many sites failed on all ranks, and log which."""
-        if self._min_sites is None:
-            return {}
-        failures = sorted(failure for of_rank in all_gather(self._failures) for failure in of_rank)
-        num_left = self._topology.num_sites - len(failures)
-        if num_left < self._min_sites:
-            raise ValueError(
-                f"min_sites: expected at least {self._min_sites} sites left in round {round_}, got {num_left} of "
-                f"{self._topology.num_sites}: {failures[0][1]}"
-                + (f" (and {len(failures) - 1} more)" if failures[1:] else "")
-            )
-        for _, sentence in failures if rank() == 0 else ():
-            log.warning("%s; the round goes on without it", sentence)
-        return {"sites.failed": len(failures)}
 
     def evaluate(self, round_: int) -> Metrics:
         """Return `validation.<score>`, the means of the global weights over all that is evaluated on.
@@ -204,7 +200,12 @@ class Federation:
                     raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
             return means
 
-        return self._on_devices("validation", evaluate_on)
+        self._num_tests = {}
+        metrics = self._on_devices("validation", evaluate_on)
+        if self._evaluate_device is None and self._evaluate_site is not None:
+            counts = {site: count for of_rank in all_gather(self._num_tests) for site, count in of_rank.items()}
+            metrics |= {"site.test_examples": {site: counts[site] for site in sorted(counts)}}
+        return metrics
 
     def _evaluations(self, device: torch.device, round_: int) -> list[Callable[[nn.Module], Means]]:
         """Return what evaluates the model of a device."""
@@ -216,11 +217,12 @@ class Federation:
 
         def evaluate_site(site: Site, model: nn.Module) -> Means:
             try:
-                return read_scores(self._call(on_site, model, site, round_))[1]
+                self._num_tests[site.number], means = read_scores(self._call(on_site, model, site, round_))
+                return means
             except (ValueError, FloatingPointError) as error:
                 raise ValueError(f"site {site.number} was not evaluated in round {round_}: {error}") from error
 
-        return [partial(evaluate_site, site) for site in self._sites if site.device == device]
+        return [partial(evaluate_site, site) for site in self._evaluated_of(round_) if site.device == device]
 
     def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> Metrics:
         """Call `work` for each device of each rank, in a thread for each, and return the means of all."""

@@ -1,5 +1,6 @@
 """A site, and what trains it: a function, by default epochs of stochastic gradient descent over the site's batches."""
 
+import itertools
 import math
 import operator
 import resource
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.training.loop import Batch, Score, train
+from scaling_fl.training.loop import Batch, Score, stop_after, train
 from scaling_fl.training.metrics import Means
 from scaling_fl.training.optimisers import add_proximal_term
 from scaling_fl.training.seeds import derive_seed
@@ -32,7 +33,9 @@ class Site:
         num_examples: that it trains on: its weight in the mean of a round.
         data: what the functions that train and evaluate it get; the federation does not look at it.
         name: for logs and people.
-        settings: in which it differs from the others. `LocalTraining` reads `learning_rate` and `num_local_epochs`.
+        settings: in which it differs from the others. `LocalTraining` reads `learning_rate`, `num_local_epochs` and
+            `local_steps`.
+        start: the epoch and the batch in it where it goes on, if it trains for a number of steps.
     """
 
     number: int
@@ -41,6 +44,7 @@ class Site:
     data: Any = None
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    start: tuple[int, int] = (0, 0)
 
 
 # Trains (or evaluates) the model, which holds the global weights, on the data of a site in a round, and returns
@@ -56,8 +60,9 @@ SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 # Those of plugins, by the name that the setting `trainer` has. A run calls them with a model of transformers, to which
 # `model(**batch)` gives a loss, and with a site that has
 #   data: `len(data)` is the number of its examples, and `data.shuffled_batches(batch_size, seed)` yields one epoch;
-#   settings: `learning_rate`, `num_local_epochs`, `batch_size`, `optimiser`, `proximal_mu` and the run's `seed`, those
-#     of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for each epoch.
+#   settings: `learning_rate`, `num_local_epochs`, `local_steps`, `batch_size`, `optimiser`, `proximal_mu` and the run's
+#     `seed`, those of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for
+#     each epoch.
 TRAINERS: dict[str, SiteFunction] = {}
 
 OWN_SCORES = {"examples", "seconds", "memory_mb"}  # which the federation measures itself, by site
@@ -65,23 +70,25 @@ OWN_SCORES = {"examples", "seconds", "memory_mb"}  # which the federation measur
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """The default `SiteFunction` that trains: some epochs over the batches of a site, with a new optimiser each round.
+    """The default `SiteFunction` that trains: over the batches of a site, with a new optimiser each round.
 
     Args:
         make_optimiser: takes the trained weights and returns an optimiser.
-        batches: returns one epoch of a site's batches, in an order that depends on the seed given.
+        batches: returns one epoch of a site's batches in the order of the seed given, but for so many at its start.
         score: adds a batch's output to the means.
         seed: of all randomness in training.
         num_epochs: of a round.
         proximal_mu: the strength of FedProx's pull towards the global weights.
+        deadline_s: the seconds after which a site stops at the end of a batch. The weights then depend on the machine.
     """
 
     make_optimiser: Callable[[Iterable[Tensor]], Optimizer]
-    batches: Callable[[Site, int], Iterable[Batch]]
+    batches: Callable[[Site, int, int], Iterable[Batch]]
     score: Score
     seed: int
     num_epochs: int = 1
     proximal_mu: float = 0.0
+    deadline_s: float | None = None
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
         """Train the model on the data of a site.
@@ -96,11 +103,29 @@ class LocalTraining:
         if self.proximal_mu:
             add_proximal_term([weight.detach().clone() for weight in weights], self.proximal_mu, optimiser)
 
-        def batches() -> Iterator[Batch]:
-            for epoch in range(site.settings.get("num_local_epochs", self.num_epochs)):
-                yield from self.batches(site, derive_seed(self.seed, "order", round_, site.number, epoch))
+        num_seen = 0
 
-        return {"num_examples": site.num_examples, **train(model, batches(), optimiser, self.score).totals()}
+        def counted() -> Iterator[Batch]:
+            nonlocal num_seen
+            for batch in stop_after(self.deadline_s, site.device, self._batches(site, round_)):
+                num_seen += len(next(iter(batch.values())))
+                yield batch
+
+        scores = train(model, counted(), optimiser, self.score).totals()
+        return {"num_examples": min(site.num_examples, num_seen), **scores}
+
+    def _batches(self, site: Site, round_: int) -> Iterator[Batch]:
+        """Yield the batches of a round: of epochs, in another order each round, or of steps, going on in an epoch."""
+        if (num_steps := site.settings.get("local_steps")) is None:
+            for epoch in range(site.settings.get("num_local_epochs", self.num_epochs)):
+                yield from self.batches(site, derive_seed(self.seed, "order", round_, site.number, epoch), 0)
+            return
+        first, batch = site.start
+        epochs = (
+            self.batches(site, derive_seed(self.seed, "order", site.number, epoch), batch if epoch == first else 0)
+            for epoch in itertools.count(first)
+        )
+        yield from itertools.islice(itertools.chain.from_iterable(epochs), num_steps)
 
 
 def read_scores(returned: Any, most: int | None = None) -> tuple[int, Means]:

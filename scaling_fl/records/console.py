@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -32,14 +33,20 @@ def print_once(*lines: str) -> None:
 
 
 class Table:
-    """A table with a line a round, whose head is printed at once."""
+    """A table with a line a round, whose head is printed at once.
 
-    def __init__(self, with_failures: bool) -> None:
-        self._columns = {
-            name: metric
-            for name, metric in METRICS.items()
-            if metric.title and (with_failures or name != "sites.failed")
-        }
+    Args:
+        num_sites: from which those of a round are sampled; None if all take part.
+        with_failures: show how many sites failed.
+    """
+
+    def __init__(self, num_sites: int | None, *, with_failures: bool) -> None:
+        hidden = {"sites.cohort"} if num_sites is None else set()
+        hidden |= set() if with_failures else {"sites.failed"}
+        self._columns = {name: metric for name, metric in METRICS.items() if metric.title and name not in hidden}
+        if num_sites is not None:
+            title = f"sites of {num_sites:,}"
+            self._columns["sites.cohort"] = replace(METRICS["sites.cohort"], title=title)
         print_once(" | ".join(["round", *(str(metric.title) for metric in self._columns.values())]))
 
     def print_round(self, round_: int, metrics: Metrics) -> None:
@@ -59,9 +66,10 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
     """
     lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
     for number, site in enumerate(sites):
+        rank, device = ("any" if site[key] is None else site[key] for key in ("rank", "device"))
         labels = ", ".join(f"{printable(name)} {count:,}" for name, count in site["labels"].items())
         lines.append(
-            f"{number:>4} | {site['rank']:>4} | {site['device']:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
+            f"{number:>4} | {rank:>4} | {device:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
             f"{site['steps']:>13,} | {labels}"
         )
     return lines
@@ -106,21 +114,20 @@ class CallerBar:
 class Progress:
     """A bar over the examples of this rank with their speed and the time that is left, from rank 0 on a terminal."""
 
-    def __init__(self, num_examples: int) -> None:
-        self._num_examples = num_examples
+    def __init__(self) -> None:
         self._bar: tqdm | CallerBar | None = None
         self._lock = Lock()  # of the threads of a rank's devices
 
     @contextmanager
-    def display(self, name: str) -> Iterator[None]:
-        """Show an empty bar, and take it away at the end."""
+    def display(self, name: str, num_examples: int) -> Iterator[None]:
+        """Show an empty bar for so many examples of this rank, and take it away at the end."""
         if rank() == 0 and is_called():
-            tell(bar=name, total=self._num_examples)
+            tell(bar=name, total=num_examples)
             self._bar = CallerBar()
             yield
             return
         with tqdm(
-            total=self._num_examples,
+            total=num_examples,
             desc=name,
             unit=" examples",
             leave=False,

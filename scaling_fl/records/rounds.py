@@ -62,12 +62,17 @@ METRICS: dict[str, Metric] = {
     ),
     "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
     "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),
+    "sites.cohort": Metric("sites", "that were asked to train in this round", "sites", "{:.0f}"),
     "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
+    "site.rank": Metric("", "by site, the rank that trained it, of the sites of this round"),
+    "site.name": Metric("", "by site, its name, likewise, where sites have names"),
+    "site.test_examples": Metric("examples", "by site, those that it was evaluated on, where sites have test files"),
     "site.loss": Metric(
         "nats", '`train.loss` by site, as in `{"0": 0.7, "2": 0.4}`, of the sites that took part and did not fail'
     ),
     "site.accuracy": Metric("fraction", "`train.accuracy` by site"),
-    "site.examples": Metric("examples", "by site, the examples that it trained on in an epoch"),
+    "site.examples": Metric("examples", "by site, the examples that it trained on, each counted once for all epochs"),
+    "rank.idle_s": Metric("s", "by rank, how long it waited for the last rank after it had trained its sites"),
     "site.seconds": Metric("s", "the training time by site"),
     "site.memory_mb": Metric(
         "MB",

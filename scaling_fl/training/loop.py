@@ -1,7 +1,9 @@
 """Train and evaluate one model on one device, in plain PyTorch; knows nothing of federations."""
 
+import math
 import random
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +42,17 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
         batch = _to_device(batch, model)
         score(model(**batch), batch, means)
     return means.settle()
+
+
+def stop_after(seconds: float | None, device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches until the first that ends so many seconds from now, and at least one; None: all."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    for batch in batches:
+        yield batch
+        if end < math.inf and device.type != "cpu":
+            torch.accelerator.synchronize(device)  # which else is asked to compute far more than it has time for
+        if time.monotonic() >= end:
+            return
 
 
 def try_step(model: nn.Module, batch: Batch) -> float:

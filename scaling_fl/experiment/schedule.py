@@ -1,0 +1,125 @@
+"""Which sites train and are evaluated in a round, on which devices, and on how many examples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scaling_fl.data.sites import SiteData
+from scaling_fl.distributed.placement import Topology
+from scaling_fl.experiment.settings import Settings, of_site
+from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
+from scaling_fl.federation.site import Site
+
+MANY_SITES = 100  # of more, only the sampled ones are evaluated by default
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The sites of each round.
+
+    Args:
+        settings: of the run.
+        data: of the sites.
+        topology: where they run, unless they are shared out in each round.
+        cohorts: which of them train in a round.
+        evaluated: which of them are evaluated, if they have test data of their own; None: the cohort.
+    """
+
+    settings: Settings
+    data: SiteData
+    topology: Topology
+    cohorts: Cohorts
+    evaluated: Sequence[int] | None
+
+    def train(self, round_: int) -> list[Site]:
+        """Return the sites of this rank that train in a round."""
+        return [self._site(number, device, round_) for number, device in self._places(round_).items()]
+
+    def evaluate(self, round_: int) -> list[Site]:
+        """Return the sites of this rank with test data that are evaluated after a round; before the first, as after."""
+        chosen = self.cohorts.of(max(round_, 1)) if self.evaluated is None else self.evaluated
+        numbers = [number for number in chosen if number in self.data.num_test_of] or list(self.data.num_test_of)
+        sites = self.topology.sites
+        return [self._site(number, sites[number], max(round_, 1)) for number in numbers if number in sites]
+
+    def count_examples(self, site: int) -> int:
+        """Return about how many examples pass through the model while a site trains in a round."""
+        own = of_site(self.settings, site)
+        if own["local_steps"] is not None:
+            return own["local_steps"] * min(own["batch_size"], self.data.sizes[site].num_examples)
+        return own["num_local_epochs"] * self.data.sizes[site].num_examples
+
+    def count_tests(self, round_: int) -> int:
+        """Return how many examples this rank evaluates after a round."""
+        of_sites = sum(self.data.num_test_of[site.number] for site in self.evaluate(round_))
+        return of_sites + sum(len(batch) for of_device in self.data.test.values() for batch in of_device)
+
+    def _places(self, round_: int) -> dict[int, torch.device]:
+        """Return the sites of this rank in a round, and their devices."""
+        cohort = self.cohorts.of(round_)
+        if self.topology.is_fixed:
+            return {site: self.topology.sites[site] for site in cohort if site in self.topology.sites}
+        places = share_out({site: self.count_examples(site) for site in cohort}, self.topology.num_devices)
+        devices = {site: self.topology.find_device(places[site]) for site in cohort}
+        return {site: device for site, device in devices.items() if device is not None}
+
+    def _site(self, number: int, device: torch.device, round_: int) -> Site:
+        own = of_site(self.settings, number)
+        num_examples, start = self.data.sizes[number].num_examples, (0, 0)
+        if own["local_steps"] is not None:
+            first = own["local_steps"] * self.cohorts.count_rounds_before(number, round_)
+            start = divmod(first, count_batches(num_examples, own))
+            num_examples = count_until(first + own["local_steps"], num_examples, own) - count_until(
+                first, num_examples, own
+            )
+        return Site(
+            number, device, num_examples, self.data.train[number], self.data.name_of(number), settings=own, start=start
+        )
+
+
+def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Schedule:
+    """Return the schedule of a run.
+
+    Raises:
+        ValueError: a setting names a site that does not exist, or asks for more sites than there are.
+    """
+    eligible = find_sites("eligible_sites", settings.eligible_sites, data)
+    num_sites = count_sites(settings.sites_per_round, len(eligible), settings.min_sites)
+    cohorts = Cohorts(eligible, num_sites, settings.seed)
+    evaluated: Sequence[int] | None = find_sites("evaluation_sites", settings.evaluation_sites, data)
+    if settings.evaluation_sites is None and cohorts.are_sampled and len(data.sizes) > MANY_SITES:
+        evaluated = None
+    elif settings.evaluation_sites is not None and not data.num_test_of.keys() & set(evaluated or ()):
+        raise ValueError("evaluation_sites: expected a site with a test file, got none")
+    return Schedule(settings, data, topology, cohorts, evaluated)
+
+
+def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) -> Sequence[int]:
+    """Return the numbers of sites that a setting names by number or name, in increasing order; None names all.
+
+    Raises:
+        ValueError: there is no such site.
+    """
+    if given is None:
+        return range(len(data.sizes))
+    numbers = {name: number for number, name in enumerate(data.names)}
+    found = {numbers.get(site) if isinstance(site, str) else site for site in given}
+    for site in given:
+        number = numbers.get(site) if isinstance(site, str) else site
+        if number is None or number >= len(data.sizes):
+            last, names = len(data.sizes) - 1, f", or names such as {data.names[0]!r}" if data.names else ""
+            raise ValueError(f"{setting}: expected numbers of sites from 0 to {last}{names}, got {site!r}")
+    return sorted(number for number in found if number is not None)
+
+
+def count_batches(num_examples: int, own: dict[str, Any]) -> int:
+    """Return how many batches an epoch of a site has, given its settings."""
+    return -(-num_examples // own["batch_size"])
+
+
+def count_until(step: int, num_examples: int, own: dict[str, Any]) -> int:
+    """Return how many examples the steps before `step` train on, if a site trains epoch after epoch."""
+    epochs, batches = divmod(step, count_batches(num_examples, own))
+    return epochs * num_examples + batches * own["batch_size"]
