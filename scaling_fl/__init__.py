@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from scaling_fl.experiment.result import Run
     from scaling_fl.experiment.settings import Settings
     from scaling_fl.experiment.start import plan, train
+    from scaling_fl.federation.cohorts import Cohorts
     from scaling_fl.federation.global_model import GlobalModel
     from scaling_fl.federation.round import Federation
     from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
@@ -37,6 +38,7 @@ _MODULES = {
     "experiment.result": ("Run",),
     "experiment.settings": ("Settings",),
     "experiment.start": ("plan", "train"),
+    "federation.cohorts": ("Cohorts",),
     "federation.global_model": ("GlobalModel",),
     "federation.round": ("Federation",),
     "federation.site": ("TRAINERS", "LocalTraining", "Site"),

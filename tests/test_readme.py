@@ -150,6 +150,14 @@ def test_the_benchmark_of_gpus_works_without_one(tmp_path: Path) -> None:
     run_warm("./run-local.sh benchmarks/gpu.py --small --parts memory speed", tmp_path)
 
 
+@pytest.mark.long
+def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
+    output = run_warm("./run-local.sh benchmarks/cohorts.py --sites 20 200", tmp_path)
+    ratios = [float(ratio) for ratio in re.findall(r"\((\d\.\d+)\)", output.splitlines()[-1])]
+    assert len(ratios) == 4
+    assert all(0.8 < ratio < 1.2 for ratio in ratios[1:]), "memory, and bytes of a checkpoint and of the record"
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(f"{IN_OTHER_TESTS}|overhead", c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     run_warm(fill(command, places), tmp_path)
