@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling_fl.data.partition import PARTITIONERS, by_label, dirichlet, iid, partition_indices
+    from scaling_fl.data.label_skew import by_label, dirichlet, dirichlet_sites, few_labels, shards
+    from scaling_fl.data.partition import PARTITIONERS, by_size, iid, natural, partition_indices
     from scaling_fl.data.tasks import TASKS
     from scaling_fl.data.tasks.task import Task
     from scaling_fl.distributed.collectives import rank
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from scaling_fl.training.optimisers import OPTIMISERS
 
 _MODULES = {
-    "data.partition": ("PARTITIONERS", "by_label", "dirichlet", "iid", "partition_indices"),
+    "data.label_skew": ("by_label", "dirichlet", "dirichlet_sites", "few_labels", "shards"),
+    "data.partition": ("PARTITIONERS", "by_size", "iid", "natural", "partition_indices"),
     "data.tasks": ("TASKS",),
     "data.tasks.task": ("Task",),
     "distributed.collectives": ("rank",),

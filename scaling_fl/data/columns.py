@@ -8,9 +8,10 @@ import fsspec
 
 from scaling_fl.errors import preview
 
-Columns = tuple[str, str]  # of the texts, of the labels
+Columns = tuple[str, ...]  # of the texts, of the labels, and perhaps of the names of sites
 NOT_UTF8 = "expected UTF-8, got an {}. Save the file as UTF-8"
-KEYS = ("text_column", "label_column")  # the settings that name them
+KEYS = ("text_column", "label_column", "site_column")  # the settings that name them
+NAMES = ("text", "label", "site")  # of the columns of rows as they are used
 
 
 class ColumnError(ValueError):
@@ -33,6 +34,11 @@ def find_columns(columns: Columns | None, names: Sequence[str], place: str) -> t
     if twice:
         raise ValueError(f"expected each column once, got several called {', '.join(twice)}. Rename them")
     return found
+
+
+def key_of(column: str, columns: Columns | None) -> str:
+    """Return the setting that names a column; if none does, that of the labels."""
+    return dict(zip(columns or (), KEYS, strict=False)).get(column, KEYS[1])
 
 
 def open_text(path: str) -> Any:

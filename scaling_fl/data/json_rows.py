@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from scaling_fl.data.cache import Row
-from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, open_text
+from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, key_of, open_text
 from scaling_fl.data.labels import as_number, as_text
 
 CHUNK = 2**20  # characters that are read at once
@@ -71,7 +71,8 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
     try:
         return as_number(value) if isinstance(value, Number) else as_text(value)
     except TypeError:
-        raise ValueError(f"row {number}: {KEYS[1]}={name!r}: expected texts or numbers, got lists or records") from None
+        key = key_of(name, columns)
+        raise ValueError(f"row {number}: {key}={name!r}: expected texts or numbers, got lists or records") from None
 
 
 def _values(file: TextIO) -> Iterator[Any]:

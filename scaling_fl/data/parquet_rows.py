@@ -10,7 +10,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pyarrow import types
 
 from scaling_fl.data.cache import NUM_ROWS, Row
-from scaling_fl.data.columns import KEYS, Columns, find_columns
+from scaling_fl.data.columns import KEYS, Columns, find_columns, key_of
 from scaling_fl.data.labels import as_text
 
 
@@ -31,15 +31,16 @@ def read_parquet(path: str, columns: Columns | None) -> Iterator[Row]:
             check_texts(schema, columns[0])
         yield used
         classes = {name: _class_names(schema, name) for name in used}
+        keys = {name: f"{key_of(name, columns)}={name!r}" for name in used}
         for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
-            yield from zip(*(_fields(batch.column(name), name, classes[name]) for name in used), strict=True)
+            yield from zip(*(_fields(batch.column(name), keys[name], classes[name]) for name in used), strict=True)
 
 
-def _fields(column: pa.Array, name: str, classes: Sequence[str] | None) -> list[str | None]:
+def _fields(column: pa.Array, place: str, classes: Sequence[str] | None) -> list[str | None]:
     try:
         return as_texts(column, classes)
     except TypeError:
-        raise ValueError(f"{KEYS[1]}={name!r}: expected texts or numbers, got {column.type!s:.80}") from None
+        raise ValueError(f"{place}: expected texts or numbers, got {column.type!s:.80}") from None
 
 
 def check_texts(schema: pa.Schema, name: str) -> None:

@@ -1,13 +1,15 @@
-"""Read the labelled texts of a task: rows with a `text` and a `label`, the label by its name."""
+"""Read the labelled texts of a task: rows with a `text`, a `label` by its name, and perhaps the name of a `site`."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from fsspec.utils import tokenize
 
 from scaling_fl.data.cache import cached, mapped
-from scaling_fl.data.columns import KEYS, ColumnError, Columns, find_columns
+from scaling_fl.data.columns import KEYS, NAMES, ColumnError, Columns, find_columns
 from scaling_fl.data.labels import NUMBER, check_alike, label_name, settle_labels
 from scaling_fl.data.parquet_rows import as_texts, check_texts
 from scaling_fl.data.tasks import find_task, name_labels
@@ -15,7 +17,7 @@ from scaling_fl.data.tasks.task import Task
 from scaling_fl.errors import preview
 
 SPLITS = ("train", "test")
-GivenColumns = tuple[str | None, str | None]  # None takes the task's
+GivenColumns = tuple[str | None, ...]  # of texts, labels, and perhaps sites; None takes the task's, if it has any
 
 
 def read_file(
@@ -31,7 +33,7 @@ def read_file(
         task_name: a key of TASKS.
         path: of the file.
         split: train or test.
-        columns: of the texts and of the labels; None takes the task's.
+        columns: of the texts, of the labels, and perhaps of the sites; None takes the task's.
         known: each possible label -> its name; None takes all labels as they are.
 
     Raises:
@@ -40,7 +42,7 @@ def read_file(
     task = find_task(task_name)
     if task.read is None:
         raise ValueError(f"task_name: expected a task that takes files, got {task_name!r}, which brings its own texts")
-    wanted = _columns(task, columns)
+    wanted = _columns(task, columns, split)
     rows = pick(task.read(path, split, wanted), path, wanted, known)
     return mapped(rows, task.clean, batched=True) if task.clean else rows
 
@@ -58,7 +60,8 @@ def read_task(
         task_name: a key of TASKS.
         train_path: the training file, of a task that takes files.
         test_path: the test file.
-        columns: of the texts and of the labels; None takes the task's.
+        columns: of the texts, of the labels, and perhaps of the sites, which only the training set has; None takes the
+            task's.
         labels: the possible labels, in the order of the classes; None takes the task's or those of the data.
 
     Raises:
@@ -67,12 +70,14 @@ def read_task(
     task, known = find_task(task_name), name_labels(task_name, labels)
     paths = {"train_path": train_path, "test_path": test_path}
     if task.read is None:
-        for key, value in [*paths.items(), *zip(KEYS, columns, strict=True)]:
+        for key, value in [*paths.items(), *zip(KEYS, columns[:2], strict=False)]:
             if value is not None:
                 raise ValueError(f"{key}: expected None, as task_name={task_name!r} has its own texts, got {value!r}")
     if task.read_own and not any(paths.values()):
-        wanted = _columns(task, columns)
-        rows = [pick(table, task_name, wanted, known) for table in task.read_own()]
+        rows = [
+            pick(table, task_name, _columns(task, columns, split), known)
+            for split, table in zip(SPLITS, task.read_own(), strict=True)
+        ]
     else:
         if train_path is not None and test_path is None and task.is_whole(train_path):
             paths["test_path"] = train_path
@@ -96,16 +101,16 @@ def sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] | None = None) -> Dataset:
-    """Return each row's `text` and `label`, all labels by their names.
+    """Return each row's `text` and `label`, all labels by their names, and `site`, if there is a column of it.
 
     Args:
         table: of any columns.
         place: from which it was read.
-        columns: of the texts and of the labels.
+        columns: of the texts, of the labels, and perhaps of the names of sites.
         known: each possible label -> its name; None takes all labels as they are.
 
     Raises:
-        ValueError: there is no such column, no row, a row without a label or text, or a label that is not known.
+        ValueError: there is no such column, no row, a row without a label, text or site, or a label that is not known.
     """
     try:
         find_columns(columns, table.column_names, place)
@@ -116,19 +121,17 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         raise ValueError(f"{place!r}: {error}") from None
     if len(table) == 0:
         raise ValueError(f"{place!r}: expected one row or more, got none")
-    rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, ("text", "label"), strict=True)))
-    feature = rows.features["label"]
-    if not isinstance(feature, Value | ClassLabel):
-        raise ValueError(
-            f"{place!r}: {KEYS[1]}={columns[1]!r}: expected texts alone or numbers alone, got lists, records or "
-            "several types of values"
-        )
+    rows = table.select_columns(list(columns)).rename_columns(dict(zip(columns, NAMES, strict=False)))
     values = rows.with_format("arrow")[:]
-    labels = as_texts(values["label"], getattr(feature, "names", None))
+    texts = {
+        name: _as_texts(values, rows, name, column, place) for column, name in zip(columns[1:], NAMES[1:], strict=False)
+    }
+    labels, sites = texts["label"], [name_site(site) for site in texts.get("site", ())]
     names = {label: label_name(label) for label in set(labels)}
     none_names = _none_of(names)
     none = {label for label, name in names.items() if name in none_names}
     is_missing = [values["text"].is_null().to_numpy(), np.array([label in none for label in labels])]
+    is_missing += [np.array([site == "" for site in sites])] * ("site" in texts)
     for column, missing in zip(columns, is_missing, strict=True):
         if missing.any():
             number = int(missing.argmax()) + 1
@@ -136,18 +139,44 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
     if known is not None:
         _check_known(labels, names, known, place)
         names = {label: known.get(name, name) for label, name in names.items()}
-    if feature == Value("string") and all(label == name for label, name in names.items()):
+    rows = _replace(rows, "label", labels, [names[label] for label in labels], sorted(names.items()))
+    return _replace(rows, "site", texts["site"], sites) if "site" in texts else rows
+
+
+def name_site(value: str | None) -> str:
+    """Return the name of a site: all letters that are written, so 007 is not 7; "" is none."""
+    return unicodedata.normalize("NFC", value or "").strip()
+
+
+def _as_texts(values: Any, rows: Dataset, name: str, column: str, place: str) -> list[str | None]:
+    """Return the values of a column, which has the name of `column` at its place, as texts."""
+    feature = rows.features[name]
+    if not isinstance(feature, Value | ClassLabel):
+        raise ValueError(
+            f"{place!r}: {KEYS[NAMES.index(name)]}={column!r}: expected texts alone or numbers alone, got lists, "
+            "records or several types of values"
+        )
+    return as_texts(values[name], getattr(feature, "names", None))
+
+
+def _replace(rows: Dataset, name: str, before: list[str | None], by_row: list[str], how: object = None) -> Dataset:
+    """Return rows with other texts in a column, if they differ; the new ones depend on the rows and on `how`."""
+    if rows.features[name] == Value("string") and before == by_row:
         return rows
-    # The labels stay in memory, beside texts that stay in their file. To hash all labels would take datasets long.
-    by_row = [names[label] for label in labels]
-    new = {"feature": Value("string"), "new_fingerprint": tokenize(rows._fingerprint, sorted(names.items()))}
-    return cached(rows, lambda rows: rows.remove_columns("label").add_column("label", by_row, **new))
+    # The texts stay in memory, beside those that stay in their file. To hash all of them would take datasets long.
+    new = {"feature": Value("string"), "new_fingerprint": tokenize(rows._fingerprint, name, how)}
+    return cached(rows, lambda rows: rows.remove_columns(name).add_column(name, by_row, **new))
 
 
-def _columns(task: Task, given: GivenColumns) -> Columns:
-    columns = given[0] or task.columns[0], given[1] or task.columns[1]
-    if columns[0] == columns[1]:
-        raise ValueError(f"{KEYS[0]}, {KEYS[1]}: expected two columns, got {columns[0]!r} for both")
+def _columns(task: Task, given: GivenColumns, split: str) -> Columns:
+    """Return the columns to read; those of the sites are read for training."""
+    columns: Columns = given[0] or task.columns[0], given[1] or task.columns[1]
+    if split == "train" and given[2:] and given[2] is not None:
+        columns = (*columns, given[2])
+    for column, key in zip(columns, KEYS, strict=False):
+        first = KEYS[columns.index(column)]
+        if first != key:
+            raise ValueError(f"{first}, {key}: expected two columns, got {column!r} for both")
     return columns
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from scaling_fl.data.examples import Examples, SiteSize
 from scaling_fl.data.labels import settle_labels
-from scaling_fl.data.partition import Partitioner, partition_indices
+from scaling_fl.data.partition import Partitioner, hash_parts, name_sites, partition_indices
 from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
 from scaling_fl.data.tasks import name_labels
 from scaling_fl.distributed.collectives import all_gather, is_one_node, rank
@@ -80,6 +80,7 @@ class SiteData:
         places |= _merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
         return [
             {
+                **({"name": self.names[site]} if self.names else {}),
                 "rank": places[site][0],
                 "device": places[site][1],
                 "examples": size.num_examples,
@@ -98,6 +99,8 @@ def partition_examples(
     partitioner: Partitioner,
     seed: int,
     val_batch_size: int,
+    min_examples: int = 1,
+    owners: Sequence[str] | None = None,
 ) -> SiteData:
     """Partition a training set, which every rank has, over the sites, and the batches of a test set over the devices.
 
@@ -109,8 +112,10 @@ def partition_examples(
         partitioner: returns the indices of each site.
         seed: of the partitioner.
         val_batch_size: most examples in a batch of the test set.
+        min_examples: the fewest that a site may have.
+        owners: of each example, after which sites are named; None: sites have no names.
     """
-    indices = partition_indices(train.labels, topology.num_sites, partitioner, seed)
+    indices = partition_indices(train.labels, topology.num_sites, partitioner, seed, min_examples)
     batches = test.fixed_batches(val_batch_size)
     return SiteData(
         label_names=label_names,
@@ -118,7 +123,12 @@ def partition_examples(
         test={device: batches[topology.slice_of(device)] for device in topology.devices},
         sizes=[train.select(of_site).size(len(label_names)) for of_site in indices],
         num_test=len(test),
-        sha256={"training data (SHA-256)": train.sha256(), "test data (SHA-256)": test.sha256()},
+        sha256={
+            "training data (SHA-256)": train.sha256(),
+            "test data (SHA-256)": test.sha256(),
+            "partition (SHA-256)": hash_parts(indices),
+        },
+        names=name_sites(owners, indices) if owners is not None else (),
     )
 
 

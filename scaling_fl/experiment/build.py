@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,15 @@ from scaling_fl.training.scores import score_classes
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of a data set that is to be partitioned."""
+
+    used: dict[str, Dataset]  # of "train" and "test"
+    label_names: tuple[str, ...]
+    owners: list[str] | None  # the name of the site of each row to train on, if the data has them
+
+
+@dataclass(frozen=True)
 class Job:
     """What a run is made of."""
 
@@ -63,17 +73,19 @@ def build(settings: Settings) -> Job:
     check_equal(identity | {"num_rounds": settings.num_rounds, "checkpoints_dir": settings.checkpoints_dir})
     checkpoints_dir = settings.checkpoints_dir and host_path(settings.checkpoints_dir)
     checkpoint.check(checkpoints_dir)
-    topology = place_sites(settings.site_ids, settings.num_sites)
+    rows = local_first(partial(read_rows, settings)) if settings.site_paths is None else None
+    num_owners = None if rows is None or rows.owners is None else len(set(rows.owners))
+    topology = place_sites(settings.site_ids, settings.num_sites or num_owners)
     last = max(settings.site_settings or {}, default=0)
     if last >= topology.num_sites:
         raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
     pretrained = local_first(partial(load_pretrained, host_path(settings.model), settings.max_seq_len))
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
-    data, topology = read_data(settings, topology, encoder)
+    data, topology = read_data(settings, topology, encoder, rows)
     schedule = make_schedule(settings, data, topology)
-    rows = find_rows(data.label_names, labels_of(pretrained.config))
-    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, rows))
+    of_head = find_rows(data.label_names, labels_of(pretrained.config))
+    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
     check_equal(identity)
     device = topology.devices[0]
@@ -89,19 +101,32 @@ def build(settings: Settings) -> Job:
     )
 
 
-def read_data(settings: Settings, topology: Topology, encoder: TextEncoder) -> tuple[SiteData, Topology]:
-    """Read the data of the sites: of one data set that is partitioned, or of files of each site.
+def read_rows(settings: Settings) -> Rows:
+    """Read the rows of the task's data set that are used."""
+    train_path, test_path = (path and host_path(path) for path in (settings.train_path, settings.test_path))
+    columns = settings.text_column, settings.label_column, settings.site_column
+    rows, names = read_task(settings.task_name, train_path, test_path, columns, settings.labels)
+    counts = {"train": settings.max_train_examples, "test": settings.max_test_examples}
+    used = {split: sample(rows[split], count, settings.data_seed) for split, count in counts.items()}
+    owners = None if settings.site_column is None else used["train"]["site"][:]
+    return Rows(used, names, owners)
+
+
+def read_data(
+    settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows | None
+) -> tuple[SiteData, Topology]:
+    """Read the data of the sites: of one data set that is partitioned, or of files of each site, without `rows`.
 
     The topology returned numbers the sites as the data does.
     """
-    if settings.site_paths is None:
-        return local_first(partial(read_partitioned, settings, topology, encoder)), topology
+    if rows is not None:
+        return local_first(partial(partition_rows, settings, topology, encoder, rows)), topology
     if settings.num_sites not in (None, topology.num_entries):
         raise ValueError(
             f"num_sites: expected {topology.num_entries}, the number of sites in the site_paths of all nodes, got "
             f"{settings.num_sites}. A site's data stays on its node, so start all nodes"
         )
-    site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths]
+    site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths or ()]
     columns = settings.text_column, settings.label_column
     data, topology = read_site_files(
         settings.task_name, site_paths, columns, settings.labels, topology, encoder.encode, settings.val_batch_size
@@ -111,18 +136,23 @@ def read_data(settings: Settings, topology: Topology, encoder: TextEncoder) -> t
     return data, topology
 
 
-def read_partitioned(settings: Settings, topology: Topology, encoder: TextEncoder) -> SiteData:
-    """Read the task's data set, and partition it over the sites."""
-    train_path, test_path = (path and host_path(path) for path in (settings.train_path, settings.test_path))
-    columns = settings.text_column, settings.label_column
-    rows, names = read_task(settings.task_name, train_path, test_path, columns, settings.labels)
-    max_examples = settings.max_train_examples, settings.max_test_examples
-    train, test = (
-        encoder.encode(sample(rows[split], count, settings.data_seed), names)
-        for split, count in zip(SPLITS, max_examples, strict=True)
-    )
+def partition_rows(settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows) -> SiteData:
+    """Tokenise the rows, and partition them over the sites."""
+    train, test = (encoder.encode(rows.used[split], rows.label_names) for split in SPLITS)
     partitioner = bind("partition", vars(settings))
-    return partition_examples(train, test, names, topology, partitioner, settings.data_seed, settings.val_batch_size)
+    if rows.owners is not None:
+        partitioner = partial(partitioner, owners=rows.owners)
+    return partition_examples(
+        train,
+        test,
+        rows.label_names,
+        topology,
+        partitioner,
+        settings.data_seed,
+        settings.val_batch_size,
+        settings.min_examples,
+        rows.owners,
+    )
 
 
 def make_federation(settings: Settings, job: Job, training: Progress, testing: Progress) -> Federation:

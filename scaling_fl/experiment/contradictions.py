@@ -29,6 +29,10 @@ def _check_site_paths(settings: Settings) -> None:
     for name in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name}: expected None, as site_paths names the data, got {getattr(settings, name)!r}")
+    if settings.min_examples != 1:
+        raise ValueError(
+            f"min_examples: expected 1, as the data of site_paths is not partitioned, got {settings.min_examples}"
+        )
     if settings.partition != "iid":
         raise ValueError(
             f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"

@@ -71,6 +71,11 @@ LABELS = Kind(
     "a list of two or more labels such as ['no','yes']",
 )
 
+SIZES = Kind(
+    lambda value: value in ("linear", "exponential") or _is_list(value, 1, number(above=0).accepts),
+    "linear, exponential, or a list with a number > 0 for each site, such as [3,1,1]",
+)
+
 
 def whole_number(least: int, below: float = math.inf) -> Kind:
     """Accept whole numbers from `least`."""

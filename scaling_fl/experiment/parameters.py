@@ -18,7 +18,10 @@ PARAMETERS = {
         "server_beta2": "beta2",
         "server_tau": "tau",
     },
-    "partition": {"dirichlet_alpha": "dirichlet_alpha"},
+    "partition": {
+        **{name: name for name in ("dirichlet_alpha", "shards_per_site", "labels_per_site", "sizes")},
+        "site_column": "owners",
+    },
 }
 OF_OPTIONS = {name: choice for choice, names in PARAMETERS.items() for name in names}
 

@@ -30,9 +30,10 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         folder: where the record of the run would be; None has none.
 
     Returns:
-        `labels`; `sites`, a dict for each with `rank`, `device`, `examples`, `tokens`, `steps` of a round, and `labels`
-        (examples by label); `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and
-        `weights` and `bytes` that a round sends, `num_test`, `newly_initialised`, and `resumed_after` (a round).
+        `labels`; `sites`, a dict for each with `rank`, `device`, `examples`, `tokens`, `steps` of a round, `labels`
+        (examples by label), and `name`, if sites have names; `devices`, a dict for each with `rank`, `device` and
+        `bytes` (None: unknown); and `weights` and `bytes` that a round sends, `num_test`, `newly_initialised`, and
+        `resumed_after` (a round).
 
     Raises:
         ValueError: something of the run would be refused.

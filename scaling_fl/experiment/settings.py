@@ -19,6 +19,7 @@ from scaling_fl.experiment.kinds import (
     SITE_PATHS,
     SITE_SETTINGS,
     SITES,
+    SIZES,
     TEXT,
     Kind,
     number,
@@ -101,8 +102,13 @@ class Settings:
     max_train_examples: int | None = setting(None, optional(whole_number(1)), "train on a random sample of so many; None: on all")
     max_test_examples: int | None = setting(None, optional(whole_number(1)), "evaluate on a random sample of so many; None: on all")
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
-    partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned: `iid`, `by_label` (sorted by label) or `dirichlet`; it takes precedence over `iid_split`")
-    dirichlet_alpha: float | None = setting(None, optional(number(above=0)), "of `partition=dirichlet`: the smaller, the more the sites differ; None: 0.5")
+    partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned; see [Partitions](partitions.md). It takes precedence over `iid_split`")
+    min_examples: int = setting(1, whole_number(1), "the fewest training examples that a site may have")
+    dirichlet_alpha: float | None = setting(None, optional(number(above=0)), "of `dirichlet` and `dirichlet_sites`: the smaller, the more the sites differ; None: 0.5")
+    shards_per_site: int | None = setting(None, optional(whole_number(1)), "of `partition=shards`; None: 2")
+    labels_per_site: int | None = setting(None, optional(whole_number(1)), "of `partition=few_labels`: how many labels each site has; None: 2")
+    sizes: str | list | None = setting(None, optional(SIZES), "of `partition=sizes`: `linear`, `exponential`, or a share for each site, as in `[3,1,1,1]`; None: `linear`")
+    site_column: str | None = setting(None, optional(TEXT), "of `partition=natural`: the column of the training file with the name of each row's site")
     model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](models.md)")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")

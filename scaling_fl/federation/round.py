@@ -164,7 +164,7 @@ class Federation:
                 return Means()
             if isinstance(error, FloatingPointError | ValueError):
                 raise ValueError(describe_failure(site, round_, error)) from error
-            error.add_note(f"(of site {site.number} in round {round_})")
+            error.add_note(f"(of {site} in round {round_})")
             raise
         self._by_site[site.number] = {"examples": num_examples, **means.result(), **cost.metrics()}
         return means
@@ -220,7 +220,7 @@ class Federation:
                 self._num_tests[site.number], means = read_scores(self._call(on_site, model, site, round_))
                 return means
             except (ValueError, FloatingPointError) as error:
-                raise ValueError(f"site {site.number} was not evaluated in round {round_}: {error}") from error
+                raise ValueError(f"{site} was not evaluated in round {round_}: {error}") from error
 
         return [partial(evaluate_site, site) for site in self._evaluated_of(round_) if site.device == device]
 

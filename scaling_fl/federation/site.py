@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scaling_fl.errors import printable
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.training.loop import Batch, Score, stop_after, train
 from scaling_fl.training.metrics import Means
@@ -45,6 +46,9 @@ class Site:
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        return f"site {self.number}" + (f" ({printable(self.name)})" if self.name else "")
 
 
 # Trains (or evaluates) the model, which holds the global weights, on the data of a site in a round, and returns
@@ -176,9 +180,9 @@ def _whole_number(name: str, value: Any) -> int:
 
 def describe_failure(site: Site, round_: int, error: Exception) -> str:
     """Return in a sentence why a site failed."""
-    place = f"site {site.number} failed in round {round_}"
+    place = f"{site} failed in round {round_}"
     if isinstance(error, FloatingPointError):
-        return f"site {site.number} diverged in round {round_}: {error}. Use a lower learning_rate"
+        return f"{site} diverged in round {round_}: {error}. Use a lower learning_rate"
     return f"{place}: {error}" if isinstance(error, ValueError) else f"{place} with {type(error).__name__}: {error}"
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from scaling_fl.distributed.caller import is_called, tell
 from scaling_fl.distributed.collectives import rank
 from scaling_fl.distributed.signals import check_interrupt
-from scaling_fl.errors import printable
+from scaling_fl.errors import preview, printable
 from scaling_fl.records.checkpoint import History
 from scaling_fl.records.rounds import METRICS
 from scaling_fl.storage import naming_place
@@ -64,13 +64,16 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
     Args:
         sites: as `experiment.plan.plan` returns them.
     """
-    lines = ["site | rank | device | examples |     tokens | steps a round | labels"]
+    names = [preview([site.get("name", "")]) for site in sites]
+    width = max(map(len, ("name", *names))) if any(names) else 0
+    of_names = [f"{name:<{width}} | " * bool(width) for name in ("name", *names)]
+    lines = [f"site | {of_names[0]}rank | device | examples |     tokens | steps a round | labels"]
     for number, site in enumerate(sites):
         rank, device = ("any" if site[key] is None else site[key] for key in ("rank", "device"))
         labels = ", ".join(f"{printable(name)} {count:,}" for name, count in site["labels"].items())
         lines.append(
-            f"{number:>4} | {rank:>4} | {device:>6} | {site['examples']:>8,} | {site['tokens']:>10,} | "
-            f"{site['steps']:>13,} | {labels}"
+            f"{number:>4} | {of_names[number + 1]}{rank:>4} | {device:>6} | {site['examples']:>8,} | "
+            f"{site['tokens']:>10,} | {site['steps']:>13,} | {labels}"
         )
     return lines
 

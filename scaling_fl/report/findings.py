@@ -30,9 +30,10 @@ def status(run: Run) -> str:
 
 
 def site_name(run: Run, site: int) -> str:
-    """Return a site's number, with its rank and device if they are known."""
+    """Return a site's number, with its name, rank and device if they are known."""
     known = run.sites[site] if site < len(run.sites) else {}
-    where = [f"rank {known['rank']}"] * ("rank" in known) + [str(known["device"])] * ("device" in known)
+    where = [str(known["name"])] * ("name" in known)
+    where += [f"rank {known['rank']}"] * ("rank" in known) + [str(known["device"])] * ("device" in known)
     return f"site {site}" + (f" ({', '.join(where)})" if where else "")
 
 

@@ -188,6 +188,7 @@ def sites(run: Run) -> tuple[str, list[str], list[Row]]:
                     chosen.setdefault(int(site), []).append(why)
     columns: list[tuple[str, Callable[[int], str]]] = [
         ("why", lambda site: ", ".join(chosen[site]) or NONE),
+        ("name", lambda site: str(of_site(run, site).get("name", NONE))),
         ("rank", lambda site: str(of_site(run, site).get("rank", NONE))),
         ("device", lambda site: str(of_site(run, site).get("device", NONE))),
         ("examples", lambda site: number(run.examples[site], "{:,.0f}")),
