@@ -166,6 +166,11 @@ def test_sizes_are_as_named_and_the_largest_remainders_round_up(sizes: str | lis
     assert list(map(len, parts)) == expected
 
 
+def test_another_number_of_shares_than_sites_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^sizes: expected a share for each of 4 sites, got 2$"):
+        partition_indices(LABELS, 4, partial(by_size, sizes=[1, 2]), 1)
+
+
 def test_sites_of_other_sizes_have_the_labels_in_their_proportions() -> None:
     sorted_labels = np.arange(8000) // 2000
     for part in partition_indices(sorted_labels, 3, by_size, 1):

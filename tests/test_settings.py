@@ -120,7 +120,7 @@ def test_parameters_that_an_option_ignores_or_lacks_are_refused_and_the_others_r
         f"strategy to one of {', '.join(name for name in STRATEGIES if name != 'half')}",
         "server_momentum: expected a value, as strategy='half' has no default, got None",
         "dirichlet_alpha: expected None, as partition='iid' does not use it, got 1.0. Leave it out, or set "
-        "partition to one of dirichlet",
+        "partition to one of dirichlet, dirichlet_sites",
     ]
     settings = Settings(strategy="half", server_momentum=0.25)
     assert find_contradictions(settings) == []
