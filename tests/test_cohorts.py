@@ -162,8 +162,8 @@ def test_a_round_of_which_no_site_is_left_is_recorded_and_moves_nothing(strategy
 def test_min_sites_counts_the_cohort() -> None:
     sentence = refusal(lambda: moved(lambda round_: make_sites(1, 1, 1, fails=(2,)), min_sites=3))
     assert sentence == (
-        "min_sites: expected at least 3 sites left in round 1, got 2 of 3: site 2 failed in round 1 with RuntimeError: "
-        "no disk"
+        "min_sites: expected at least 3 sites left in round 1, got 2 of 3: site 2 (name 2) failed in round 1 with "
+        "RuntimeError: no disk"
     )
 
 

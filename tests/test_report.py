@@ -242,6 +242,16 @@ def fail_site_two(round_: dict[str, Any]) -> None:
         del round_[name][2]
 
 
+def sample_sites(round_: dict[str, Any]) -> None:
+    """Leave sites 0 and 1 out of two rounds, in one of which site 2 fails."""
+    if round_["round"]:
+        asked = range(2 if round_["round"] in (2, 5) else 0, 4)
+        round_["site.rank"] = dict.fromkeys(asked, 0)
+        for name in [name for name in round_ if name.startswith("site.")]:
+            round_[name] = {site: round_[name][site] for site in asked if (site, round_["round"]) != (2, 5)}
+        round_["site.rank"] = dict.fromkeys(asked, 0)
+
+
 def leave_site_one_behind(round_: dict[str, Any]) -> None:
     if round_["round"]:
         round_["site.accuracy"][1] = 0.25
@@ -256,6 +266,7 @@ def leave_site_one_behind(round_: dict[str, Any]) -> None:
         ),
         ({"straggler": 3}, r"Rank 1 \(cpu\) trains [\d.]+ s a round, the mean is [\d.]+ s"),
         ({"change": fail_site_two}, r"Sites failed \(number of rounds\): site 2 \(rank 0, cpu\): 2\.$"),
+        ({"change": sample_sites}, r"Sites failed \(number of rounds\): site 2 \(rank 0, cpu\): 1\.$"),
         ({"change": leave_site_one_behind}, r"Site 1 \(rank 1, cpu\) has a training accuracy of 0\.250 in the last"),
         (
             {"change": lambda r: r.update({"comm.bytes": 1.2 * r["comm.expected_bytes"]})},

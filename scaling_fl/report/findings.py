@@ -32,8 +32,8 @@ def status(run: Run) -> str:
 def site_name(run: Run, site: int) -> str:
     """Return a site's number, with its name, rank and device if they are known."""
     known = run.sites[site] if site < len(run.sites) else {}
-    where = [str(known["name"])] * ("name" in known)
-    where += [f"rank {known['rank']}"] * ("rank" in known) + [str(known["device"])] * ("device" in known)
+    forms = {"name": "{}", "rank": "rank {}", "device": "{}"}
+    where = [form.format(known[key]) for key, form in forms.items() if key in known]
     return f"site {site}" + (f" ({', '.join(where)})" if where else "")
 
 
@@ -79,9 +79,11 @@ def fall(run: Run) -> Iterator[str]:
 
 
 def failed_rounds(run: Run) -> np.ndarray:
-    """Return in how many rounds each site failed: it has no loss, but other sites have."""
-    losses = np.isnan(run.of_sites("loss"))
-    return losses[~losses.all(axis=1)].sum(axis=0)
+    """Return in how many rounds each site failed: it has no loss, but was asked to train, or other sites have."""
+    has_loss = ~np.isnan(run.of_sites("loss"))
+    is_asked = ~np.isnan(run.of_sites("rank"))  # which old versions did not record
+    is_asked |= ~is_asked.any(axis=1, keepdims=True) & has_loss.any(axis=1, keepdims=True)
+    return (is_asked & ~has_loss).sum(axis=0)
 
 
 def failures(run: Run) -> Iterator[str]:

@@ -52,8 +52,9 @@ class Run:
 
     @cached_property
     def sites(self) -> list[dict[str, Any]]:
-        """The known properties of each site."""
-        return [site if isinstance(site, dict) else {} for site in as_list(self.info.get("sites"))]
+        """The known properties of each site; sites that have no fixed place have no rank."""
+        sites = [site if isinstance(site, dict) else {} for site in as_list(self.info.get("sites"))]
+        return [{key: value for key, value in site.items() if value is not None} for site in sites]
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, str]]:
