@@ -243,7 +243,8 @@ def test_a_sampled_run_has_the_same_bits_on_any_ranks_and_after_a_stop(
 def test_the_record_says_who_took_part_and_where(
     command: Command, small_run: dict[str, object], tmp_path: Path
 ) -> None:
-    run(command, small_run, ranks=2, sites_per_round=0.55, eligible_sites=[9, 1, 3, 5, 7, 8, 2, 0])
+    output = run(command, small_run, ranks=2, sites_per_round=0.55, eligible_sites=[9, 1, 3, 5, 7, 8, 2, 0])
+    assert "each of 4 of 8 eligible sites (sites_per_round 0.55, min_sites 1), for 1 epoch" in output
     (folder,) = tmp_path.glob("runs/[0-9]*")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     cohorts = Cohorts([0, 1, 2, 3, 5, 7, 8, 9], 4, seed=1)

@@ -30,10 +30,10 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         folder: where the record of the run would be; None has none.
 
     Returns:
-        `labels`; `sites`, a dict for each with `rank`, `device`, `examples`, `tokens`, `steps` of a round, `labels`
-        (examples by label), and `name`, if sites have names; `devices`, a dict for each with `rank`, `device` and
-        `bytes` (None: unknown); and `weights` and `bytes` that a round sends, `num_test`, `newly_initialised`, and
-        `resumed_after` (a round).
+        `labels`; `sites`, a dict for each with `rank` and `device` (None: any), `examples`, `tokens`, `steps` of a
+        round, `labels` (examples by label), and `name`, if sites have names; `devices`, a dict for each with `rank`,
+        `device` and `bytes` (None: unknown); and `weights` and `bytes` that a round sends, `num_test`,
+        `newly_initialised`, and `resumed_after` (a round).
 
     Raises:
         ValueError: something of the run would be refused.
@@ -140,7 +140,10 @@ def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:
     sampled = f"{cohorts.num_sites:,} of " if cohorts.are_sampled else "all "
     sites = f"{sampled}{many:,} {'' if settings.eligible_sites is None else 'eligible '}site{'s' * (many > 1)}"
     given = settings.sites_per_round
-    fraction = f" (sites_per_round {given}, min_sites {settings.min_sites})" if isinstance(given, float) else ""
+    minimum = f"min_sites {settings.min_sites}"
+    limits = [f"sites_per_round {given}", minimum] if isinstance(given, float) else []
+    limits = limits or [minimum] * (settings.on_site_failure == "skip")
     amount = "for {} step{}" if settings.local_steps else "for {} epoch{}"
     count = settings.local_steps or settings.num_local_epochs
-    return f"{sites}{fraction}, {amount.format(count, 's' * (count > 1))}"
+    of_limits = f" ({', '.join(limits)})" * bool(limits)
+    return f"{sites}{of_limits}, {amount.format(count, 's' * (count > 1))}"
