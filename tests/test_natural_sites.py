@@ -18,6 +18,8 @@ from scaling_fl.distributed.world import world
 from scaling_fl.experiment.build import Job, build
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import Site, describe_failure
+from scaling_fl.report.findings import site_name
+from scaling_fl.report.runs import read
 
 COLUMNS = ("text", "label", "site")
 NAMES = ["007", "7", " b ", "1e3", "nan", "Zoe\u0308"]  # as a file may write them
@@ -131,6 +133,7 @@ def test_a_run_that_is_resumed_has_the_same_partition(command: Command, tmp_path
     bits = weights_hash(succeed(command(**given, report=True)))
     folder = tmp_path / "runs" / "1"
     assert [site["name"] for site in json.loads((folder / "info.json").read_text())["sites"]] == ["a", "b<i>", "c"]
+    assert site_name(read([str(folder)])[0], 1) == "site 1 (b<i>, rank 0, cpu)"
     assert "<td>b&lt;i&gt;</td>" in (folder / "report.html").read_text()
     assert weights_hash(succeed(command(**given | {"checkpoints_dir": None}, ranks=2))) == bits
     put(tmp_path / "s.csv", ["a", "b<i>", "c", "b<i>", "a", "c", "c", "a"])
