@@ -2,13 +2,10 @@
 
 import offline  # noqa: F401 isort: skip
 
-import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from warm import WarmPopen, fork_script, wait_for_exit
 
 import scaling_fl.command.experiment  # noqa: F401 - which forks of the tests then need not import
 from scaling_fl.data.examples import Examples
@@ -122,35 +120,10 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
     }
 
 
-def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Path, env: dict[str, str]) -> int:
-    """Start a script in a fork of this process, which has imported all slow packages. Returns its process id."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-            sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            os.chdir(folder)
-            os.environ.update(env)
-            sys.argv = [str(script), *arguments]
-            runpy.run_path(str(script), run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            os._exit(status)
-    os.close(file)
-    return pid
-
-
-def wait_for_exit(pid: int) -> int:
-    """Return the exit status of a child."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets programs in Python start as forks of this process, which has imported all slow packages."""
+    monkeypatch.setattr(subprocess, "Popen", WarmPopen)
 
 
 @pytest.fixture

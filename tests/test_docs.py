@@ -84,6 +84,7 @@ def test_the_lines_to_read_are_counted() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_the_python_of_the_pages_runs(tmp_path: Path, small_run: dict[str, object]) -> None:
     """On small data, in one interpreter, as in a notebook that has them all."""
     pages = ("README.md", "docs/python.md", "docs/records.md", "docs/models.md")

@@ -95,6 +95,7 @@ def test_own_model_has_at_most_forty_lines() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("name", ["own_model", "own_trainer"])
 def test_an_example_runs_as_it_is_and_learns(name: str) -> None:
     done = subprocess.run(

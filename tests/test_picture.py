@@ -9,6 +9,7 @@ from PIL import Image
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_the_picture_is_of_four_runs_with_one_hash_of_which_one_was_killed(
     small_run: dict[str, object], tmp_path: Path
 ) -> None:

@@ -22,7 +22,8 @@ from conftest import Command, refusal, succeed
 
 from scaling_fl import PeerError, Run, Settings, plan, train
 
-pytestmark = pytest.mark.long  # each run starts a Python
+pytestmark = pytest.mark.long
+WARM = pytest.mark.usefixtures("warm")  # the others start a fresh Python, as a user does
 
 
 def children(process: int | str = "self") -> set[int]:
@@ -65,6 +66,7 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: of[name] for name in of if not any(part in name for part in parts)} for of in history]
 
 
+@WARM
 def test_a_run_from_python_is_that_of_the_command_and_a_second_one_inherits_nothing(
     settings: Settings, command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +94,7 @@ def test_a_run_from_python_is_that_of_the_command_and_a_second_one_inherits_noth
     assert first.settings == settings
 
 
+@WARM
 def test_a_run_that_on_round_ends_continues_to_the_bits_of_one_that_went_on(settings: Settings) -> None:
     settings = but(settings, checkpoints_dir="checkpoints")
     whole = train(but(settings, checkpoints_dir=None))
@@ -102,6 +105,7 @@ def test_a_run_that_on_round_ends_continues_to_the_bits_of_one_that_went_on(sett
     assert without_times(rest.history) == without_times(whole.history)
 
 
+@WARM
 def test_a_plan_is_that_of_the_command_as_data(
     settings: Settings, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +120,7 @@ def test_a_plan_is_that_of_the_command_as_data(
     assert not Path("runs/1").exists()
 
 
+@WARM
 def test_what_is_wrong_is_one_error_and_never_an_exit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(lambda: train(but(settings, num_rounds=-1))) == "num_rounds: expected a whole number >= 0, got -1"
     assert refusal(lambda: train(settings, ranks=0)) == "ranks: expected a whole number >= 1, got 0"
@@ -140,6 +145,7 @@ def kill_a_rank(number: int, metrics: dict[str, Any]) -> None:
     os.kill(sorted(children(run))[number], signal.SIGKILL)
 
 
+@WARM
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_that_is_killed_is_a_peer_error(settings: Settings, number: int) -> None:
     with pytest.raises(PeerError, match=f"rank {number} was ended by SIGKILL"):
@@ -152,28 +158,38 @@ def interrupt_after(seconds: float) -> None:
     thread.start()
 
 
-@pytest.mark.parametrize("moment", [0.0, 1.0, 4.0, "round 1"])
-def test_an_interrupt_ends_the_run_and_nothing_is_left_of_it(settings: Settings, moment: float | str) -> None:
+def interrupt_run(settings: Settings, moment: float | str) -> list[str]:
+    """Train until an interrupt comes after some seconds or after round 1, and return the status of the run, if any."""
+
     def interrupt(metrics: dict[str, Any]) -> None:
         if metrics["round"] == 1:
             raise KeyboardInterrupt
 
-    settings = but(settings, num_rounds=100_000, checkpoints_dir="checkpoints")
-
     def train_until_it_comes() -> None:
         if isinstance(moment, float):
             interrupt_after(moment)
-        train(settings, ranks=2, on_round=interrupt)
+        train(but(settings, num_rounds=100_000, checkpoints_dir="checkpoints"), ranks=2, on_round=interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         train_until_it_comes()
     assert not children()
-    statuses = [json.loads(path.read_text())["status"] for path in Path("runs").glob("*/run.json")]
+    return [json.loads(path.read_text())["status"] for path in Path("runs").glob("*/run.json")]
+
+
+@pytest.mark.parametrize("moment", [0.0, 1.0])
+def test_an_interrupt_while_packages_are_imported_ends_the_run(settings: Settings, moment: float) -> None:
+    assert interrupt_run(settings, moment) in ([], ["INTERRUPTED"])
+
+
+@WARM
+@pytest.mark.parametrize("moment", [0.3, 0.8, "round 1"])
+def test_an_interrupt_ends_the_run_and_nothing_is_left_of_it(settings: Settings, moment: float | str) -> None:
+    statuses = interrupt_run(settings, moment)
     assert statuses in ([], ["INTERRUPTED"])
     if moment == "round 1":
         assert statuses == ["INTERRUPTED"]
-        again = train(but(settings, num_rounds=2))
-        assert again.sha256 == train(but(settings, num_rounds=2, checkpoints_dir=None)).sha256
+        again = train(but(settings, num_rounds=2, checkpoints_dir="checkpoints"))
+        assert again.sha256 == train(but(settings, num_rounds=2)).sha256
 
 
 def test_a_run_ends_with_the_process_that_started_it(small_run: dict[str, Any], tmp_path: Path) -> None:

@@ -140,12 +140,6 @@ def test_the_first_command_learns_to_classify_news(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_benchmark_command_works(places: dict[str, str], tmp_path: Path) -> None:
-    (command,) = [fill(c, places) for c in COMMANDS if "overhead" in c]
-    finish(start(command, tmp_path))
-
-
-@pytest.mark.long
 def test_the_benchmark_of_gpus_works_without_one(tmp_path: Path) -> None:
     run_warm("./run-local.sh benchmarks/gpu.py --small --parts memory speed", tmp_path)
 
@@ -158,7 +152,8 @@ def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
     assert all(0.8 < ratio < 1.2 for ratio in ratios[1:]), "memory, and bytes of a checkpoint and of the record"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(f"{IN_OTHER_TESTS}|overhead", c)])
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, c)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     run_warm(fill(command, places), tmp_path)
 
