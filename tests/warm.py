@@ -1,7 +1,10 @@
 """Python without its start: a fork of this process, which has imported all slow packages."""
 
+import faulthandler
+import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,7 @@ def run_words(words: Sequence[str], environment: Mapping[str, str]) -> None:
         sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
         sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        redirect_loggers()
         os.environ.clear()
         os.environ.update(environment)
         words = list(words)
@@ -49,6 +53,14 @@ def run_words(words: Sequence[str], environment: Mapping[str, str]) -> None:
         os._exit(status)
 
 
+def redirect_loggers() -> None:
+    """Let loggers write to the standard error of this fork instead of that of the process that imported them."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
+
+
 def fork_script(script: Path, arguments: Sequence[str], output: Path, folder: Path, env: dict[str, str]) -> int:
     """Start a script in a fork of this process. Returns its process id."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -79,5 +91,7 @@ class WarmPopen(subprocess.Popen):
 
 def run_fork(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Take the place of the program that was about to start in this fork."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
+    faulthandler.disable()  # it has a file of its own, which is closed here
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # among them the pipe that tells of an error at the start
     run_words(words, environment)
