@@ -210,6 +210,7 @@ def run_pods(
         command = [expand(part, env) for part in [*container["command"], *container["args"]]]
         (settings,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "settings")
         command = [part.replace(settings, str(folder)) for part in command]
+        command = [sys.executable if part == "python" else part for part in command]
         if "--master-port=29500" in command:
             command = replace_one(command, "--master-addr=federation-0.federation", "--master-addr=127.0.0.1")
             command = replace_one(command, "--master-port=29500", f"--master-port={env['MASTER_PORT']}")
@@ -246,6 +247,7 @@ def check(outputs: list[str], folder: Path, alone: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:
@@ -257,6 +259,7 @@ def test_the_pods_of_the_job_end_with_the_weights_of_one_process(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_the_pods_of_the_pytorchjob_end_with_the_weights_of_one_process(
     tmp_path: Path, small: list[str], command: Command
 ) -> None:

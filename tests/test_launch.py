@@ -16,14 +16,13 @@ from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
 
 
-def use_threads() -> None:
-    """Compute, so that torch starts threads that a fork would not have."""
-    weights = torch.randn(400, 400, requires_grad=True)
-    (weights @ weights).sum().backward()
-
-
 @pytest.mark.long
 def test_functions_and_closures_run_on_fresh_ranks_after_torch_has_computed() -> None:
+    def use_threads() -> None:
+        """Compute, so that torch starts threads that a fork would not have."""
+        weights = torch.randn(400, 400, requires_grad=True)
+        (weights @ weights).sum().backward()
+
     use_threads()
     before = dict(os.environ), threading.active_count(), torch.random.get_rng_state().tolist()
     lost = 3

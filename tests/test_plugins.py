@@ -149,13 +149,12 @@ def compare_sources(folders: list[str]) -> str:
         return refusal(lambda: check_equal(hash_plugins(["of_this_rank"])))
 
 
-@pytest.mark.long
 def test_ranks_have_the_same_source(tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
         (folder / "of_this_rank.py").write_text(f"name = {folder.name!r}\n")
-    for sentence in launch(compare_sources, list(map(str, folders)), num_ranks=2):
+    for sentence in launch(compare_sources, list(map(str, folders)), num_ranks=2, fork=True):
         assert sentence.startswith("plugin of_this_rank (SHA-256): expected the same on all ranks, got ")
 
 

@@ -85,13 +85,16 @@ def test_the_recipes_train(root: Path, tiny_model: str) -> None:
     given = (
         f"task_name=reviews partition=linear strategy=fedamsgrad weight_decay=0.5 optimiser=adamw model={tiny_model}"
     )
-    command = (
-        f"-m scaling_fl.command with {given} train_path=train.csv test_path=test.csv site_ids=[0,0,0] num_rounds=1"
+    command = f"with {given} train_path=train.csv test_path=test.csv site_ids=[0,0,0] num_rounds=1"
+    code = (
+        "from scaling_fl.models.loading import path_of; print(path_of('electra'))\n"
+        "from scaling_fl.command.__main__ import main; main()"
     )
-    run = [sys.executable, *command.split(), "report=False"]
+    run = [sys.executable, "-c", code, *command.split(), "report=False"]
     env = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(run, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("google/electra-small-discriminator\n")
     folder = root / "runs" / "1"
     settings = json.loads((folder / "config.json").read_text())
     assert (settings["weight_decay"], settings["max_seq_len"]) == (0.5, 64)
@@ -100,6 +103,3 @@ def test_the_recipes_train(root: Path, tiny_model: str) -> None:
     assert last["site.examples"] == {"0": 4, "1": 8, "2": 12}
     assert 0.5 <= last["validation.confidence"] <= 1
     assert last["sites.confidence.worst"] == max(last["site.confidence"].values())
-    code = "from scaling_fl.models.loading import path_of; print(path_of('electra'))"
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert found == "google/electra-small-discriminator\n"

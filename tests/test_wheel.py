@@ -99,7 +99,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_that_a_run_left(bui
 
 @pytest.mark.long
 def test_the_wheel_works_from_an_empty_folder(run: Callable[..., str], installed: Path, tmp_path: Path) -> None:
-    place = run("python", "-c", "import scaling_fl.command.experiment as found; print(found.__file__)")
+    place = run("python", "-c", "import scaling_fl; print(scaling_fl.__file__)")
     assert place.startswith(str(installed.parent)), "the checkout hides what the wheel lacks"
     assert "scaling-fl report" in run("scaling-fl", "--help")
 
@@ -108,7 +108,6 @@ def test_the_wheel_works_from_an_empty_folder(run: Callable[..., str], installed
     (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]))
     texts = str(tmp_path / "texts.csv")
     settings = [f"train_path={texts}", f"test_path={texts}", f"model={model}", "task_name=text", "max_seq_len=16"]
-    assert "site | rank | device" in run("scaling-fl", "plan", "with", *settings)
     output = run("scaling-fl", "with", *settings, "num_rounds=1")
     assert len(weights_hash(output)) == 64
     (tmp_path / "empty" / "runs" / "1" / "report.html").unlink()

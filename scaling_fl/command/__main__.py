@@ -1,5 +1,6 @@
 """The command `scaling-fl`, which imports what a subcommand needs when it is named."""
 
+import gc
 import signal
 import sys
 from importlib import import_module
@@ -60,11 +61,14 @@ def main() -> None:
 
 def load(module: str) -> ModuleType:
     """Import a module of this package, or end with what to install."""
+    gc.disable()  # it would look again and again at the million objects of the packages
     try:
         return import_module(module if "." in module else f"scaling_fl.command.{module}")
     except ModuleNotFoundError as error:
         package = PACKAGES.get(str(error.name), error.name)
         sys.exit(f"error: {error.name}: expected an installed module, got none. Type: python -m pip install {package}")
+    finally:
+        gc.enable()
 
 
 def usage() -> str:
