@@ -46,6 +46,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let tests start by `long(seconds)`, the longest first, so that none runs alone at the end."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("long")
+        return mark.kwargs.get("seconds", 0) if mark else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> Iterator[None]:
     """Remove the variables for ranks, threads, observers and the debugger from the environment."""

@@ -29,7 +29,7 @@ from chaos import (
 )
 from conftest import Command, succeed, weights_hash
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(seconds=35)
 SEED = 5
 NUM_KILLS = 7  # of each strategy: one at each target
 torch.set_num_threads(1)

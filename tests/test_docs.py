@@ -83,7 +83,7 @@ def test_the_lines_to_read_are_counted() -> None:
     assert lines == pytest.approx(int(readme.replace(",", "")), rel=0.1)
 
 
-@pytest.mark.long
+@pytest.mark.long(seconds=20)
 @pytest.mark.usefixtures("warm")
 def test_the_python_of_the_pages_runs(tmp_path: Path, small_run: dict[str, object]) -> None:
     """On small data, in one interpreter, as in a notebook that has them all."""

@@ -94,7 +94,7 @@ def test_own_model_has_at_most_forty_lines() -> None:
     assert len([line for line in lines if line.strip()]) <= 40
 
 
-@pytest.mark.long
+@pytest.mark.long(seconds=25)
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("name", ["own_model", "own_trainer"])
 def test_an_example_runs_as_it_is_and_learns(name: str) -> None:

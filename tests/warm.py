@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ class WarmPopen(subprocess.Popen):
 def run_fork(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Take the place of the program that was about to start in this fork."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
-    faulthandler.disable()  # it has a file of its own, which is closed here
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # among them the pipe that tells of an error at the start
+    faulthandler.disable()  # it writes to a file of the other process
+    # Nothing of the other process stays open, such as the pipe that tells it of an error at the start. A number that
+    # was free could be closed once more by an object of the other process, when it is another's.
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2:
+            with suppress(OSError):  # that of the list itself
+                os.dup2(null, number)
     run_words(words, environment)

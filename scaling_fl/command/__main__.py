@@ -61,13 +61,14 @@ def main() -> None:
 
 def load(module: str) -> ModuleType:
     """Import a module of this package, or end with what to install."""
-    gc.disable()  # it would look again and again at the million objects of the packages
+    gc.disable()  # it would visit the objects of the packages again and again, now and while training
     try:
         return import_module(module if "." in module else f"scaling_fl.command.{module}")
     except ModuleNotFoundError as error:
         package = PACKAGES.get(str(error.name), error.name)
         sys.exit(f"error: {error.name}: expected an installed module, got none. Type: python -m pip install {package}")
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -136,7 +136,10 @@ def fresh_rank(folder: Path) -> None:
     Args:
         folder: with the function, and where the result goes. `launch` has made it, for this user alone.
     """
+    gc.disable()  # it would visit the objects of the packages again and again, now and while training
     sys.argv, function, args = pickle.loads((folder / FUNCTION).read_bytes())
+    gc.freeze()
+    gc.enable()
     result = _run_rank(lambda: _pack(function(*args)))
     (folder / f"{os.environ['RANK']}.pkl").write_bytes(result)
 
