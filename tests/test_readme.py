@@ -153,7 +153,14 @@ def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, c)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.long if "benchmarks/" in command else ())
+        for command in COMMANDS[2:]
+        if not re.search(IN_OTHER_TESTS, command)
+    ],
+)
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     run_warm(fill(command, places), tmp_path)
 
