@@ -21,7 +21,7 @@ SOON = 15.0  # seconds on a busy machine from a node's end until the others know
 WAITS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"  # of torchrun, seconds and a count
 PATIENCE = 150.0  # seconds after which torchrun hangs
 SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}
-SETTINGS |= {"num_local_epochs": 4, "num_rounds": 12, "report": False}
+SETTINGS |= {"num_local_epochs": 2, "num_rounds": 12, "report": False}
 
 
 def free_port() -> str:
@@ -138,7 +138,7 @@ def test_the_remaining_node_trains_the_sites_of_the_lost_node_until_it_returns(
 ) -> None:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
 
-    num_rounds = 40 if comes_back else 12  # time to come back
+    num_rounds = 20 if comes_back else 12  # time to come back
     expected = alone(num_rounds)
 
     def start(node: int, name: str) -> Agent:
