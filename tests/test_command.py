@@ -1,5 +1,6 @@
 """The command `scaling-fl`: its subcommands, its help, and what it says where something is missing."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_the_examples_of_the_help_name_their_subcommands() -> None:
     for name, subcommand in command.SUBCOMMANDS.items():
         assert subcommand.example.split()[0] == name
         assert callable(command.load(subcommand.module).main)
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0, "collections visit the packages"
 
 
 def test_every_command_of_sacred_is_known() -> None:

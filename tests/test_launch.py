@@ -1,5 +1,6 @@
 """Ranks in fresh processes, whatever the process that starts them has done before."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ def test_functions_and_closures_run_on_fresh_ranks_after_torch_has_computed() ->
     lost = 3
 
     def work(number: int) -> list[tuple[int, int]]:
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 100_000, "collections visit the packages"
         with world():
             use_threads()
             if number < 0 and rank() == 1:
