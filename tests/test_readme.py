@@ -27,7 +27,7 @@ def commands_of(page: str) -> list[str]:
 NAMES = ("install", "running", "settings", "tasks", "models", "resuming", "reports", "speed")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
-IN_OTHER_TESTS = "torch.distributed.run|dashboard|pip install"  # below, in test_dashboard.py and test_wheel.py
+IN_OTHER_TESTS = "benchmarks/cohorts|torch.distributed.run|dashboard|pip install"  # below, and in other files
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
@@ -140,13 +140,16 @@ def test_the_first_command_learns_to_classify_news(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_the_benchmark_of_gpus_works_without_one(tmp_path: Path) -> None:
-    run_warm("./run-local.sh benchmarks/gpu.py --small --parts memory speed", tmp_path)
+    run_warm("./run-local.sh benchmarks/gpu.py --small --parts speed", tmp_path)
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
-    output = run_warm("./run-local.sh benchmarks/cohorts.py --sites 20 200", tmp_path)
+    (command,) = [c for c in COMMANDS if "benchmarks/cohorts" in c]
+    output = run_warm(f"{command} --sites 20 200", tmp_path)
     ratios = [float(ratio) for ratio in re.findall(r"\((\d\.\d+)\)", output.splitlines()[-1])]
     assert len(ratios) == 4
     assert all(0.8 < ratio < 1.2 for ratio in ratios[1:]), "memory, and bytes of a checkpoint and of the record"
