@@ -133,7 +133,7 @@ def test_a_run_that_is_resumed_has_the_same_partition(command: Command, tmp_path
     bits = weights_hash(succeed(command(**given, report=True)))
     folder = tmp_path / "runs" / "1"
     assert [site["name"] for site in json.loads((folder / "info.json").read_text())["sites"]] == ["a", "b<i>", "c"]
-    assert site_name(read([str(folder)])[0], 1) == "site 1 (b<i>, rank 0, cpu)"
+    assert site_name(read([str(folder)])[0], 1) == "site 1 (b<i>)"
     assert "<td>b&lt;i&gt;</td>" in (folder / "report.html").read_text()
     assert weights_hash(succeed(command(**given | {"checkpoints_dir": None}, ranks=2))) == bits
     put(tmp_path / "s.csv", ["a", "b<i>", "c", "b<i>", "a", "c", "c", "a"])

@@ -266,6 +266,15 @@ def test_dirichlet_samples_until_each_site_has_the_minimum_and_says_how_near_it_
         partition_indices(LABELS, 4, few, 1, min_examples=50)
 
 
+def test_the_natural_site_that_has_too_few_examples_is_named() -> None:
+    labels, owners = np.zeros(12), ["b"] * 9 + ["a"] * 2 + ["c"]
+    says = r"^min_examples: expected 3 or more at each site, got 2 at site 0 \(a\), and 1 more sites have fewer\. Use"
+    with pytest.raises(ValueError, match=says):
+        partition_indices(labels, 3, partial(natural, owners=owners), 1, min_examples=3)
+    parts = partition_indices(labels, 2, partial(natural, owners=owners), 1, min_examples=3)
+    assert name_sites(owners, parts) == ("a, c", "b")
+
+
 def test_the_digest_of_a_partition_is_that_of_its_sites_and_their_order() -> None:
     parts = [np.array([0, 2]), np.array([1, 3])]
     others: list[Callable[[], list]] = [

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import partitions
 import picture
 import pytest
 from PIL import Image
+
+from scaling_fl import PARTITIONERS
 
 
 @pytest.mark.long
@@ -33,3 +36,10 @@ def test_runs_with_other_weights_make_no_picture() -> None:
     assert picture.only(["a", "a"]) == "a"
     with pytest.raises(SystemExit, match="expected one SHA-256"):
         picture.only(["a", "a", "b"])
+
+
+def test_every_partition_is_in_the_picture(tmp_path: Path) -> None:
+    assert partitions.PANELS.keys() == PARTITIONERS.keys()
+    partitions.draw(tmp_path / "partitions.png", seed=1)
+    with Image.open(tmp_path / "partitions.png") as image:
+        assert image.width == 1200

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from scaling_fl.data.label_skew import by_label, dirichlet, dirichlet_sites, few_labels, shards
+from scaling_fl.errors import printable
 
 # Takes labels, a number of sites and a generator, and perhaps parameters by keyword; returns the indices of each site.
 Partitioner = Callable[..., list[np.ndarray]]
@@ -57,7 +58,12 @@ def by_size(
 
 
 def natural(
-    labels: np.ndarray, num_sites: int, random: np.random.Generator, *, owners: Sequence[str]
+    labels: np.ndarray,
+    num_sites: int,
+    random: np.random.Generator,
+    *,
+    owners: Sequence[str],
+    min_examples: int = 1,
 ) -> list[np.ndarray]:
     """Give all examples of an owner to one site.
 
@@ -69,9 +75,10 @@ def natural(
         num_sites: how many parts.
         random: decides among owners of the same size.
         owners: the name of the owner of each example.
+        min_examples: the fewest that a site may have.
 
     Raises:
-        ValueError: there are fewer owners than sites.
+        ValueError: there are fewer owners than sites, or a site has too few examples.
     """
     counts = Counter(owners)
     names = sorted(counts)
@@ -89,7 +96,9 @@ def natural(
     sites = {name: site for site, group in enumerate(sorted(groups, key=min)) for name in group}
     by_example = np.fromiter((sites[owner] for owner in owners), np.int64, len(labels))
     ends = np.cumsum(np.bincount(by_example, minlength=num_sites))[:-1]
-    return np.split(np.argsort(by_example, kind="stable"), ends)
+    parts = np.split(np.argsort(by_example, kind="stable"), ends)
+    _check_sizes(parts, min_examples, lambda site: f"site {site} ({printable(name_sites(owners, [parts[site]])[0])})")
+    return parts
 
 
 PARTITIONERS: dict[str, Partitioner] = {
@@ -137,14 +146,19 @@ def partition_indices(
         )
     if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels))):
         raise ValueError(f"partition: expected each index from 0 to {len(labels) - 1} in one part, got others")
-    if min(sizes) < min_examples:
-        few = [site for site, size in enumerate(sizes) if size < min_examples]
+    _check_sizes(parts, min_examples)
+    return parts
+
+
+def _check_sizes(parts: Sequence[np.ndarray], least: int, describe: Callable[[int], str] = "site {}".format) -> None:
+    """Refuse sites with fewer than `least` examples."""
+    few = [site for site, part in enumerate(parts) if len(part) < least]
+    if few:
         more = f", and {len(few) - 1} more sites have fewer" * (len(few) > 1)
         raise ValueError(
-            f"min_examples: expected {min_examples} or more at each site, got {sizes[few[0]]} at site {few[0]}{more}. "
-            "Use a smaller min_examples, fewer sites, or another partition"
+            f"min_examples: expected {least} or more at each site, got {len(parts[few[0]])} at {describe(few[0])}"
+            f"{more}. Use a smaller min_examples, fewer sites, or another partition"
         )
-    return parts
 
 
 def hash_parts(parts: Sequence[np.ndarray]) -> str:
