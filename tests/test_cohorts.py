@@ -231,7 +231,7 @@ def test_a_sampled_run_has_the_same_bits_on_any_ranks_and_after_a_stop(
     how: dict[str, object], command: Command, small_run: dict[str, object], tmp_path: Path
 ) -> None:
     whole = run(command, small_run, **how)
-    assert "rounds    3, each of 4 of 10 sites" in whole
+    assert "cohorts   4 of 10 sites in each of 3 rounds" in whole
     assert "sites of 10" in whole
     folder = {"checkpoints_dir": tmp_path / "checkpoints"}
     first = run(command, small_run, ranks=2, num_rounds=1, **how, **folder)
@@ -244,7 +244,7 @@ def test_the_record_says_who_took_part_and_where(
     command: Command, small_run: dict[str, object], tmp_path: Path
 ) -> None:
     output = run(command, small_run, ranks=2, sites_per_round=0.55, eligible_sites=[9, 1, 3, 5, 7, 8, 2, 0])
-    assert "each of 4 of 8 eligible sites (sites_per_round 0.55, min_sites 1), for 1 epoch" in output
+    assert "4 of 8 eligible sites (sites_per_round 0.55, min_sites 1) in each of 3 rounds, for 1 epoch" in output
     (folder,) = tmp_path.glob("runs/[0-9]*")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     cohorts = Cohorts([0, 1, 2, 3, 5, 7, 8, 9], 4, seed=1)
@@ -282,7 +282,7 @@ def test_what_cannot_be_is_refused_by_plan(
 
 def test_a_plan_says_that_sites_have_no_fixed_place(command: Command, small_run: dict[str, object]) -> None:
     output = succeed(command("plan", **small_run | SITES | {"local_steps": 5}))
-    assert "rounds    2, each of 4 of 10 sites, for 5 steps" in output
+    assert "cohorts   4 of 10 sites in each of 2 rounds, for 5 steps" in output
     assert "   9 |  any |    any |        6 |" in output
     assert "|             5 |" in output
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -55,13 +56,13 @@ def _quick_collector() -> Iterator[None]:
 
 
 def play(federation: Federation, *rounds: int) -> list[Any]:
-    """Return the metrics of some rounds, but for time and memory, and the SHA-256 of the weights after them."""
+    """Return the metrics of some rounds, but for those of ranks, and the SHA-256 of the weights after them."""
     seen: list[Any] = []
     for round_ in rounds:
         metrics = federation.train(round_)
         federation.global_model.step()
         metrics |= federation.evaluate(round_)
-        seen.append({name: value for name, value in metrics.items() if "seconds" not in name and "memory" not in name})
+        seen.append({key: value for key, value in metrics.items() if not re.search("seconds|memory|rank", key)})
     return [*seen, federation.global_model.sha256()]
 
 

@@ -129,7 +129,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
-        f"rounds    {settings.num_rounds}, each of {describe_cohorts(settings, job.schedule.cohorts)}",
+        f"cohorts   {describe_cohorts(settings, job.schedule.cohorts)}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
     ]
 
@@ -146,4 +146,5 @@ def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:
     amount = "for {} step{}" if settings.local_steps else "for {} epoch{}"
     count = settings.local_steps or settings.num_local_epochs
     of_limits = f" ({', '.join(limits)})" * bool(limits)
-    return f"{sites}{of_limits}, {amount.format(count, 's' * (count > 1))}"
+    rounds = f"{settings.num_rounds} round{'s' * (settings.num_rounds != 1)}"
+    return f"{sites}{of_limits} in each of {rounds}, {amount.format(count, 's' * (count > 1))}"
