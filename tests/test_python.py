@@ -62,7 +62,7 @@ def but(settings: Settings, **changes: Any) -> Settings:
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The metrics that do not depend on the machine."""
-    parts = ("time.", "seconds", "memory", "speed.", "comm.bytes")
+    parts = ("time.", "seconds", "memory", "rank", "speed.", "comm.bytes")
     return [{name: of[name] for name in of if not any(part in name for part in parts)} for of in history]
 
 

@@ -103,6 +103,7 @@ def test_the_same_sites_have_the_same_weights_on_any_nodes(
     assert hashes == {weights_hash(alone)}
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_its_nodes_in_another_order(
     command: Command, two_nodes: Callable[..., list[str]], files: list, tmp_path: Path
 ) -> None:
