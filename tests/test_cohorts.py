@@ -19,6 +19,8 @@ from torch import nn
 
 from scaling_fl.distributed.placement import place_sites
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
@@ -70,6 +72,15 @@ def test_too_few_sites_are_refused() -> None:
         "min_sites: expected at most 7, the number of eligible sites, got 8"
     )
     assert refusal(lambda: count_sites(3, 7, 4)) == "min_sites: expected at most sites_per_round=3, got 4"
+
+
+def test_what_makes_no_cohort_is_refused() -> None:
+    assert refusal(lambda: Cohorts([1, 1, 2], 2, 1)) == "eligible: expected each site once, got [1, 1, 2]"
+    for num_sites in (0, 3):
+        sentence = refusal(lambda num_sites=num_sites: Cohorts([1, 2], num_sites, 1))
+        assert sentence == f"num_sites: expected 1 to 2, the number of eligible sites, got {num_sites}"
+    sentence = refusal(lambda: moved(lambda round_: make_sites(1), weight_by="example"))
+    assert sentence == "weight_by: expected one of examples, sites, got 'example'"
 
 
 def test_earlier_rounds_of_a_site_are_counted_forwards_and_after_a_resume() -> None:
@@ -298,8 +309,9 @@ def test_a_deadline_leaves_sites_with_what_they_have_trained_on(
 ) -> None:
     run(command, small_run, sites_per_round=None, num_rounds=1, num_local_epochs=50, site_deadline_s=1e-4)
     (folder,) = tmp_path.glob("runs/[0-9]*")
-    examples = json.loads((folder / "rounds.jsonl").read_text().splitlines()[1])["site.examples"]
-    assert set(examples.values()) == {4}, "one batch each"
+    metrics = json.loads((folder / "rounds.jsonl").read_text().splitlines()[1])
+    assert set(metrics["site.examples"].values()) == {4}, "one batch each"
+    assert metrics["speed.examples_per_s"] * metrics["time.train_s"] == pytest.approx(4 * 10)
 
 
 @pytest.fixture
@@ -346,8 +358,26 @@ def test_of_many_sites_those_of_the_round_are_evaluated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("scaling_fl.experiment.schedule.MANY_SITES", 4)
-    run(command, small_run, num_rounds=5, ranks=2, **with_files)
+    output = run(command, small_run, num_rounds=5, ranks=2, **with_files)
     cohorts, found = Cohorts(range(5), 2, seed=1), judged(tmp_path)
     left_out = [{*cohorts.of(max(round_, 1))} - {*map(int, of_round)} for round_, of_round in enumerate(found)]
     assert len(set.union(*left_out)) == 1, "the site without a test file"
     assert all(map(len, found))
+    assert "of rounds that were evaluated on different sites" in output
+    (without,) = set.union(*left_out)
+    output = command("plan", **small_run | SITES | with_files | {"evaluation_sites": [without]})[1]
+    assert f"error: evaluation_sites: expected sites with a test file, got [{without}], which have none" in output
+    alone = {"sites_per_round": 1, "eligible_sites": [without], "min_sites": 1}
+    run(command, small_run, **with_files | alone)
+    assert all(map(len, judged(tmp_path))), "others are evaluated"
+
+
+def test_a_trainer_of_a_plugin_knows_neither_steps_nor_deadlines() -> None:
+    own = {3: {"local_steps": None, "num_local_epochs": 2}}
+    assert find_contradictions(Settings(local_steps=3, site_settings=own)) == []
+    assert find_contradictions(Settings(trainer="mine", site_settings={3: {"local_steps": 2}})) == [
+        "local_steps: expected None, as trainer='mine' does not know it, got 2"
+    ]
+    assert find_contradictions(Settings(trainer="mine", site_deadline_s=0.5)) == [
+        "site_deadline_s: expected None, as trainer='mine' does not know it, got 0.5"
+    ]

@@ -315,3 +315,9 @@ def test_a_seed_has_one_partition_on_all_machines(hash_seed: str) -> None:
     env = {**os.environ, "PYTHONHASHSEED": hash_seed}
     done = subprocess.run([sys.executable, "-c", DIGESTS], env=env, capture_output=True, text=True, check=True)
     assert {name: digests for name, *digests in map(str.split, done.stdout.splitlines())} == GOLDEN
+
+
+def test_an_owner_with_the_name_of_a_group_is_told_from_it() -> None:
+    owners = ["a, b"] * 20 + ["a"] * 10 + ["b"] * 10
+    parts = partition_indices(np.zeros(40), 2, partial(natural, owners=owners), 1)
+    assert sorted(name_sites(owners, parts)) == ["a, b (site 0)", "a, b (site 1)"]

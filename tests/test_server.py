@@ -98,9 +98,11 @@ def test_too_small_a_fraction_of_the_examples_is_refused_because_it_magnifies_ro
         server.exchange(torch.full((100_003,), 2.0 * site), Fraction(1, 2**11))
     server.step()
     assert torch.equal(server.weights, torch.ones(100_003))
-    server.exchange(torch.zeros(100_003), Fraction(1, 2**10) - Fraction(1, 10**9))
+    server.exchange(torch.zeros(100_003), Fraction(1, 2**16) - Fraction(1, 10**9))
     sentence = refusal(server.step)
-    assert sentence.startswith("the sites that are left: expected at least 1/1024 of all examples, got 0.00098. ")
+    assert sentence.startswith(
+        "the sites that are left: expected at least 1/65536 of the round's examples, got 1.5e-05. "
+    )
     assert torch.equal(server.weights, torch.ones(100_003))
 
 

@@ -176,7 +176,9 @@ def name_sites(owners: Sequence[str], parts: Sequence[np.ndarray]) -> tuple[str,
             return ", ".join(of_site)
         return f"{', '.join(of_site[: SHOWN - 1])} and {len(of_site) - SHOWN + 1} more"
 
-    return tuple(name(sorted({owners[index] for index in part.tolist()})) for part in parts)
+    names = [name(sorted({owners[index] for index in part.tolist()})) for part in parts]
+    counts = Counter(names)  # an owner may be called as a group of others
+    return tuple(name if counts[name] == 1 else f"{name} (site {site})" for site, name in enumerate(names))
 
 
 def _round_shares(shares: np.ndarray, total: int, least: int) -> np.ndarray:

@@ -58,13 +58,14 @@ def _check_schedule(settings: Settings) -> None:
             "evaluation_sites: expected None, as all sites have one test set without site_paths, got "
             f"{settings.evaluation_sites}"
         )
-    if settings.site_deadline_s is not None and settings.trainer != "default":
-        raise ValueError(
-            f"site_deadline_s: expected None, as trainer={settings.trainer!r} does not know it, got "
-            f"{settings.site_deadline_s}"
-        )
-    for site, given in (settings.site_settings or {}).items():
-        if "num_local_epochs" in given and (given.get("local_steps") or settings.local_steps) is not None:
+    by_site = settings.site_settings or {}
+    steps = [settings.local_steps, *(given.get("local_steps") for given in by_site.values())]
+    for name, values in {"site_deadline_s": [settings.site_deadline_s], "local_steps": steps}.items():
+        found = [value for value in values if value is not None]
+        if found and settings.trainer != "default":
+            raise ValueError(f"{name}: expected None, as trainer={settings.trainer!r} does not know it, got {found[0]}")
+    for site, given in by_site.items():
+        if "num_local_epochs" in given and given.get("local_steps", settings.local_steps) is not None:
             raise ValueError(
                 f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
                 f"{given['num_local_epochs']}"

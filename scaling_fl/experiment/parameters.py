@@ -68,7 +68,8 @@ def check_parameters(values: Mapping[str, Any]) -> None:
     for name, choice in OF_OPTIONS.items():
         chosen = f"{choice}={values[choice]!r}"
         if name in find_defaults(choice, values[choice]):
-            if values[name] is None:
+            parameter = inspect.signature(OPTIONS[choice][values[choice]]).parameters[PARAMETERS[choice][name]]
+            if values[name] is None and parameter.default is inspect.Parameter.empty:
                 problems.append(f"{name}: expected a value, as {chosen} has no default, got None")
         elif values[name] is not None:
             users = [option for option in OPTIONS[choice] if name in find_defaults(choice, option)]

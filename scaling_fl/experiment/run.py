@@ -79,7 +79,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
             metrics |= federation.evaluate(round_)
         metrics |= clock.read_round()
         if round_ > 0:
-            metrics |= count_round(settings, job, metrics)
+            metrics |= count_round(settings, job, metrics, training.take_counts())
         history.append(metrics)
         if round_ > 0:
             with clock("checkpoint"):
@@ -100,14 +100,21 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         console.print_once(f"weights   SHA-256 {sha256}", *console.summarise(history))
 
 
-def count_round(settings: Settings, job: Job, metrics: Metrics) -> Metrics:
-    """Return how much was trained on in a round, how fast, and how many bytes that should have sent."""
-    num_examples = num_tokens = 0.0
-    for site, trained in metrics["site.examples"].items():
-        size, own = job.data.sizes[site], of_site(settings, site)
-        seen = trained * (own["num_local_epochs"] if own["local_steps"] is None else 1)
-        num_examples += seen
-        num_tokens += seen * size.num_tokens / size.num_examples
+def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int, int]) -> Metrics:
+    """Return how much was trained on in a round, how fast, and how many bytes that should have sent.
+
+    Args:
+        settings: of the run.
+        job: what it is made of.
+        metrics: of the round.
+        seen: the examples and tokens that this rank trained on, as far as it saw them.
+    """
+    num_examples, num_tokens = map(float, map(sum, zip(*all_gather(seen), strict=True)))
+    if settings.trainer != "default":  # which has batches of its own
+        for site, trained in metrics["site.examples"].items():
+            size, num_epochs = job.data.sizes[site], of_site(settings, site)["num_local_epochs"]
+            num_examples += num_epochs * trained
+            num_tokens += num_epochs * trained * size.num_tokens / size.num_examples
     return {
         "speed.examples_per_s": num_examples / metrics["time.train_s"],
         "speed.tokens_per_s": num_tokens / metrics["time.train_s"],

@@ -1,11 +1,12 @@
 """Which sites train and are evaluated in a round, on which devices, and on how many examples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from scaling_fl.data.reader import name_site
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.experiment.settings import Settings, of_site
@@ -24,14 +25,14 @@ class Schedule:
         data: of the sites.
         topology: where they run, unless they are shared out in each round.
         cohorts: which of them train in a round.
-        evaluated: which of them are evaluated, if they have test data of their own; None: the cohort.
+        evaluated: which of them are evaluated after a round, of those with test data of their own.
     """
 
     settings: Settings
     data: SiteData
     topology: Topology
     cohorts: Cohorts
-    evaluated: Sequence[int] | None
+    evaluated: Callable[[int], Sequence[int]]
 
     def train(self, round_: int) -> list[Site]:
         """Return the sites of this rank that train in a round."""
@@ -39,9 +40,7 @@ class Schedule:
 
     def evaluate(self, round_: int) -> list[Site]:
         """Return the sites of this rank with test data that are evaluated after a round; before the first, as after."""
-        chosen = self.cohorts.of(max(round_, 1)) if self.evaluated is None else self.evaluated
-        numbers = [number for number in chosen if number in self.data.num_test_of] or list(self.data.num_test_of)
-        sites = self.topology.sites
+        numbers, sites = self.evaluated(max(round_, 1)), self.topology.sites
         return [self._site(number, sites[number], max(round_, 1)) for number in numbers if number in sites]
 
     def count_examples(self, site: int) -> int:
@@ -71,9 +70,8 @@ class Schedule:
         if own["local_steps"] is not None:
             first = own["local_steps"] * self.cohorts.count_rounds_before(number, round_)
             start = divmod(first, count_batches(num_examples, own))
-            num_examples = count_until(first + own["local_steps"], num_examples, own) - count_until(
-                first, num_examples, own
-            )
+            end = count_until(first + own["local_steps"], num_examples, own)
+            num_examples = min(num_examples, end - count_until(first, num_examples, own))
         return Site(
             number, device, num_examples, self.data.train[number], self.data.name_of(number), settings=own, start=start
         )
@@ -88,12 +86,25 @@ def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Sch
     eligible = find_sites("eligible_sites", settings.eligible_sites, data)
     num_sites = count_sites(settings.sites_per_round, len(eligible), settings.min_sites)
     cohorts = Cohorts(eligible, num_sites, settings.seed)
-    evaluated: Sequence[int] | None = find_sites("evaluation_sites", settings.evaluation_sites, data)
-    if settings.evaluation_sites is None and cohorts.are_sampled and len(data.sizes) > MANY_SITES:
-        evaluated = None
-    elif settings.evaluation_sites is not None and not data.num_test_of.keys() & set(evaluated or ()):
-        raise ValueError("evaluation_sites: expected a site with a test file, got none")
-    return Schedule(settings, data, topology, cohorts, evaluated)
+    return Schedule(settings, data, topology, cohorts, choose_evaluated(settings, data, cohorts))
+
+
+def choose_evaluated(settings: Settings, data: SiteData, cohorts: Cohorts) -> Callable[[int], Sequence[int]]:
+    """Return a function of the round that returns the sites with test data that are evaluated after it.
+
+    Raises:
+        ValueError: a site that is named has no test data.
+    """
+    tested = list(data.num_test_of)
+    if settings.evaluation_sites is not None:
+        named = find_sites("evaluation_sites", settings.evaluation_sites, data)
+        if without := [site for site in named if site not in data.num_test_of]:
+            raise ValueError(f"evaluation_sites: expected sites with a test file, got {without}, which have none")
+        return lambda round_: named
+    if not tested or not cohorts.are_sampled or len(data.sizes) <= MANY_SITES:
+        return lambda round_: tested
+    others = Cohorts(tested, min(cohorts.num_sites, len(tested)), settings.seed)  # if a cohort has no test data
+    return lambda round_: [site for site in cohorts.of(round_) if site in data.num_test_of] or others.of(round_)
 
 
 def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) -> Sequence[int]:
@@ -105,9 +116,9 @@ def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) 
     if given is None:
         return range(len(data.sizes))
     numbers = {name: number for number, name in enumerate(data.names)}
-    found = {numbers.get(site) if isinstance(site, str) else site for site in given}
+    found = {numbers.get(name_site(site)) if isinstance(site, str) else site for site in given}
     for site in given:
-        number = numbers.get(site) if isinstance(site, str) else site
+        number = numbers.get(name_site(site)) if isinstance(site, str) else site
         if number is None or number >= len(data.sizes):
             last, names = len(data.sizes) - 1, f", or names such as {data.names[0]!r}" if data.names else ""
             raise ValueError(f"{setting}: expected numbers of sites from 0 to {last}{names}, got {site!r}")

@@ -32,6 +32,7 @@ from scaling_fl.experiment.kinds import (
 from scaling_fl.experiment.parameters import OF_OPTIONS, OPTIONS, find_defaults
 from scaling_fl.experiment.plugins import import_plugins
 from scaling_fl.federation.aggregation import COMM_DTYPES
+from scaling_fl.federation.cohorts import WEIGHTS
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.loading import model_defaults
@@ -71,10 +72,10 @@ class Settings:
     num_rounds: int = setting(3, whole_number(0), "how often the sites train and their weights are averaged", may_change=True)
     sites_per_round: int | float | None = setting(None, optional(COUNT_OR_FRACTION), "how many sites take part in a round, sampled anew for each: a whole number, or a fraction below or equal to 1.0 of the eligible sites, rounded down, but at least `min_sites`. None: all. See [Cohorts](cohorts.md)")
     eligible_sites: list | None = setting(None, optional(SITES), "the sites that may take part in training, by number, or by name where sites have names. None: all", may_change=True)
-    evaluation_sites: list | None = setting(None, optional(SITES), "the sites on whose test files the global model is evaluated, likewise. None: all; where sites are sampled from more than 100, those of the round", may_change=True)
-    weight_by: str = setting("examples", one_of(("examples", "sites")), "the weight of a site in the mean: the number of `examples` that it trained on, or the same for all `sites`")
+    evaluation_sites: list | None = setting(None, optional(SITES), "the numbers of the sites on whose test files the global model is evaluated. None: all; where sites are sampled from more than 100, those of the round", may_change=True)
+    weight_by: str = setting("examples", one_of(WEIGHTS), "the weight of a site in the mean: the number of `examples` that it trained on, or the same for all `sites`")
     num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
-    local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round")
+    local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round. Its weight is the examples of these steps, at most all it has")
     site_deadline_s: float | None = setting(None, optional(number(above=0)), "stop the training of a site at the end of a batch after so many seconds; its weight is what it trained on. Gives up promises 1 and 2")
     batch_size: int = setting(32, whole_number(1), "examples in a training step of a site")
     val_batch_size: int = setting(512, whole_number(1), "most examples in an evaluation batch", may_change=True)
@@ -91,7 +92,7 @@ class Settings:
     proximal_mu: float = setting(0.0, number(least=0, below=LARGE), "strength of FedProx's pull of the local towards the global weights")
     comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, which are faster and give up promise 1")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
-    min_sites: int = setting(1, whole_number(0), "the fewest sites of a round, if `sites_per_round` is a fraction; with `on_site_failure=skip` a run ends if fewer are left in a round, or less than 1/1024 of its examples. 0: a round of which no site is left is recorded, and moves nothing", may_change=True)
+    min_sites: int = setting(1, whole_number(0), "the fewest sites of a round, if `sites_per_round` is a fraction; with `on_site_failure=skip` a run ends if fewer are left in a round, or less than 1/65536 of its examples. 0: a round of which no site is left is recorded, and moves nothing", may_change=True)
     task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](tasks.md)")
     site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of `train_path` and `test_path`", may_change=True)
     train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)

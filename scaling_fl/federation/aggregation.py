@@ -14,7 +14,7 @@ from torch import Tensor
 from scaling_fl.distributed.collectives import RankVector, all_gather, world_size
 from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free, to_sum_
 
-LEAST_WEIGHT = Fraction(1, 2**10)  # of a round: the mean is divided by it, and so is its error
+LEAST_WEIGHT = Fraction(1, 2**16)  # of a round: the mean is divided by it, and so is its error
 
 # Pieces of this many weights stay in a core's cache through all the operations on them; an accelerator, which
 # has to be asked after each, takes larger ones.
@@ -124,8 +124,9 @@ class Mean:
             return None
         if total < LEAST_WEIGHT:
             raise ValueError(
-                f"the sites that are left: expected at least 1/{1 / LEAST_WEIGHT} of all examples, got "
-                f"{float(total):.2g}. The mean is divided by this fraction, which would magnify its rounding"
+                f"the sites that are left: expected at least 1/{1 / LEAST_WEIGHT} of the round's examples, got "
+                f"{float(total):.2g}. The mean is divided by this fraction, which would magnify its rounding. With "
+                "site_deadline_s, use a longer one, or weight_by=sites"
             )
         factors = Counter(tie_free(float(weight)) for rank in self._vector.ranks for weight in by_rank[rank])
 

@@ -16,6 +16,7 @@ from scaling_fl.training.metrics import Metrics
 from scaling_fl.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
+WEIGHTS = ("examples", "sites")  # of which the mean is
 
 
 def count_sites(sites_per_round: float | None, num_eligible: int, min_sites: int) -> int:
@@ -52,9 +53,16 @@ class Cohorts:
         eligible: numbers of the sites that may take part.
         num_sites: how many of them take part in a round.
         seed: of the samples.
+
+    Raises:
+        ValueError: a site is named twice, or there are not so many.
     """
 
     def __init__(self, eligible: Sequence[int], num_sites: int, seed: int) -> None:
+        if len(set(eligible)) < len(eligible):
+            raise ValueError(f"eligible: expected each site once, got {list(eligible)}")
+        if not 1 <= num_sites <= len(eligible):
+            raise ValueError(f"num_sites: expected 1 to {len(eligible)}, the number of eligible sites, got {num_sites}")
         self.eligible, self.num_sites = sorted(eligible), num_sites
         self._seed = seed
         self._counts: Counter[int] = Counter()  # how often each site took part until the round below
@@ -115,9 +123,14 @@ class Cohort:
     Args:
         sites: of this rank.
         weight_by: the weight of a site: "examples" that it trained on, or "sites" for the same weight each.
+
+    Raises:
+        ValueError: `weight_by` is something else.
     """
 
     def __init__(self, sites: Sequence[Site], weight_by: str) -> None:
+        if weight_by not in WEIGHTS:
+            raise ValueError(f"weight_by: expected one of {', '.join(WEIGHTS)}, got {weight_by!r}")
         self.sites, self._weight_by = sites, weight_by
         gathered = all_gather([(site.number, site.name, site.num_examples) for site in sites])
         self._ranks = {site: number for number, of_rank in enumerate(gathered) for site, _, _ in of_rank}

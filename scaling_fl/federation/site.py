@@ -64,9 +64,8 @@ SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 # Those of plugins, by the name that the setting `trainer` has. A run calls them with a model of transformers, to which
 # `model(**batch)` gives a loss, and with a site that has
 #   data: `len(data)` is the number of its examples, and `data.shuffled_batches(batch_size, seed)` yields one epoch;
-#   settings: `learning_rate`, `num_local_epochs`, `local_steps`, `batch_size`, `optimiser`, `proximal_mu` and the run's
-#     `seed`, those of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for
-#     each epoch.
+#   settings: `learning_rate`, `num_local_epochs`, `batch_size`, `optimiser`, `proximal_mu` and the run's `seed`, those
+#     of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for each epoch.
 TRAINERS: dict[str, SiteFunction] = {}
 
 OWN_SCORES = {"examples", "seconds", "memory_mb"}  # which the federation measures itself, by site

@@ -8,6 +8,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from scaling_fl.distributed.caller import is_called, tell
@@ -92,8 +93,11 @@ def summarise(history: History) -> list[str]:
     last = history[-1]
     best = max(range(len(history)), key=lambda round_: history[round_]["validation.accuracy"])  # the first of equals
     failed = sum(metrics.get("sites.failed", 0) for metrics in history)
+    others = ", of rounds that were evaluated on different sites"
+    is_same = len({tuple(map(int, metrics.get("site.test_examples", ()))) for metrics in history}) == 1
     return [
-        f"best      validation accuracy {history[best]['validation.accuracy']:.4f}, after round {best}",
+        f"best      validation accuracy {history[best]['validation.accuracy']:.4f}, after round {best}"
+        + others * (not is_same),
         f"final     validation accuracy {last['validation.accuracy']:.4f}, loss {last['validation.loss']:.4f}, "
         f"after {len(history) - 1} rounds in {sum(metrics['time.round_s'] for metrics in history):.1f} s"
         + (f", in which sites failed {failed} times" if failed else ""),
@@ -119,6 +123,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar: tqdm | CallerBar | None = None
+        self._seen = np.zeros(2, np.int64)  # examples, tokens
         self._lock = Lock()  # of the threads of a rank's devices
 
     @contextmanager
@@ -140,10 +145,18 @@ class Progress:
             yield
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches and move the bar, until a signal asks this process to end."""
+        """Yield the batches, count them and move the bar, until a signal asks this process to end."""
         for batch in batches:
             check_interrupt()
+            with self._lock:  # before the batch, as who takes the last may not come back
+                self._seen += np.array([len(batch["labels"]), int(batch["attention_mask"].sum())])
             yield batch
             if self._bar is not None:
                 with self._lock:
                     self._bar.update(len(batch["labels"]))
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return how many examples and tokens were seen since this was called before."""
+        num_examples, num_tokens = self._seen.tolist()
+        self._seen[:] = 0
+        return num_examples, num_tokens
