@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import place_sites
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
 from scaling_fl.federation.global_model import GlobalModel
@@ -215,6 +217,22 @@ def test_steps_go_on_in_the_epoch_where_the_last_round_stopped() -> None:
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs), "each example once in an epoch"
     assert len(set(map(tuple, epochs))) == len(epochs), "each epoch has an order of its own"
     assert [label for of_round in batches_of_steps(data, 4, 6) for label in of_round] == stream
+
+
+def test_the_schedule_counts_the_steps_of_the_rounds_before() -> None:
+    settings = Settings(site_ids=[0, 0], num_sites=6, sites_per_round=2, local_steps=2, batch_size=4)
+    examples, seen = make_examples(10), Counter[int]()
+    with world():
+        topology = place_sites([0, 0], 6)
+        sizes, train = [examples.size(3)] * 6, dict.fromkeys(range(6), examples)
+        schedule = make_schedule(settings, SiteData((), train, {}, sizes, 0, {}), topology)
+        for round_ in range(1, 20):
+            for site in schedule.train(round_):
+                first = 2 * seen[site.number]
+                assert site.start == divmod(first, 3)
+                assert site.num_examples == sum((4, 4, 2)[step % 3] for step in (first, first + 1))
+                seen[site.number] += 1
+    assert len(seen) == 6
 
 
 def test_a_deadline_stops_at_the_end_of_a_batch_and_after_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
