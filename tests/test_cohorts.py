@@ -399,3 +399,24 @@ def test_a_trainer_of_a_plugin_knows_neither_steps_nor_deadlines() -> None:
     assert find_contradictions(Settings(trainer="mine", site_deadline_s=0.5)) == [
         "site_deadline_s: expected None, as trainer='mine' does not know it, got 0.5"
     ]
+
+
+def test_before_the_first_round_its_sites_are_evaluated() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        seen.append((round_, site.number))
+        return {"num_examples": 1, "loss": 0.0}
+
+    by_round = {1: make_sites(1, 1)[1:], 2: make_sites(1)}
+    with world():
+        federation = Federation(
+            place_sites([0]),
+            lambda round_: by_round[round_],
+            nn.Linear(1, 1),
+            train_site=move,
+            evaluate_site=evaluate_site,
+        )
+        for round_ in range(3):
+            federation.evaluate(round_)
+    assert seen == [(0, 2), (1, 2), (2, 1)]

@@ -147,4 +147,7 @@ def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:
     count = settings.local_steps or settings.num_local_epochs
     of_limits = f" ({', '.join(limits)})" * bool(limits)
     rounds = f"{settings.num_rounds} round{'s' * (settings.num_rounds != 1)}"
-    return f"{sites}{of_limits} in each of {rounds}, {amount.format(count, 's' * (count > 1))}"
+    others = ", but for sites in site_settings" * any(
+        name in own for own in (settings.site_settings or {}).values() for name in ("local_steps", "num_local_epochs")
+    )
+    return f"{sites}{of_limits} in each of {rounds}, {amount.format(count, 's' * (count > 1))}{others}"

@@ -39,9 +39,9 @@ class Schedule:
         return [self._site(number, device, round_) for number, device in self._places(round_).items()]
 
     def evaluate(self, round_: int) -> list[Site]:
-        """Return the sites of this rank with test data that are evaluated after a round; before the first, as after."""
-        numbers, sites = self.evaluated(max(round_, 1)), self.topology.sites
-        return [self._site(number, sites[number], max(round_, 1)) for number in numbers if number in sites]
+        """Return the sites of this rank with test data that are evaluated after a round, which is 1 or more."""
+        numbers, sites = self.evaluated(round_), self.topology.sites
+        return [self._site(number, sites[number], round_) for number in numbers if number in sites]
 
     def count_examples(self, site: int) -> int:
         """Return about how many examples pass through the model while a site trains in a round."""
@@ -51,8 +51,8 @@ class Schedule:
         return own["num_local_epochs"] * self.data.sizes[site].num_examples
 
     def count_tests(self, round_: int) -> int:
-        """Return how many examples this rank evaluates after a round."""
-        of_sites = sum(self.data.num_test_of[site.number] for site in self.evaluate(round_))
+        """Return how many examples this rank evaluates after a round, or before the first."""
+        of_sites = sum(self.data.num_test_of[site.number] for site in self.evaluate(max(round_, 1)))
         return of_sites + sum(len(batch) for of_device in self.data.test.values() for batch in of_device)
 
     def _places(self, round_: int) -> dict[int, torch.device]:

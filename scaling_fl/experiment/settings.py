@@ -82,7 +82,7 @@ class Settings:
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
     optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd` or `adamw`, made again for each round")
     trainer: str = setting("default", one_of(TRAINERS, "default"), "what trains a site: `default`, or the name of a function that a module of `plugins` adds")
-    site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs` and `batch_size` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
+    site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs`, `local_steps` and `batch_size` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")
     strategy: str = setting("fedavg", one_of(STRATEGIES), "how the mean moves the global weights: `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `diloco`; see [Strategies](strategies.md)")
     server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: the strategy's default")

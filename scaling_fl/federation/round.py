@@ -39,7 +39,7 @@ class Federation:
         global_model: holds the global weights; None: that of FedAvg.
         train_site: trains a site, such as `LocalTraining`. See `SiteFunction` for what it must do.
         evaluate_site: evaluates the global model on the data of a site, if there is no `evaluate_device`.
-        evaluation_sites: those that are evaluated, likewise; None: those that train.
+        evaluation_sites: those that are evaluated, likewise; None: those that train, before round 1 those of round 1.
         evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
             each (sum, count).
         seed: of all randomness in training.
@@ -222,7 +222,7 @@ class Federation:
             except (ValueError, FloatingPointError) as error:
                 raise ValueError(f"{site} was not evaluated in round {round_}: {error}") from error
 
-        return [partial(evaluate_site, site) for site in self._evaluated_of(round_) if site.device == device]
+        return [partial(evaluate_site, site) for site in self._evaluated_of(max(round_, 1)) if site.device == device]
 
     def _on_devices(self, name: str, work: Callable[[torch.device], Means]) -> Metrics:
         """Call `work` for each device of each rank, in a thread for each, and return the means of all."""
