@@ -41,7 +41,8 @@ class Mongo(MongoObserver):
     run_entry: dict[str, Any]
 
     def __init__(self, url: str, database: str, is_resumed: Callable[[Config], bool]) -> None:
-        super().__init__(url, database, serverSelectionTimeoutMS=TIMEOUT_MS)
+        # The server answers when a write is on its disk, as what it has taken and loses is not sent again.
+        super().__init__(url, database, serverSelectionTimeoutMS=TIMEOUT_MS, journal=True)
         self._is_resumed = is_resumed
         self._before: dict[str, Any] = {}
         self._waiting: dict[str, dict[int, tuple[Any, Any]]] = {}  # name -> step -> value and time
