@@ -420,3 +420,13 @@ def test_before_the_first_round_its_sites_are_evaluated() -> None:
         for round_ in range(3):
             federation.evaluate(round_)
     assert seen == [(0, 2), (1, 2), (2, 1)]
+
+
+def test_a_resumed_run_has_cohorts_of_the_same_size_and_from_the_same_sites(
+    command: Command, small_run: dict[str, object], tmp_path: Path
+) -> None:
+    settings = {"sites_per_round": 0.1, "min_sites": 2, "checkpoints_dir": tmp_path / "checkpoints"}
+    run(command, small_run, num_rounds=1, **settings)
+    status, output = command(**small_run | SITES | settings | {"min_sites": 3, "eligible_sites": [0, 1, 2]})
+    assert status == 1
+    assert "number of sites in a round was 2 and is 3; eligible sites was 'all' and is [0, 1, 2]" in output
