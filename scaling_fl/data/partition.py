@@ -50,7 +50,8 @@ def by_size(
     elif sizes == "exponential":
         shares = [math.exp(site - num_sites + 1) for site in range(num_sites)]
     else:
-        shares = [share / max(map(float, sizes)) for share in map(float, sizes)]
+        largest = max(map(float, sizes))
+        shares = [share / largest for share in map(float, sizes)]
     if len(shares) != num_sites:
         raise ValueError(f"sizes: expected a share for each of {num_sites} sites, got {len(shares)}")
     counts = _round_shares(np.array(shares), len(labels), min_examples)

@@ -15,6 +15,7 @@ from scaling_fl.experiment.build import (
     server_optimiser,
 )
 from scaling_fl.experiment.parameters import find_arguments
+from scaling_fl.experiment.schedule import count_batches
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.flat import trained_weights
@@ -79,7 +80,7 @@ def count_steps(settings: Settings, site: int, num_examples: int) -> int:
     own = of_site(settings, site)
     if own["local_steps"] is not None:
         return own["local_steps"]
-    return own["num_local_epochs"] * -(-num_examples // own["batch_size"])
+    return own["num_local_epochs"] * count_batches(num_examples, own)
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:

@@ -116,13 +116,14 @@ def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) 
     if given is None:
         return range(len(data.sizes))
     numbers = {name: number for number, name in enumerate(data.names)}
-    found = {numbers.get(name_site(site)) if isinstance(site, str) else site for site in given}
+    found = set()
     for site in given:
         number = numbers.get(name_site(site)) if isinstance(site, str) else site
         if number is None or number >= len(data.sizes):
             last, names = len(data.sizes) - 1, f", or names such as {data.names[0]!r}" if data.names else ""
             raise ValueError(f"{setting}: expected numbers of sites from 0 to {last}{names}, got {site!r}")
-    return sorted(number for number in found if number is not None)
+        found.add(number)
+    return sorted(found)
 
 
 def count_batches(num_examples: int, own: dict[str, Any]) -> int:

@@ -67,7 +67,7 @@ class Cohorts:
         self._seed = seed
         self._counts: Counter[int] = Counter()  # how often each site took part until the round below
         self._counted = 0
-        self._last: tuple[int, list[int]] = 0, self._sample(0)
+        self._last: tuple[int | None, list[int]] = None, []  # the round that was asked for, and its sites
 
     @property
     def are_sampled(self) -> bool:
