@@ -28,9 +28,15 @@ class OneNumber(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("calls", torch.zeros(1))
 
 
-def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **options: Any) -> tuple[dict, dict, Any]:
+def play(
+    train_site: SiteFunction,
+    evaluate_site: SiteFunction | None = None,
+    evaluate_local: SiteFunction | None = None,
+    **options: Any,
+) -> tuple[dict, dict, Any]:
     """Return the metrics of a round, those of its evaluation, and the global weight after it."""
     with world():
         topology = place_sites([0] * len(SIZES))
@@ -40,8 +46,9 @@ def play(train_site: SiteFunction, evaluate_site: SiteFunction | None = None, **
         federation = Federation(
             topology, sites, model, global_model, train_site=train_site, evaluate_site=evaluate_site, seed=0, **options
         )
-        metrics = federation.train(1)
+        metrics = federation.train(1, evaluate_local)
         global_model.step()
+        assert federation.model.get_buffer("calls").item() == 0
         return metrics, federation.evaluate(1), global_model.weights[0].item()
 
 
@@ -80,7 +87,12 @@ def test_an_evaluation_is_the_mean_over_all_evaluated_examples() -> None:
     _, validation, weight = play(lambda model, site, round_: move(model, site), evaluate_site)
     assert seen == [weight] * 3
     means = {"validation.accuracy": (5 * 0.25 + 10 * 0.5) / 15, "validation.round": 1.0}
-    assert validation == means | {"site.test_examples": {0: 0, 1: 5, 2: 10}}
+    assert {name: value for name, value in validation.items() if not name.startswith("sites.")} == means | {
+        "site.test_examples": {0: 0, 1: 5, 2: 10},
+        "site.test_accuracy": {1: 0.25, 2: 0.5},
+        "site.test_round": {0: 1.0, 1: 1.0, 2: 1.0},
+    }
+    assert (validation["sites.test_accuracy.worst"], validation["sites.test_accuracy.mean"]) == (0.25, 0.375)
 
 
 def test_scores_of_nothing_are_left_out() -> None:
@@ -200,7 +212,8 @@ def test_a_site_may_evaluate_on_more_examples_than_it_trains_on() -> None:
         return {"num_examples": 1000, "accuracy": 0.5}
 
     counts = dict.fromkeys(range(3), 1000)
-    assert play(move, evaluate_site)[1] == {"validation.accuracy": 0.5, "site.test_examples": counts}
+    validation = play(move, evaluate_site)[1]
+    assert (validation["validation.accuracy"], validation["site.test_examples"]) == (0.5, counts)
     assert refusal(lambda: play(move, lambda model, site, round_: {"num_examples": -1})) == (
         "site 0 was not evaluated in round 1: num_examples: expected at least 0, got -1"
     )
@@ -237,10 +250,27 @@ def test_a_function_may_use_the_global_generators_and_placement_changes_no_bit()
         assert launch(play_and_look, num_ranks=num_ranks, fork=True) == [alone] * num_ranks
 
 
-def test_a_federation_is_evaluated_in_one_way() -> None:
-    def evaluate(*_: object) -> Mapping[str, Any]:
-        return {}
+def test_a_common_test_set_and_the_sites_are_evaluated_together() -> None:
+    def evaluate_device(model: nn.Module, device: torch.device) -> Mapping[str, Any]:
+        return {"accuracy": (3, 4)}
 
-    assert refusal(lambda: play(evaluate, evaluate, evaluate_device=evaluate)) == (
-        "evaluate_site: expected None beside evaluate_device, got a function"
-    )
+    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        return {"num_examples": 4, "accuracy": (site.number, 4)}
+
+    validation = play(move, evaluate_site, evaluate_device=evaluate_device)[1]
+    assert validation["validation.accuracy"] == 0.75
+    assert validation["site.test_accuracy"] == {0: 0.0, 1: 0.25, 2: 0.5}
+
+
+def test_a_site_is_evaluated_before_its_weights_are_averaged_and_evaluation_is_a_bystander() -> None:
+    def evaluate_local(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        model.get_buffer("calls").add_(7)  # as some models do whenever they compute
+        model.note = "left"
+        random.random()
+        return {"num_examples": 1, "weight": model.get_parameter("weight").item()}
+
+    metrics, _, weight = play(move, evaluate_local=evaluate_local)
+    assert metrics["site.local_weight"] == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert weight == play(move)[2]

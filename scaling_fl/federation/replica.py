@@ -81,6 +81,19 @@ class Replica:
         finally:
             handle.remove()
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restore the buffers after an evaluation, as some models change theirs whenever they compute."""
+        before = [(holder, dict(holder)) for holder in (module._buffers for module in self.model.modules())]
+        values = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            yield
+        finally:
+            for holder, found in before:
+                holder.update(found)
+            for buffer, value in values:
+                buffer.copy_(value)
+
     def release(self) -> nn.Module:
         """Return the model in evaluation mode, with copies of the shared buffers, as torch saves one type a memory."""
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._shared_places}

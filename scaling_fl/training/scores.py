@@ -1,9 +1,18 @@
-"""What a model's output scores."""
+"""What a model's output scores, and what the confusions of all its answers score."""
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
-from scaling_fl.training.loop import Batch
+import torch
+from torch import Tensor, nn
+
+from scaling_fl.training.loop import Batch, evaluate
 from scaling_fl.training.metrics import Means
+
+Totals = dict[str, tuple[Fraction, int]]  # name of a score -> sum, count
+CONFUSION = "confusion"
 
 
 def score_classes(output: Any, batch: Batch, means: Means) -> None:
@@ -11,3 +20,52 @@ def score_classes(output: Any, batch: Batch, means: Means) -> None:
     count = len(batch["labels"])
     means.add("loss", output.loss.detach().double() * count, count)
     means.add("accuracy", (output.logits.argmax(-1) == batch["labels"]).sum(), count)
+
+
+def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> Totals:
+    """Return the loss and accuracy of the batches, without dropout, and their confusions.
+
+    Returns:
+        Sums and counts. `confusion 2 0` is how many examples of class 2 the model takes for class 0: a number of
+        examples and no mean, so that its count is 0.
+    """
+    pairs: list[Tensor] = []
+
+    def score(output: Any, batch: Batch, means: Means) -> None:
+        score_classes(output, batch, means)
+        pairs.append(torch.stack([batch["labels"], output.logits.argmax(-1)], dim=1))
+
+    totals = evaluate(model, batches, score).totals()
+    found = Counter(map(tuple, torch.cat(pairs).tolist())) if pairs else {}
+    return totals | {f"{CONFUSION} {label} {answer}": (Fraction(n), 0) for (label, answer), n in found.items()}
+
+
+def summarise_classes(totals: Mapping[str, tuple[Fraction, int]]) -> dict[str, Any]:
+    """Return each mean, and the scores of the confusions, if there are any, as scikit-learn defines them.
+
+    Returns:
+        The means by name; `macro_f1`, the mean F1 of the classes that are the label or the answer of an example;
+        `balanced_accuracy`, the mean recall of the classes that are the label of one; and `confusion`, a list of
+        [label, answer, number of examples] of all pairs that occur.
+    """
+    confusions = sorted(
+        (*map(int, name.split()[1:]), int(total))
+        for name, (total, _) in totals.items()
+        if name.startswith(f"{CONFUSION} ")
+    )
+    means = Means.of({name: total for name, total in totals.items() if not name.startswith(f"{CONFUSION} ")}).result()
+    if not confusions:
+        return dict(means)
+    labels, answers, right = Counter[int](), Counter[int](), Counter[int]()
+    for label, answer, number in confusions:
+        labels[label] += number
+        answers[answer] += number
+        right[label] += number * (label == answer)
+    f1 = [Fraction(2 * right[of], labels[of] + answers[of]) for of in labels | answers]
+    recall = [Fraction(right[of], labels[of]) for of in labels]
+    return {
+        **means,
+        "macro_f1": float(sum(f1) / len(f1)),
+        "balanced_accuracy": float(sum(recall) / len(recall)),
+        CONFUSION: [list(row) for row in confusions],
+    }
