@@ -11,7 +11,9 @@ from conftest import ROOT
 
 PATIENCE = 60.0  # seconds on a busy machine that a test waits for anything
 RUN = ROOT / "scaling_fl" / "experiment" / "run.py"
-LOOP = [line.strip() for line in RUN.read_text().splitlines()].index("metrics |= federation.evaluate(round_)") + 1
+LOOP = [line.strip() for line in RUN.read_text().splitlines()].index(
+    "metrics |= evaluation.name(federation.score(round_))"
+) + 1
 
 
 class Debugger:

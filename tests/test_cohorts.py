@@ -225,7 +225,7 @@ def test_the_schedule_counts_the_steps_of_the_rounds_before() -> None:
     with world():
         topology = place_sites([0, 0], 6)
         sizes, train = [examples.size(3)] * 6, dict.fromkeys(range(6), examples)
-        schedule = make_schedule(settings, SiteData((), train, {}, sizes, 0, {}), topology)
+        schedule = make_schedule(settings, SiteData((), train, sizes, {}), topology)
         for round_ in range(1, 20):
             for site in schedule.train(round_):
                 first = 2 * seen[site.number]
@@ -299,7 +299,7 @@ def test_the_record_says_who_took_part_and_where(
         ({"eligible_sites": ["a", 1, 2, 3]}, "eligible_sites: expected numbers of sites from 0 to 9, got 'a'"),
         ({"eligible_sites": [1, 2, 3]}, "sites_per_round: expected at most 3, the number of eligible sites, got 4"),
         ({"min_sites": 5}, "min_sites: expected at most sites_per_round=4, got 5"),
-        ({"evaluation_sites": [0]}, "evaluation_sites: expected None, as all sites have one test set"),
+        ({"evaluation_sites": [0]}, "evaluation_sites: expected sites with test or validation examples, got [0]"),
         ({"site_deadline_s": 1, "trainer": "mine"}, "trainer: expected one of default"),
         (
             {"local_steps": 3, "site_settings": {1: {"num_local_epochs": 2}}},
@@ -384,7 +384,10 @@ def test_of_many_sites_those_of_the_round_are_evaluated(
     assert "of rounds that were evaluated on different sites" in output
     (without,) = set.union(*left_out)
     output = command("plan", **small_run | SITES | with_files | {"evaluation_sites": [without]})[1]
-    assert f"error: evaluation_sites: expected sites with a test file, got [{without}], which have none" in output
+    assert (
+        f"error: evaluation_sites: expected sites with test or validation examples, got [{without}], which have none"
+        in output
+    )
     alone = {"sites_per_round": 1, "eligible_sites": [without], "min_sites": 1}
     run(command, small_run, **with_files | alone)
     assert all(map(len, judged(tmp_path))), "others are evaluated"

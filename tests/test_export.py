@@ -156,13 +156,13 @@ def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"output_attentions": True}
     (model / "config.json").write_text(json.dumps(config))
-    place = disk(300_000)
+    place = disk(400_000)
     checkpoints = {"checkpoints_dir": place / "checkpoints", "num_rounds": 5}
-    both = rf"error: checkpoints_dir='{place}/checkpoints': expected \d.\d MB free for 5 more checkpoints"
+    both = rf"error: checkpoints_dir='{place}/checkpoints': expected \d.\d MB free for 5 more checkpoints and best.pt"
     refused: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         ((), {"model": model}, "expected a configuration and a tokenizer that can be saved, got 'The `output_attentio"),
         (("plan",), {"model": model, "ranks": 2}, "the `attn_implementation` set to sdpa. Please set it to 'eager'"),
-        (("--unobserved",), checkpoints, both + ", got 0.[23] MB$"),
+        (("--unobserved",), checkpoints, both + ", got 0.[34] MB$"),
         (("plan",), {**checkpoints, "env": {"SACRED_RUNS_DIR": str(place / "runs")}}, both + " and the final model, "),
     ]
     for options, settings, sentence in refused:
@@ -175,32 +175,40 @@ def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # there is space for one more
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "number", "name", "round_"), [(1, 5, "round-2.pt", 2), (2, 3, "best.pt", 1)])
 def test_a_full_disk_at_a_checkpoint_loses_no_round(
-    command: Command, disk: Disk, ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command,
+    disk: Disk,
+    ranks: int,
+    number: int,
+    name: str,
+    round_: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     whole = succeed(command("--unobserved"))
     place = disk(1_000_000)
     folder = place / "checkpoints"
     with monkeypatch.context() as patch:
-        before_call(patch, LocalFileSystem, "pipe_file", 3, lambda: fill(place))  # the first tries the folder
+        before_call(patch, LocalFileSystem, "pipe_file", number, lambda: fill(place))  # the first tries the folder
         line = error_line(command(ranks=ranks, checkpoints_dir=folder))
     assert line == (
-        f"error: {folder}/round-2.pt: expected a disk that can be written to, got [Errno 28] No space left on device. "
-        "The weights of round 2 are in runs/1/checkpoints/round-2.pt. Run the same command with "
+        f"error: {folder}/{name}: expected a disk that can be written to, got [Errno 28] No space left on device. "
+        f"The weights of round {round_} are in runs/1/checkpoints/round-{round_}.pt. Run the same command with "
         "checkpoints_dir=runs/1/checkpoints to resume"
     )
-    assert [path.name for path in folder.iterdir()] == ["round-1.pt"], "the last whole one, and no part"
-    assert checkpoint.read(str(folder / "round-1.pt"))["round"] == 1
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["best.pt", "round-1.pt"][:round_], "the last whole ones, and no part"
+    assert all(checkpoint.read(str(folder / name))["round"] == 1 for name in found if round_ == 2)
     resumed = succeed(command(checkpoints_dir="runs/1/checkpoints"))
-    assert "resumed   after round 2, from runs/1/checkpoints" in resumed
+    assert f"resumed   after round {round_}, from runs/1/checkpoints" in resumed
     assert weights_hash(resumed) == weights_hash(whole)
     assert json.loads((tmp_path / "runs/1/run.json").read_text())["status"] == "FAILED"
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "number", "failed"),
-    [(modeling_utils, "safe_save_file", 1, "model"), (LocalFileSystem, "mv", 2, "rounds.jsonl")],
+    [(modeling_utils, "safe_save_file", 1, "model"), (LocalFileSystem, "mv", 4, "rounds.jsonl")],
     ids=["model", "round"],
 )
 def test_a_read_only_disk_at_the_end_loses_no_weights(

@@ -284,7 +284,9 @@ def test_a_run_with_all_files_in_a_store_equals_the_run_on_disk(
     resumed = succeed(command(num_rounds=4, ranks=2, keep_checkpoints=2, **settings))
     assert weights_hash(resumed) == weights_hash(whole)
     assert accuracies(resumed) == accuracies(whole)
-    assert store.names(bucket) == ["round-3.pt", "round-4.pt", "test.csv", "train.csv"], "nothing is left aside"
+    assert store.names(bucket) == ["best.pt", "round-3.pt", "round-4.pt", "test.csv", "train.csv"], (
+        "nothing is left aside"
+    )
     assert not re.search(r"warning|Unclosed|Traceback", first + resumed)
     assert SECRET not in first + resumed
 

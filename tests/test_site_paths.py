@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from scaling_fl.data.reader import pick, read_file
-from scaling_fl.data.sites import SiteFile, labels_to_send
+from scaling_fl.data.site_files import SiteFile, labels_to_send
 from scaling_fl.distributed.heartbeat import _make_report
 from scaling_fl.distributed.world import world
 
@@ -231,7 +231,7 @@ def test_labels_that_may_be_texts_are_not_sent(monkeypatch: pytest.MonkeyPatch) 
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["pos", SECRET]})
     file = SiteFile("site_paths[0] on rank 1", "train", "a.csv")
     assert file.use(labels_to_send, rows, None) == ["pos", SECRET]
-    monkeypatch.setattr("scaling_fl.data.sites.MAX_LABELS", 1)
+    monkeypatch.setattr("scaling_fl.data.site_files.MAX_LABELS", 1)
     known, columns = {"0": "neg", "1": "pos"}, ("text", "label")
     for work, says, where in (
         (lambda: pick(rows, "a.csv", columns, known), "row 2: expected a label out of 0, 1", "row 2 of the train file"),

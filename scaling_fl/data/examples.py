@@ -46,6 +46,11 @@ class Examples:
         starts, lengths, labels = (array[indices] for array in (self.starts, self.lengths, self.labels))
         return replace(self, starts=starts, lengths=lengths, labels=labels)
 
+    def text(self, index: int) -> bytes:
+        """Return the tokens of a text, by which it equals another."""
+        start = self.starts[index]
+        return next(iter(self.columns.values()))[start : start + self.lengths[index]].tobytes()
+
     def size(self, num_labels: int) -> SiteSize:
         """Return how many examples, tokens and examples of each label there are."""
         counts = np.bincount(self.labels, minlength=num_labels)

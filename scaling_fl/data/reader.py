@@ -53,6 +53,8 @@ def read_task(
     test_path: str | None = None,
     columns: GivenColumns = (None, None),
     labels: Sequence[object] | None = None,
+    *,
+    needs_test: bool = True,
 ) -> tuple[dict[str, Dataset], tuple[str, ...]]:
     """Read the training and the test set of a task: train and test -> rows, and the names of the labels.
 
@@ -63,6 +65,7 @@ def read_task(
         columns: of the texts, of the labels, and perhaps of the sites, which only the training set has; None takes the
             task's.
         labels: the possible labels, in the order of the classes; None takes the task's or those of the data.
+        needs_test: False leaves the test set out where its path is missing.
 
     Raises:
         ValueError: there is no such task, or its data is missing or not as it should be.
@@ -81,14 +84,16 @@ def read_task(
     else:
         if train_path is not None and test_path is None and task.is_whole(train_path):
             paths["test_path"] = train_path
+        if test_path is None and not needs_test:
+            del paths["test_path"]
         missing = [key for key, path in paths.items() if path is None]
         if missing:
             raise ValueError(f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None")
         rows = [
             read_file(task_name, str(path), split, columns, known)
-            for split, path in zip(SPLITS, paths.values(), strict=True)
+            for split, path in zip(SPLITS, paths.values(), strict=False)
         ]
-    by_split = dict(zip(SPLITS, rows, strict=True))
+    by_split = dict(zip(SPLITS, rows, strict=False))
     found = [(split, split, of_split.unique("label")) for split, of_split in by_split.items()]
     return by_split, settle_labels(found, known, may_lack=labels is not None)
 

@@ -1,51 +1,27 @@
-"""The data of the sites: parts of one data set, or files of each site."""
+"""The data of the sites, and how one data set becomes that: it is partitioned, and some is held out."""
 
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset
 
 from scaling_fl.data.examples import Examples, SiteSize
-from scaling_fl.data.labels import settle_labels
+from scaling_fl.data.holdout import NOTHING, HoldOut
 from scaling_fl.data.partition import Partitioner, hash_parts, name_sites, partition_indices
-from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
-from scaling_fl.data.tasks import name_labels
-from scaling_fl.distributed.collectives import all_gather, is_one_node, rank
-from scaling_fl.distributed.heartbeat import hide_from_peers
+from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.distributed.placement import Topology
 
 K = TypeVar("K")
 V = TypeVar("V")
-W = TypeVar("W")
-Encode = Callable[[Dataset, Sequence[str]], Examples]
-MAX_LABELS = 1_000  # of a file whose labels other ranks see: the column of labels may be that of texts
-ROW = re.compile(r"(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
-SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
 
 
 @dataclass(frozen=True)
-class SiteFile:
-    """A file of a site of this rank."""
+class Held:
+    """Examples of single sites that they do not train on."""
 
-    site: str  # in words
-    split: str
-    path: str
-
-    def use(self, work: Callable[..., V], *arguments: object) -> V:
-        """Return `work(*arguments)`. Of an error other nodes learn only in which file and row it is."""
-        try:
-            return work(*arguments)
-        except Exception as error:
-            if not is_one_node():
-                row = ROW.match(str(error).removeprefix(repr(self.path)))
-                where = f"{row[1]} of the" if row else "the"
-                reason = f"{where} {self.split} file of {self.site} is refused: its node prints the reason"
-                hide_from_peers(error, reason)
-            raise
+    batches: dict[int, list[Examples]] = field(default_factory=dict)  # of each site of this rank
+    counts: dict[int, int] = field(default_factory=dict)  # examples of each site of the federation that has some
 
 
 @dataclass(frozen=True)
@@ -54,13 +30,18 @@ class SiteData:
 
     label_names: tuple[str, ...]
     train: dict[int, Examples]  # of each site of this rank
-    test: dict[torch.device, list[Examples]]  # the batches of a common test set for each device of this rank
-    sizes: list[SiteSize]  # of each site of the federation
-    num_test: int  # examples in all
+    sizes: list[SiteSize]  # of what each site of the federation trains on
     sha256: dict[str, str]  # of the data of all sites
-    test_of: dict[int, list[Examples]] = field(default_factory=dict)  # or else the batches of each site of this rank
-    num_test_of: dict[int, int] = field(default_factory=dict)  # examples of each site that has some
     names: tuple[str, ...] = ()  # of the sites of the federation, if they have any
+    common: dict[torch.device, list[Examples]] = field(default_factory=dict)  # batches of a common test set
+    num_common: int = 0  # examples in it
+    test: Held = Held()
+    validation: Held = Held()
+
+    @property
+    def num_test(self) -> int:
+        """The number of all test examples."""
+        return self.num_common or sum(self.test.counts.values())
 
     def name_of(self, site: int) -> str:
         """Return the name of a site, "" if it has none."""
@@ -68,8 +49,12 @@ class SiteData:
 
     def test_on(self, device: torch.device, topology: Topology) -> list[Examples]:
         """Return all batches that a device may be evaluated on."""
-        sites = [site for site in self.test_of if topology.sites[site] == device]
-        return [*self.test[device], *(batch for site in sites for batch in self.test_of[site])]
+        batches = list(self.common.get(device, ()))
+        for held in (self.test, self.validation):
+            for site, of_site in held.batches.items():
+                if not topology.is_fixed or topology.sites[site] == device:
+                    batches += of_site
+        return batches
 
     def describe_sites(self, topology: Topology) -> list[dict[str, Any]]:
         """Return for each site of the federation its rank and device, if they are fixed, and how much it trains on."""
@@ -77,7 +62,7 @@ class SiteData:
             {site: str(device) for site, device in topology.sites.items()} if topology.is_fixed else {}
         )
         places: dict[int, tuple[int, str] | tuple[None, None]] = dict.fromkeys(range(topology.num_sites), (None, None))
-        places |= _merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
+        places |= merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
         return [
             {
                 **({"name": self.names[site]} if self.names else {}),
@@ -85,6 +70,7 @@ class SiteData:
                 "device": places[site][1],
                 "examples": size.num_examples,
                 "tokens": size.num_tokens,
+                "test_examples": self.test.counts.get(site, 0),
                 "labels": list(size.label_counts),
             }
             for site, size in enumerate(self.sizes)
@@ -93,7 +79,7 @@ class SiteData:
 
 def partition_examples(
     train: Examples,
-    test: Examples,
+    test: Examples | None,
     label_names: tuple[str, ...],
     topology: Topology,
     partitioner: Partitioner,
@@ -101,128 +87,59 @@ def partition_examples(
     val_batch_size: int,
     min_examples: int = 1,
     owners: Sequence[str] | None = None,
+    hold_out: HoldOut = NOTHING,
+    *,
+    is_central: bool = True,
 ) -> SiteData:
     """Partition a training set, which every rank has, over the sites, and the batches of a test set over the devices.
 
     Args:
         train: the training set.
-        test: the test set.
+        test: the common test set; None if there is none.
         label_names: in the order of the classes.
         topology: where the sites run.
         partitioner: returns the indices of each site.
         seed: of the partitioner.
         val_batch_size: most examples in a batch of the test set.
-        min_examples: the fewest that a site may have.
+        min_examples: the fewest that a site may have before some are held out.
         owners: of each example, after which sites are named; None: sites have no names.
+        hold_out: how the data of each site is cut. A site without held-out test examples gets a sample of the common
+            test set if `hold_out.max_test` is given.
+        is_central: evaluate on the whole common test set.
     """
     indices = partition_indices(train.labels, topology.num_sites, partitioner, seed, min_examples)
-    batches = test.fixed_batches(val_batch_size)
+    draws = test is not None and hold_out.max_test is not None and hold_out.test_fraction is None
+    cuts = [hold_out.cut(train.select(part), site, has_test=draws) for site, part in enumerate(indices)]
+    trained = [part[cut["train"]] for part, cut in zip(indices, cuts, strict=True)]
+    held = {
+        split: {site: train.select(indices[site][cut[split]]) for site, cut in enumerate(cuts)}
+        for split in ("test", "validation")
+    }
+    if draws and test is not None:
+        held["test"] = {site: test.select(hold_out.sample_test(len(test), site)) for site in range(len(indices))}
+    batches = test.fixed_batches(val_batch_size) if test is not None and is_central else []
     return SiteData(
         label_names=label_names,
-        train={site: train.select(indices[site]) for site in topology.hosted},
-        test={device: batches[topology.slice_of(device)] for device in topology.devices},
-        sizes=[train.select(of_site).size(len(label_names)) for of_site in indices],
-        num_test=len(test),
+        train={site: train.select(trained[site]) for site in topology.hosted},
+        sizes=[train.select(of_site).size(len(label_names)) for of_site in trained],
         sha256={
             "training data (SHA-256)": train.sha256(),
-            "test data (SHA-256)": test.sha256(),
-            "partition (SHA-256)": hash_parts(indices),
+            **({} if test is None else {"test data (SHA-256)": test.sha256()}),
+            "partition (SHA-256)": hash_parts(trained),
         },
         names=name_sites(owners, indices) if owners is not None else (),
+        common={device: batches[topology.slice_of(device)] for device in topology.devices} if batches else {},
+        num_common=len(test) if test is not None and is_central else 0,
+        **{split: hold(by_site, topology.hosted, val_batch_size) for split, by_site in held.items()},
     )
 
 
-def read_site_files(
-    task_name: str,
-    site_paths: SitePaths,
-    columns: GivenColumns,
-    labels: Sequence[object] | None,
-    topology: Topology,
-    encode: Encode,
-    val_batch_size: int,
-) -> tuple[SiteData, Topology]:
-    """Read the files of each site of this rank. Other ranks learn their labels, counts and SHA-256, nothing else.
-
-    An error in a file is printed on its node; other nodes learn which file it is, and which row.
-
-    Sites are numbered by the SHA-256 of their files, so that a site keeps its number, and with it its random
-    numbers, whichever nodes come first. The topology returned has the new numbers.
-
-    Args:
-        task_name: a key of TASKS, of a task that takes files.
-        site_paths: the files of each site of this node.
-        columns: of the texts and of the labels; None takes the task's.
-        labels: the possible labels, in the order of the classes; None takes the task's, or those of the data.
-        topology: where the sites run, in the order of the nodes.
-        encode: tokenises rows, given the names of the labels.
-        val_batch_size: most examples in a batch of a test set.
-
-    Raises:
-        ValueError: a file is missing or not as it should be, or no site has a test file, or sites disagree on labels.
-    """
-    known = name_labels(task_name, labels)
-    names = {site: f"site_paths[{entry}] on rank {rank()}" for site, entry in topology.entries.items()}
-    paths = {site: zip(SPLITS, files_of(site_paths[entry]), strict=False) for site, entry in topology.entries.items()}
-    files = {site: {split: SiteFile(names[site], split, path) for split, path in paths[site]} for site in paths}
-    rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
-    found = _each(lambda of: of[0].use(labels_to_send, of[1], known), rows)
-    all_found = _merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
-    if not any("test" in of_site for of_site in all_found.values()):
-        raise ValueError("site_paths: expected [training file, test file] of one site or more, got no test file")
-    by_file = [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()]
-    label_names = settle_labels(by_file, known, may_lack=labels is not None)
-    examples = _each(lambda of: of[0].use(encode, of[1], label_names), rows)
-    return _number_sites(examples, label_names, topology, val_batch_size)
+def hold(by_site: Mapping[int, Examples], hosted: Collection[int], val_batch_size: int) -> Held:
+    """Return the examples of each site that has some, and the batches of the sites of this rank."""
+    counts = {site: len(examples) for site, examples in sorted(by_site.items()) if len(examples)}
+    return Held({site: by_site[site].fixed_batches(val_batch_size) for site in counts if site in hosted}, counts)
 
 
-def _number_sites(
-    examples: dict[int, dict[str, Examples]], label_names: tuple[str, ...], topology: Topology, val_batch_size: int
-) -> tuple[SiteData, Topology]:
-    all_sums = _merge(all_gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
-    sizes = {site: astuple(of_site["train"].size(len(label_names))) for site, of_site in examples.items()}
-    all_sizes = _merge(all_gather(sizes))
-    order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
-    numbers = {site: number for number, site in enumerate(order)}
-    everything = repr([all_sums[site] for site in order])
-    num_test_of = {numbers[site]: of["test"][1] for site, of in all_sums.items() if "test" in of}
-    data = SiteData(
-        label_names=label_names,
-        train={numbers[site]: of_site["train"] for site, of_site in examples.items()},
-        test={device: [] for device in topology.devices},
-        test_of={
-            numbers[site]: of_site["test"].fixed_batches(val_batch_size)
-            for site, of_site in examples.items()
-            if "test" in of_site
-        },
-        num_test_of={site: num_test_of[site] for site in sorted(num_test_of)},
-        sizes=[SiteSize(*all_sizes[site]) for site in order],
-        num_test=sum(num_test_of.values()),
-        sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
-    )
-    return data, topology.renumber(numbers)
-
-
-def labels_to_send(rows: Dataset, known: Mapping[str, str] | None) -> list[str]:
-    """Return the labels of a file before they are sent to other ranks.
-
-    Raises:
-        ValueError: there are so many that they may be texts.
-    """
-    labels = sorted(rows.unique("label"))
-    if known is None and len(labels) > MAX_LABELS:
-        raise ValueError(f"label_column: expected at most {MAX_LABELS:,} different labels, got {len(labels):,}")
-    return labels
-
-
-def files_of(entry: str | Sequence[str]) -> list[str]:
-    """Return the paths that an entry of `site_paths` names: the training file, and perhaps the test file."""
-    return [entry] if isinstance(entry, str) else list(entry)
-
-
-def _each(function: Callable[[V], W], files: dict[int, dict[str, V]]) -> dict[int, dict[str, W]]:
-    """Return the result of a function for each file of each site."""
-    return {site: {split: function(value) for split, value in of_site.items()} for site, of_site in files.items()}
-
-
-def _merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:
+def merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:
+    """Return the items of all dicts."""
     return {key: value for of_rank in dicts for key, value in of_rank.items()}

@@ -1,6 +1,6 @@
 """Data, model, global model and sites, built out of the settings."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.examples import Examples
 from scaling_fl.data.labels import find_rows
-from scaling_fl.data.reader import SPLITS, read_task, sample
-from scaling_fl.data.sites import SiteData, files_of, partition_examples, read_site_files
+from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
+from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
+from scaling_fl.experiment.reading import read_data, read_rows
 from scaling_fl.experiment.schedule import Schedule, make_schedule
 from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
@@ -34,18 +33,20 @@ from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
 from scaling_fl.storage import host_path
-from scaling_fl.training.loop import Batch, evaluate
+from scaling_fl.training.loop import Batch
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a data set that is to be partitioned."""
-
-    used: dict[str, Dataset]  # of "train" and "test"
-    label_names: tuple[str, ...]
-    owners: list[str] | None  # the name of the site of each row to train on, if the data has them
+# What a resumed run may change, but all ranks have alike.
+OF_ALL_RANKS: tuple[str, ...] = (
+    "num_rounds",
+    "checkpoints_dir",
+    "evaluate_every",
+    "evaluate_local",
+    "best_metric",
+    "central_evaluation",
+)
+OF_ALL_RANKS += ("early_stopping_rounds",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def build(settings: Settings) -> Job:
         ValueError: something is missing or not what it should be, or ranks differ.
     """
     identity = identity_of_settings(settings)
-    check_equal(identity | {"num_rounds": settings.num_rounds, "checkpoints_dir": settings.checkpoints_dir})
+    check_equal(identity | {name: getattr(settings, name) for name in OF_ALL_RANKS})
     checkpoints_dir = settings.checkpoints_dir and host_path(settings.checkpoints_dir)
     checkpoint.check(checkpoints_dir)
     rows = local_first(partial(read_rows, settings)) if settings.site_paths is None else None
@@ -83,6 +84,7 @@ def build(settings: Settings) -> Job:
     limits = pretrained.num_ids, pretrained.width, pretrained.end_id
     encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
     data, topology = read_data(settings, topology, encoder, rows)
+    check_held_out(settings, data)
     schedule = make_schedule(settings, data, topology)
     of_head = find_rows(data.label_names, labels_of(pretrained.config))
     classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
@@ -101,79 +103,15 @@ def build(settings: Settings) -> Job:
     )
 
 
-def read_rows(settings: Settings) -> Rows:
-    """Read the rows of the task's data set that are used."""
-    train_path, test_path = (path and host_path(path) for path in (settings.train_path, settings.test_path))
-    columns = settings.text_column, settings.label_column, settings.site_column
-    rows, names = read_task(settings.task_name, train_path, test_path, columns, settings.labels)
-    counts = {"train": settings.max_train_examples, "test": settings.max_test_examples}
-    used = {split: sample(rows[split], count, settings.data_seed) for split, count in counts.items()}
-    owners = None if settings.site_column is None else used["train"]["site"][:]
-    return Rows(used, names, owners)
-
-
-def read_data(
-    settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows | None
-) -> tuple[SiteData, Topology]:
-    """Read the data of the sites: of one data set that is partitioned, or of files of each site, without `rows`.
-
-    The topology returned numbers the sites as the data does.
-    """
-    if rows is not None:
-        return local_first(partial(partition_rows, settings, topology, encoder, rows)), topology
-    if settings.num_sites not in (None, topology.num_entries):
-        raise ValueError(
-            f"num_sites: expected {topology.num_entries}, the number of sites in the site_paths of all nodes, got "
-            f"{settings.num_sites}. A site's data stays on its node, so start all nodes"
-        )
-    site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths or ()]
-    columns = settings.text_column, settings.label_column
-    data, topology = read_site_files(
-        settings.task_name, site_paths, columns, settings.labels, topology, encoder.encode, settings.val_batch_size
-    )
-    for site, entry in sorted(topology.entries.items()):
-        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.sizes[site].num_examples:,} examples")
-    return data, topology
-
-
-def partition_rows(settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows) -> SiteData:
-    """Tokenise the rows, and partition them over the sites."""
-    train, test = (encoder.encode(rows.used[split], rows.label_names) for split in SPLITS)
-    partitioner = bind("partition", vars(settings))
-    if rows.owners is not None:
-        partitioner = partial(partitioner, owners=rows.owners)
-    return partition_examples(
-        train,
-        test,
-        rows.label_names,
-        topology,
-        partitioner,
-        settings.data_seed,
-        settings.val_batch_size,
-        settings.min_examples,
-        rows.owners,
-    )
-
-
-def make_federation(settings: Settings, job: Job, training: Progress, testing: Progress) -> Federation:
+def make_federation(settings: Settings, job: Job, training: Progress, evaluation: Evaluation) -> Federation:
     """Bind the data to the sites of this rank, and try the model on the largest batch of each device.
 
     Raises:
         ValueError: the model does not take it.
     """
-    data = job.data
 
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
-
-    def score(model: nn.Module, parts: Iterable[Examples]) -> Mapping[str, Any]:
-        return evaluate(model, testing.watch(part.batch() for part in parts), score_classes).totals()
-
-    def evaluate_device(model: nn.Module, device: torch.device) -> Mapping[str, Any]:
-        return score(model, data.test[device])
-
-    def evaluate_site(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
-        return {"num_examples": data.num_test_of[site.number], **score(model, data.test_of[site.number])}
 
     default = LocalTraining(
         local_optimiser(settings),
@@ -189,8 +127,8 @@ def make_federation(settings: Settings, job: Job, training: Progress, testing: P
         job.classifier.model,
         job.global_model,
         train_site=default if settings.trainer == "default" else TRAINERS[settings.trainer],
-        evaluate_device=None if data.num_test_of else evaluate_device,
-        evaluate_site=evaluate_site if data.num_test_of else None,
+        evaluate_device=evaluation.evaluate_device if job.data.common else None,
+        evaluate_site=evaluation.evaluate_site if job.data.test.counts or job.data.validation.counts else None,
         evaluation_sites=job.schedule.evaluate,
         seed=settings.seed,
         weight_by=settings.weight_by,

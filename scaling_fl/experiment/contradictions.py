@@ -12,6 +12,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_site_paths(settings),
             lambda: _check_site_settings(settings),
             lambda: _check_schedule(settings),
+            lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: check_parameters(vars(settings)),
         ]
@@ -53,11 +54,6 @@ def _check_site_settings(settings: Settings) -> None:
 
 
 def _check_schedule(settings: Settings) -> None:
-    if settings.evaluation_sites is not None and settings.site_paths is None:
-        raise ValueError(
-            "evaluation_sites: expected None, as all sites have one test set without site_paths, got "
-            f"{settings.evaluation_sites}"
-        )
     by_site = settings.site_settings or {}
     steps = [settings.local_steps, *(given.get("local_steps") for given in by_site.values())]
     for name, values in {"site_deadline_s": [settings.site_deadline_s], "local_steps": steps}.items():
@@ -70,3 +66,18 @@ def _check_schedule(settings: Settings) -> None:
                 f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
                 f"{given['num_local_epochs']}"
             )
+
+
+def _check_evaluation(settings: Settings) -> None:
+    names = ("site_test_fraction", "validation_fraction", "max_test_examples_per_site")
+    has_others = settings.site_paths is not None or any(getattr(settings, name) is not None for name in names)
+    if not settings.central_evaluation and not has_others:
+        raise ValueError(
+            f"central_evaluation: expected True, as without {', '.join(names[:-1])} and {names[-1]} there is nothing "
+            "else to evaluate on, got False"
+        )
+    if settings.best_metric is None and settings.early_stopping_rounds is not None:
+        raise ValueError(
+            "early_stopping_rounds: expected None, as best_metric=None chooses no best round, got "
+            f"{settings.early_stopping_rounds}"
+        )

@@ -75,6 +75,7 @@ SIZES = Kind(
     lambda value: value in ("linear", "exponential") or _is_list(value, 1, number(above=0).accepts),
     "linear, exponential, or a list with a number > 0 for each site, such as [3,1,1]",
 )
+FRACTION = Kind(lambda value: type(value) is float and 0 < value < 1, "a fraction > 0 and < 1, such as 0.2")
 
 
 def whole_number(least: int, below: float = math.inf) -> Kind:

@@ -1,5 +1,6 @@
 """What would run where, its memory and bytes, found out without training."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from scaling_fl.experiment.build import (
     make_federation,
     server_optimiser,
 )
+from scaling_fl.experiment.evaluation import Evaluation, describe_evaluation
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.schedule import count_batches
 from scaling_fl.experiment.settings import Settings, of_site
@@ -42,7 +44,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, console.Progress(), console.Progress())  # which tries the model
+    make_federation(settings, job, console.Progress(), Evaluation(job.data, console.Progress()))  # tries the model
     labels = job.data.label_names
     planned: dict[str, Any] = {
         "labels": list(labels),
@@ -109,7 +111,12 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
     size = weights.nbytes + state_bytes(server_optimiser(settings), weights.numel()) + beside
     num_rounds = settings.num_rounds - max(len(job.history) - 1, 0)
     needs = export.space_for_checkpoints(job.checkpoints_dir, size, num_rounds, settings.keep_checkpoints)
-    export.check(needs, folder, settings.model, job.classifier.model, job.tokenizer)
+    keeps_best = settings.best_metric is not None
+    if keeps_best and job.checkpoints_dir is not None:
+        of_best = export.space_for_checkpoints(job.checkpoints_dir, weights.nbytes + beside, num_rounds=1, keep=None)
+        needs += [replace(need, purpose="best.pt") for need in of_best]
+    num_copies = 2 + keeps_best * (1 if job.checkpoints_dir else 2)  # model/, final_model.pt, best/ and best.pt
+    export.check(needs, folder, settings.model, job.classifier.model, job.tokenizer, num_copies=num_copies)
 
 
 def describe(settings: Settings, job: Job) -> list[str]:
@@ -131,6 +138,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
         f"cohorts   {describe_cohorts(settings, job.schedule.cohorts)}",
+        f"evaluated {describe_evaluation(settings, job.data)}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
     ]
 

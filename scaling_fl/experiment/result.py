@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from scaling_fl.experiment.settings import FIELDS, Settings
-from scaling_fl.records.export import MODEL_FOLDER
+from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER
 from scaling_fl.records.rounds import ROUNDS
 from scaling_fl.training.metrics import Metrics
 
@@ -82,6 +82,15 @@ class Run:
         """
         return self._read("info.json").get("sha256") or self._miss("the SHA-256 of its weights")
 
+    @property
+    def best_round(self) -> int | None:
+        """The best round by the setting `best_metric`; None if there is none.
+
+        Raises:
+            ValueError: the run did not reach its end.
+        """
+        return (self._read("info.json").get("best") or self._miss("a best round"))["round"]
+
     @cached_property
     def model(self) -> Any:
         """The model with the last global weights, a `PreTrainedModel` in evaluation mode.
@@ -89,23 +98,23 @@ class Run:
         Raises:
             ValueError: the run did not reach its end.
         """
-        from transformers import AutoModelForSequenceClassification
-        from transformers.utils import logging
+        return _load_model(self._folder_of(MODEL_FOLDER, "a model"))
 
-        folder, had_bar = self._model_folder(), logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            return AutoModelForSequenceClassification.from_pretrained(folder)
-        finally:
-            if had_bar:
-                logging.enable_progress_bar()
+    @cached_property
+    def best_model(self) -> Any:
+        """The model with the global weights of the best round, likewise.
+
+        Raises:
+            ValueError: there is no best round, or the run did not reach its end.
+        """
+        return _load_model(self._folder_of(BEST_FOLDER, "a best model"))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model, likewise."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._model_folder())
+        return AutoTokenizer.from_pretrained(self._folder_of(MODEL_FOLDER, "a model"))
 
     def report(self, output: str | os.PathLike[str]) -> list[str]:
         """Write the report of the run, a page and its charts beside it.
@@ -124,9 +133,9 @@ class Run:
 
         return report.write([self.folder], os.fspath(output))
 
-    def _model_folder(self) -> str:
-        folder = os.path.join(self.folder, MODEL_FOLDER)
-        return folder if os.path.isdir(folder) else self._miss("a model")
+    def _folder_of(self, name: str, what: str) -> str:
+        folder = os.path.join(self.folder, name)
+        return folder if os.path.isdir(folder) else self._miss(what)
 
     def _miss(self, what: str) -> Any:
         raise ValueError(
@@ -140,6 +149,19 @@ class Run:
             return {}
         with open(os.path.join(self.folder, name), encoding="utf-8") as file:
             return json.load(file)
+
+
+def _load_model(folder: str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def sites_as_numbers(metrics: Metrics) -> Metrics:

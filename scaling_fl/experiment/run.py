@@ -4,13 +4,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from scaling_fl.data.sites import files_of
+from scaling_fl.data.site_files import files_of
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.build import Job, build, make_federation
+from scaling_fl.experiment.evaluation import Evaluation, describe_validation, find_gains, is_evaluated
 from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings, of_site
+from scaling_fl.federation.round import Federation
 from scaling_fl.records import checkpoint, console
-from scaling_fl.records.export import save_elsewhere, save_model
+from scaling_fl.records.best import BEST, Choice, find_best, is_over, load_best, save_best
+from scaling_fl.records.export import BEST_FOLDER, save_elsewhere, save_model, save_state_dict
 from scaling_fl.records.machine import describe_machine
 from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
@@ -52,15 +55,18 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
         state = job.global_model.state_dict()
         where = save_elsewhere(saved, state, job.history, job.identity, record.folder)
         raise ValueError(f"{error}. {where}") from error
-    return job.history[-1]["validation.accuracy"]
+    return next(metrics["validation.accuracy"] for metrics in reversed(job.history) if "validation.accuracy" in metrics)
 
 
 def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> None:
     """Train, average, evaluate, record and save, round by round, and save the model."""
     history, global_model = job.history, job.global_model
     training, testing = console.Progress(), console.Progress()
+    evaluation = Evaluation(job.data, testing)
+    choice = Choice(settings.best_metric, settings.evaluate_every, settings.early_stopping_rounds)
+    best_dir = job.checkpoints_dir or record.folder
     with clock("setup"):
-        federation = make_federation(settings, job, training, testing)
+        federation = make_federation(settings, job, training, evaluation)
         cohorts = job.schedule.cohorts
         of_sites = len(cohorts.eligible) if cohorts.are_sampled else None
         table = console.Table(of_sites, with_failures=settings.on_site_failure == "skip")
@@ -68,36 +74,63 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
             table.print_round(round_, metrics)
             record.add_round(round_, metrics)
     for round_ in range(len(history), settings.num_rounds + 1):
-        metrics = {}
+        if is_over(history, choice):
+            break
+        metrics, evaluates = {}, is_evaluated(settings, round_)
         if round_ > 0:
             num_examples = sum(job.schedule.count_examples(site.number) for site in job.schedule.train(round_))
+            evaluate_local = evaluation.evaluate_local if settings.evaluate_local and evaluates else None
             with clock("train"), training.display(f"round {round_}, training", num_examples):
-                metrics |= federation.train(round_)
+                metrics |= federation.train(round_, evaluate_local)
             with clock("aggregate"):
                 global_model.step()
-        with clock("evaluate"), testing.display(f"round {round_}, evaluating", job.schedule.count_tests(round_)):
-            metrics |= federation.evaluate(round_)
+        if evaluates:
+            with clock("evaluate"), testing.display(f"round {round_}, evaluating", job.schedule.count_tests(round_)):
+                metrics |= evaluation.name(federation.score(round_))
+            metrics |= find_gains(metrics)
         metrics |= clock.read_round()
         if round_ > 0:
             metrics |= count_round(settings, job, metrics, training.take_counts())
         history.append(metrics)
-        if round_ > 0:
-            with clock("checkpoint"):
-                state = global_model.state_dict()
+        with clock("checkpoint"):
+            state = global_model.state_dict()
+            if find_best(history, choice) == round_:
+                save_best(best_dir, state["weights"], history, job.identity)
+            if round_ > 0:
                 checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
-            metrics |= clock.read()
+        metrics |= clock.read()
         table.print_round(round_, metrics)
         record.add_round(round_, metrics)
         if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
             break
-    if rank() == 0:
-        if record.folder is not None:
-            console.print_once(f"model     {save_model(record.folder, federation.model, job.tokenizer)}")
-            if settings.report:
-                console.print_once(f"report    {os.path.join(record.folder, REPORT)}")
-        sha256 = global_model.sha256()
-        record.add_info({"sha256": sha256})
-        console.print_once(f"weights   SHA-256 {sha256}", *console.summarise(history))
+    finish(settings, job, record, federation, choice)
+
+
+def finish(settings: Settings, job: Job, record: Record, federation: Federation, choice: Choice) -> None:
+    """Save the last and the best model, and print what came out."""
+    history, best, metric = job.history, find_best(job.history, choice), str(choice.metric)
+    weights = None
+    if best is not None:
+        best_dir = job.checkpoints_dir or record.folder
+        weights = load_best(best_dir, best, metric, history[best][metric])
+    if rank() > 0:
+        return
+    sha256 = job.global_model.sha256()
+    record.add_info({"sha256": sha256, "best": {"round": best, "metric": choice.metric}})
+    if record.folder is not None:
+        saved = {"model": save_model(record.folder, federation.model, job.tokenizer)}
+        save_state_dict(record.folder, federation.model)
+        if weights is not None:
+            model = federation.model
+            model.load_state_dict(weights, strict=False)  # a weight that layers share has one name there
+            saved["best"] = save_model(record.folder, model, job.tokenizer, BEST_FOLDER)
+            if job.checkpoints_dir is None:
+                os.remove(os.path.join(record.folder, BEST))
+        if settings.report:
+            saved["report"] = os.path.join(record.folder, REPORT)
+        console.print_once(*(f"{name:<9} {path}" for name, path in saved.items()))
+    lines = console.summarise(history, choice, describe_validation(job.data))
+    console.print_once(f"weights   SHA-256 {sha256}", *lines)
 
 
 def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int, int]) -> Metrics:

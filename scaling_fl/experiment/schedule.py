@@ -25,7 +25,7 @@ class Schedule:
         data: of the sites.
         topology: where they run, unless they are shared out in each round.
         cohorts: which of them train in a round.
-        evaluated: which of them are evaluated after a round, of those with test data of their own.
+        evaluated: which of them are evaluated after a round, of those with test or validation examples.
     """
 
     settings: Settings
@@ -39,7 +39,7 @@ class Schedule:
         return [self._site(number, device, round_) for number, device in self._places(round_).items()]
 
     def evaluate(self, round_: int) -> list[Site]:
-        """Return the sites of this rank with test data that are evaluated after a round, which is 1 or more."""
+        """Return the sites of this rank that are evaluated after a round, which is 1 or more."""
         numbers, sites = self.evaluated(round_), self.topology.sites
         return [self._site(number, sites[number], round_) for number in numbers if number in sites]
 
@@ -52,8 +52,9 @@ class Schedule:
 
     def count_tests(self, round_: int) -> int:
         """Return how many examples this rank evaluates after a round, or before the first."""
-        of_sites = sum(self.data.num_test_of[site.number] for site in self.evaluate(max(round_, 1)))
-        return of_sites + sum(len(batch) for of_device in self.data.test.values() for batch in of_device)
+        sites = [site.number for site in self.evaluate(max(round_, 1))]
+        of_sites = sum(held.counts.get(site, 0) for held in (self.data.test, self.data.validation) for site in sites)
+        return of_sites + sum(len(batch) for of_device in self.data.common.values() for batch in of_device)
 
     def _places(self, round_: int) -> dict[int, torch.device]:
         """Return the sites of this rank in a round, and their devices."""
@@ -90,21 +91,24 @@ def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Sch
 
 
 def choose_evaluated(settings: Settings, data: SiteData, cohorts: Cohorts) -> Callable[[int], Sequence[int]]:
-    """Return a function of the round that returns the sites with test data that are evaluated after it.
+    """Return a function of the round that returns the sites that are evaluated after it.
 
     Raises:
-        ValueError: a site that is named has no test data.
+        ValueError: a site that is named has no test or validation examples.
     """
-    tested = list(data.num_test_of)
+    tested = sorted({**data.test.counts, **data.validation.counts})
     if settings.evaluation_sites is not None:
         named = find_sites("evaluation_sites", settings.evaluation_sites, data)
-        if without := [site for site in named if site not in data.num_test_of]:
-            raise ValueError(f"evaluation_sites: expected sites with a test file, got {without}, which have none")
+        if without := [site for site in named if site not in tested]:
+            raise ValueError(
+                f"evaluation_sites: expected sites with test or validation examples, got {without}, which have none"
+            )
         return lambda round_: named
     if not tested or not cohorts.are_sampled or len(data.sizes) <= MANY_SITES:
         return lambda round_: tested
-    others = Cohorts(tested, min(cohorts.num_sites, len(tested)), settings.seed)  # if a cohort has no test data
-    return lambda round_: [site for site in cohorts.of(round_) if site in data.num_test_of] or others.of(round_)
+    others = Cohorts(tested, min(cohorts.num_sites, len(tested)), settings.seed)  # if a cohort has no such examples
+    known = set(tested)
+    return lambda round_: [site for site in cohorts.of(round_) if site in known] or others.of(round_)
 
 
 def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) -> Sequence[int]:

@@ -13,6 +13,7 @@ from scaling_fl.experiment.kinds import (
     COUNT_OR_FRACTION,
     DEVICE_IDS,
     FLAG,
+    FRACTION,
     LABELS,
     MODULES,
     NAME,
@@ -36,6 +37,7 @@ from scaling_fl.federation.cohorts import WEIGHTS
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.loading import model_defaults
+from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.training.optimisers import OPTIMISERS
 
 NOT_GIVEN: Any = object()  # the default takes its place; None is a value
@@ -72,7 +74,14 @@ class Settings:
     num_rounds: int = setting(3, whole_number(0), "how often the sites train and their weights are averaged", may_change=True)
     sites_per_round: int | float | None = setting(None, optional(COUNT_OR_FRACTION), "how many sites take part in a round, sampled for each: a whole number, or a fraction below or equal to 1.0 of the eligible sites, rounded down, but at least `min_sites`. None: all. See [Cohorts](cohorts.md)")
     eligible_sites: list | None = setting(None, optional(SITES), "the sites that may take part in training, by number, or by name where sites have names. None: all", may_change=True)
-    evaluation_sites: list | None = setting(None, optional(SITES), "the numbers of the sites on whose test files the global model is evaluated. None: all; where sites are sampled from more than 100, those of the round", may_change=True)
+    evaluation_sites: list | None = setting(None, optional(SITES), "the numbers of the sites on whose test and validation examples the global model is evaluated. None: all; where sites are sampled from more than 100, those of the round", may_change=True)
+    site_test_fraction: float | None = setting(None, optional(FRACTION), "the fraction of each site's data that the site does not train on and is evaluated on, as in 0.2; with `site_paths`, of sites without a test file. None: none. See [Evaluation](evaluation.md)")
+    validation_fraction: float | None = setting(None, optional(FRACTION), "the fraction of the rest of each site's data by which the best round is chosen, in place of the test examples. None: none")
+    central_evaluation: bool = setting(True, FLAG, "evaluate on the common test set, if there is one", may_change=True)
+    evaluate_local: bool = setting(False, FLAG, "evaluate the model of each site before its weights are averaged, too, which shows what the site gains", may_change=True)
+    evaluate_every: int = setting(1, whole_number(1), "evaluate before training, after every so many-th round, and after the last one", may_change=True)
+    best_metric: str | None = setting("validation.loss", optional(one_of(DIRECTIONS)), "by which the best round is chosen, whose model is kept in `best/`. None: keep none", may_change=True)
+    early_stopping_rounds: int | None = setting(None, optional(whole_number(1)), "end the run when so many evaluated rounds have come after the best one. None: do not", may_change=True)
     weight_by: str = setting("examples", one_of(WEIGHTS), "the weight of a site in the mean: the number of `examples` that it trained on, or the same for all `sites`")
     num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
     local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round. Its weight is the examples of these steps, at most all it has")
@@ -102,6 +111,8 @@ class Settings:
     labels: list | None = setting(None, optional(LABELS), "all possible labels, in the order of the classes, for tasks without labels of their own; None: those found, sorted")
     max_train_examples: int | None = setting(None, optional(whole_number(1)), "train on a random sample of so many; None: on all")
     max_test_examples: int | None = setting(None, optional(whole_number(1)), "evaluate on a random sample of so many; None: on all")
+    max_train_examples_per_site: int | None = setting(None, optional(whole_number(1)), "each site trains on a random sample of so many of its examples; None: on all")
+    max_test_examples_per_site: int | None = setting(None, optional(whole_number(1)), "each site is evaluated on a random sample of so many of its test examples, or of the common test set if it has none of its own; None: on all of its own")
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
     partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned; see [Partitions](partitions.md). It takes precedence over `iid_split`")
     min_examples: int = setting(1, whole_number(1), "the fewest training examples that a site may have")

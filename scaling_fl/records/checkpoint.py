@@ -71,32 +71,44 @@ def save(
     filesystem, path = fsspec.core.url_to_fs(directory)
     round_ = len(history) - 1
     state = {"round": round_, "server": global_model, "history": history, "settings": settings}
+    write(directory, f"round-{round_}.pt", state)
+
+    def remove_old() -> None:
+        for number in _find_rounds(filesystem, path)[keep:]:
+            filesystem.rm(f"{path}/round-{number}.pt")
+
+    if keep is not None:
+        retry(filesystem, f"old checkpoints in {directory}", remove_old)
+
+
+def write(directory: str, name: str, state: dict[str, Any]) -> None:
+    """Write a file with a checksum, under a temporary name first.
+
+    Raises:
+        CheckpointError: the disk cannot be written to.
+        ValueError: the store refuses, or does not answer for `storage.RETRY_SECONDS`.
+    """
+    filesystem, path = fsspec.core.url_to_fs(directory)
     data = io.BytesIO()  # torch's writer would replace the store's error by its own
     torch.save(state | {"sha256": _sha256(state)}, data)
 
-    def write() -> None:
-        # One temporary name for all rounds, so that the file of a killed run is overwritten. A store renames by a copy,
+    def write_and_rename() -> None:
+        # One temporary name for all files, so that the file of a killed run is overwritten. A store renames by a copy,
         # which is atomic, and a removal.
         part = f"{path}/.round.pt.part"
         try:
             write_bytes(filesystem, part, data.getvalue())
-            filesystem.mv(part, f"{path}/round-{round_}.pt")
+            filesystem.mv(part, f"{path}/{name}")
         except BaseException:
             if not is_remote(filesystem):
                 with suppress(OSError):
                     filesystem.rm(part)
             raise
 
-    def remove_old() -> None:
-        for number in _find_rounds(filesystem, path)[keep:]:
-            filesystem.rm(f"{path}/round-{number}.pt")
-
     try:
-        retry(filesystem, f"{directory}/round-{round_}.pt", write)
+        retry(filesystem, f"{directory}/{name}", write_and_rename)
     except WriteError as error:
         raise CheckpointError(error) from error
-    if keep is not None:
-        retry(filesystem, f"old checkpoints in {directory}", remove_old)
 
 
 def restore(directory: str | None, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +127,7 @@ def restore(directory: str | None, settings: dict[str, Any]) -> dict[str, Any] |
     last_rounds = all_gather(max(list_rounds(directory), default=0))
     if not any(last_rounds):
         return None
-    state = _load(broadcast_bytes(lambda: _read_last(directory), source=last_rounds.index(max(last_rounds))))
+    state = load(broadcast_bytes(lambda: _read_last(directory), source=last_rounds.index(max(last_rounds))))
     _compare(directory, state["settings"], settings)
     return state
 
@@ -164,7 +176,7 @@ def _read_last(directory: str) -> bytes:
                 f"{directory}/round-{number}.pt: expected a file that can be read, got {one_line(error)}"
             ) from error
         try:
-            _load(data)
+            load(data)
         except ValueError as error:
             log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, one_line(error))
         else:
@@ -182,10 +194,15 @@ def read(url: str) -> dict:
         ValueError: it is damaged.
     """
     filesystem, path = fsspec.core.url_to_fs(url)
-    return _load(filesystem.cat_file(path))
+    return load(filesystem.cat_file(path))
 
 
-def _load(data: bytes) -> dict:
+def load(data: bytes) -> dict:
+    """Return the state in the bytes of a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # about other files than torch's, which the error repeats
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -15,6 +15,7 @@ from scaling_fl.distributed.caller import is_called, tell
 from scaling_fl.distributed.collectives import rank
 from scaling_fl.distributed.signals import check_interrupt
 from scaling_fl.errors import preview, printable
+from scaling_fl.records.best import Choice, find_best, is_over
 from scaling_fl.records.checkpoint import History
 from scaling_fl.records.rounds import METRICS
 from scaling_fl.storage import naming_place
@@ -88,20 +89,42 @@ def device_table(devices: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def summarise(history: History) -> list[str]:
-    """Return lines on the best and the last round."""
-    last = history[-1]
-    best = max(range(len(history)), key=lambda round_: history[round_]["validation.accuracy"])  # the first of equals
+def summarise(history: History, choice: Choice, judged_on: str) -> list[str]:
+    """Return lines on the best round, on an early end, and on the last round.
+
+    Args:
+        history: the metrics of all rounds.
+        choice: how the best round is chosen.
+        judged_on: the examples of `validation.*`, in words.
+    """
+    best, lines = find_best(history, choice), []
+    last = next((metrics for metrics in reversed(history) if "validation.loss" in metrics), {})
+    if best is not None:
+        judged = {tuple(map(int, metrics.get("site.test_examples", ()))) for metrics in history} - {()}
+        others = ", of rounds that were evaluated on different sites" * (len(judged) > 1)
+        how = f"after round {best}, by {choice.metric} on {judged_on}{others}"
+        lines.append(f"best      {_describe_scores(history[best])}, {how}")
+    if is_over(history, choice):
+        lines.append(
+            f"stopped   after round {len(history) - 1}, as early_stopping_rounds={choice.patience}: continuing needs "
+            "another value"
+        )
     failed = sum(metrics.get("sites.failed", 0) for metrics in history)
-    others = ", of rounds that were evaluated on different sites"
-    is_same = len({tuple(map(int, metrics.get("site.test_examples", ()))) for metrics in history}) == 1
-    return [
-        f"best      validation accuracy {history[best]['validation.accuracy']:.4f}, after round {best}"
-        + others * (not is_same),
-        f"final     validation accuracy {last['validation.accuracy']:.4f}, loss {last['validation.loss']:.4f}, "
-        f"after {len(history) - 1} rounds in {sum(metrics['time.round_s'] for metrics in history):.1f} s"
-        + (f", in which sites failed {failed} times" if failed else ""),
-    ]
+    seconds, sent = (sum(metrics[name] for metrics in history) for name in ("time.round_s", "comm.bytes"))
+    lines.append(
+        f"final     {_describe_scores(last)}, after {len(history) - 1} rounds in {seconds:.1f} s, {sent * 1e-6:.1f} MB "
+        "sent" + (f", in which sites failed {failed} times" if failed else "")
+    )
+    return lines
+
+
+def _describe_scores(metrics: Metrics) -> str:
+    """Return the scores of a round in words."""
+    return ", ".join(
+        f"{kind} accuracy {metrics[f'{kind}.accuracy']:.4f}, loss {metrics[f'{kind}.loss']:.4f}"
+        for kind in ("validation", "test")
+        if f"{kind}.loss" in metrics
+    )
 
 
 class CallerBar:

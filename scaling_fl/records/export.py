@@ -5,12 +5,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ from scaling_fl.storage import WriteError
 
 RECORD_BYTES = 100_000  # reserved for a run's record
 MODEL_FOLDER = "model"  # of the final model, in the run's folder
+BEST_FOLDER = "best"  # of the best one
+STATE_DICT = "final_model.pt"  # the weights of the final model alone
 CHECKPOINTS_FOLDER = "checkpoints"  # for the weights if the disk of `checkpoints_dir` fails
 
 
@@ -40,6 +43,8 @@ def check(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_copies: int = 1,
 ) -> None:
     """Check before training that the results of a run can be written. Leaves no files.
 
@@ -49,6 +54,7 @@ def check(
         name: the setting `model`.
         model: which will be saved.
         tokenizer: of the model.
+        num_copies: how many files with the weights of the model will be in the folder.
 
     Raises:
         ValueError: a disk has too little space or cannot be written to, or the model or tokenizer cannot be saved.
@@ -57,7 +63,7 @@ def check(
         check_disks(needs)
         return
     # Layers may share a weight, which is saved once.
-    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+    size = num_copies * sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
     for measure_files in (lambda: RECORD_BYTES, lambda: _try_model(folder, name, model, tokenizer)):
         size += measure_files()
         check_disks([*needs, SpaceNeeded(folder, folder, "the final model", size, size)])
@@ -130,22 +136,44 @@ def free_bytes(folder: str) -> float:
     return usage.free if usage.total else math.inf
 
 
-def save_model(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Save a model and its tokenizer into a folder, completely or not at all; return their path.
+def save_state_dict(folder: str, model: PreTrainedModel) -> None:
+    """Save the weights of a model as a plain state dict into a folder, completely or not at all.
 
     Raises:
         WriteError: they cannot be written.
     """
-    path, part = os.path.join(folder, MODEL_FOLDER), os.path.join(folder, f".{MODEL_FOLDER}.part")
-    try:
+    path, part = os.path.join(folder, STATE_DICT), os.path.join(folder, f".{STATE_DICT}.part")
+    with _complete(path, part):
+        torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, part)
+
+
+def save_model(
+    folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = MODEL_FOLDER
+) -> str:
+    """Save a model and its tokenizer into the folder `name` of a folder, completely or not at all; return their path.
+
+    Raises:
+        WriteError: they cannot be written.
+    """
+    path, part = os.path.join(folder, name), os.path.join(folder, f".{name}.part")
+    with _complete(path, part):
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+    return path
+
+
+@contextmanager
+def _complete(path: str, part: str) -> Iterator[None]:
+    """Let the body write a file or folder under the name `part`, and rename it at the end."""
+    try:
+        yield
         os.rename(part, path)
-    except Exception as error:  # the errors of safetensors and tokenizers are not OSErrors
+    except Exception as error:  # the errors of torch, safetensors and tokenizers are not OSErrors
         raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return path
+        with suppress(OSError):
+            os.remove(part)
 
 
 def save_elsewhere(

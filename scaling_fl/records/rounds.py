@@ -40,8 +40,25 @@ METRICS: dict[str, Metric] = {
         "nats", "mean over all examples that the sites trained on, while the weights change, with dropout", "train loss"
     ),
     "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
-    "validation.loss": Metric("nats", "of the global model, mean over the whole test set", "validation loss"),
+    "validation.loss": Metric(
+        "nats",
+        "of the global model, mean over all examples by which the best round is chosen: see "
+        "[Evaluation](evaluation.md); `validation.*` and `test.*` are in evaluated rounds only",
+        "validation loss",
+    ),
     "validation.accuracy": Metric("fraction", "the same, of right answers", "accuracy "),
+    "validation.macro_f1": Metric("fraction", "the mean F1 of the labels that occur, as answers too"),
+    "validation.balanced_accuracy": Metric("fraction", "the mean recall of the labels that occur"),
+    "validation.confusion": Metric(
+        "examples", "a list of [label, answer, number of examples], labels by their index in `info.json`"
+    ),
+    **{
+        f"test.{name}": Metric(unit, f"`validation.{name}` of the test examples, with `validation_fraction`")
+        for name, unit in (
+            *(("loss", "nats"), ("accuracy", "fraction"), ("macro_f1", "fraction")),
+            *(("balanced_accuracy", "fraction"), ("confusion", "examples")),
+        )
+    },
     "time.round_s": Metric("s", "setup, training, averaging and evaluation together", "seconds", "{:.1f}"),
     "time.setup_s": Metric("s", "reading, tokenising and loading; in the first round after each start only"),
     "time.train_s": Metric("s", "training, until the last rank is ready", "training", "{:.1f}"),
@@ -66,7 +83,14 @@ METRICS: dict[str, Metric] = {
     "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
     "site.rank": Metric("", "by site, the rank that trained it, of the sites of this round"),
     "site.name": Metric("", "by site, its name, likewise, where sites have names"),
-    "site.test_examples": Metric("examples", "by site, those that it was evaluated on, where sites have test files"),
+    "site.test_examples": Metric("examples", "by site, its test examples, of the sites that were evaluated"),
+    "site.test_loss": Metric("nats", "by site, of the global model on its test examples"),
+    "site.test_accuracy": Metric("fraction", "the same, of right answers"),
+    "site.local_loss": Metric(
+        "nats", "by site, of the model that it has trained, before averaging, on its test examples (`evaluate_local`)"
+    ),
+    "site.local_accuracy": Metric("fraction", "the same, of right answers"),
+    "site.gain": Metric("fraction", "`site.test_accuracy` minus `site.local_accuracy`"),
     "site.loss": Metric(
         "nats", '`train.loss` by site, as in `{"0": 0.7, "2": 0.4}`, of the sites that took part and did not fail'
     ),
@@ -78,23 +102,35 @@ METRICS: dict[str, Metric] = {
         "MB",
         "by site, the peak memory of its accelerator while it trained; on a CPU, the peak memory of its rank so far",
     ),
-    **{
-        f"sites.{name}.{of}": Metric(unit, f"{meaning} of `site.{name}`, each site counting once")
-        for name, unit, worst in (
-            ("loss", "nats", "the highest"),
-            ("accuracy", "fraction", "the lowest"),
-            ("seconds", "s", "the highest"),
-            ("memory_mb", "MB", "the highest"),
-        )
-        for of, meaning in (("worst", worst), ("mean", "the mean"), ("std", "the population's standard deviation"))
-    },
+    "sites.test_loss.weighted": Metric("nats", "the mean over all test examples of the sites"),
+    "sites.test_accuracy.weighted": Metric("fraction", "the same, of right answers"),
+}
+OVER_SITES: tuple[str, ...] = (  # metrics of single sites whose spread is measured
+    *("loss", "accuracy", "test_loss", "test_accuracy", "local_loss", "local_accuracy", "gain", "seconds"),
+    "memory_mb",
+)
+SPREAD = {
+    "worst": "the lowest of `site.{0}`, if that is an accuracy or a gain, else the highest",
+    "mean": "the mean of `site.{0}`, each site counting once",
+    "std": "the population's standard deviation of `site.{0}`, likewise",
+}
+METRICS |= {
+    f"sites.{name}.{of}": Metric(METRICS[f"site.{name}"].unit, meaning.format(name))
+    for name in OVER_SITES
+    for of, meaning in SPREAD.items()
 }
 
 
 def table() -> str:
     """Return the table of metrics in Markdown, as docs/records.md has it."""
-    rows = [f"| `{name}` | {metric.unit} | {metric.meaning} |" for name, metric in METRICS.items()]
+    rows = [f"| `{name}` | {of.unit} | {of.meaning} |" for name, of in METRICS.items() if not is_spread(name)]
+    rows += [f"| `sites.<name>.{of}` | | {meaning.format('<name>')} |" for of, meaning in SPREAD.items()]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
+
+
+def is_spread(name: str) -> bool:
+    """Tell whether a metric is about how another one spreads over the sites."""
+    return name.startswith("sites.") and name.endswith(tuple(f".{of}" for of in SPREAD))
 
 
 def describe_metrics() -> dict[str, dict[str, str]]:

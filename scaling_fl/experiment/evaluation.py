@@ -1,0 +1,123 @@
+"""What is evaluated, by whom, and what its scores are called."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaling_fl.data.examples import Examples
+from scaling_fl.data.sites import SiteData
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.federation.evaluation import Scores, describe_sites, name_scores
+from scaling_fl.federation.site import Site
+from scaling_fl.records.console import Progress
+from scaling_fl.training.metrics import Means, Metrics, spread
+from scaling_fl.training.scores import Totals, evaluate_classes, summarise_classes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The functions that evaluate a model on the data of a run.
+
+    Args:
+        data: of the run.
+        testing: is shown how far the evaluation of the global weights is.
+    """
+
+    data: SiteData
+    testing: Progress
+
+    def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
+        """Return the scores of a device's part of the common test set."""
+        return self._score(model, self.data.common[device], self.testing)
+
+    def evaluate_site(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
+        """Return the scores of a site's test and validation examples: see `SiteFunction`."""
+        held = {"test": self.data.test, "validation": self.data.validation}
+        totals = {
+            f"{name}.{score}": total
+            for name, of in held.items()
+            for score, total in self._score(model, of.batches.get(site.number, ()), self.testing).items()
+        }
+        return {"num_examples": self.data.test.counts.get(site.number, 0), **totals}
+
+    def evaluate_local(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
+        """Return the scores of a site's test examples, likewise, in the middle of the training of others."""
+        batches = self.data.test.batches.get(site.number, ())
+        return {"num_examples": self.data.test.counts.get(site.number, 0), **self._score(model, batches, Progress())}
+
+    def name(self, scores: Scores) -> Metrics:
+        """Return the metrics of a round: docs/records.md has their table."""
+        test = scores.common.totals() if self.data.common else _select(scores, "test")
+        if not self.data.validation.counts:
+            metrics = name_scores("validation", summarise_classes(test))
+        else:
+            metrics = name_scores("validation", summarise_classes(_select(scores, "validation")))
+            metrics |= name_scores("test", summarise_classes(test))
+        by_site = {
+            site: {name.removeprefix("test."): value for name, value in of_site.items() if "validation." not in name}
+            for site, of_site in scores.by_site.items()
+            if of_site["examples"]
+        }
+        weighted = Means.of(_select(scores, "test")).result()
+        metrics |= describe_sites(by_site)
+        return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
+
+    def _score(self, model: nn.Module, parts: Sequence[Examples], progress: Progress) -> Totals:
+        return evaluate_classes(model, progress.watch(part.batch() for part in parts))
+
+
+def _select(scores: Scores, prefix: str) -> Totals:
+    """Return the scores of the sites with a prefix, without it."""
+    totals = scores.of_sites.totals()
+    return {name.removeprefix(f"{prefix}."): of for name, of in totals.items() if name.startswith(f"{prefix}.")}
+
+
+def find_gains(metrics: Mapping[str, Any]) -> Metrics:
+    """Return by how much the global model is better at each site than the model that the site has trained itself."""
+    own, after = metrics.get("site.local_accuracy", {}), metrics.get("site.test_accuracy", {})
+    return spread({site: {"gain": after[site] - accuracy} for site, accuracy in own.items() if site in after})
+
+
+def check_held_out(settings: Settings, data: SiteData) -> None:
+    """Check that there are examples for all that is to be evaluated.
+
+    Raises:
+        ValueError: there are none.
+    """
+    for name, held in (("site_test_fraction", data.test), ("validation_fraction", data.validation)):
+        if getattr(settings, name) is not None and not held.counts:
+            most = max(size.num_examples for size in data.sizes)
+            raise ValueError(
+                f"{name}: expected an example or more that is held out, got none, as the largest site has {most} texts"
+            )
+    if settings.evaluate_local and not data.test.counts:
+        raise ValueError(
+            "evaluate_local: expected sites with test examples, got none that has some. Set site_test_fraction or "
+            "max_test_examples_per_site, or give test files in site_paths"
+        )
+
+
+def is_evaluated(settings: Settings, round_: int) -> bool:
+    """Tell whether the global model is evaluated after a round."""
+    return round_ % settings.evaluate_every == 0 or round_ == settings.num_rounds
+
+
+def describe_evaluation(settings: Settings, data: SiteData) -> str:
+    """Return in words when and on what the model is evaluated."""
+    when = "after each round" if settings.evaluate_every == 1 else f"after every {settings.evaluate_every} rounds"
+    places = [f"{data.num_common:,} examples of a common test set"] * bool(data.common)
+    for name, held in (("test", data.test), ("validation", data.validation)):
+        if held.counts:
+            sites = f"{len(held.counts):,} site{'s' * (len(held.counts) > 1)}"
+            places.append(f"{sum(held.counts.values()):,} {name} examples of {sites}")
+    return f"{when}, on {' and '.join(places)}; validation.* is that of {describe_validation(data)}"
+
+
+def describe_validation(data: SiteData) -> str:
+    """Return in words on which examples `validation.*` is measured."""
+    if data.validation.counts:
+        return "the sites' validation examples"
+    return "the common test set" if data.common else "the sites' test examples"

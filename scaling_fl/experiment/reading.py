@@ -1,0 +1,112 @@
+"""The data of a run, out of the settings."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from datasets import Dataset
+
+from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.holdout import HoldOut
+from scaling_fl.data.reader import read_task, sample
+from scaling_fl.data.site_files import files_of, read_site_files
+from scaling_fl.data.sites import SiteData, partition_examples
+from scaling_fl.distributed.collectives import local_first
+from scaling_fl.distributed.placement import Topology
+from scaling_fl.experiment.parameters import bind
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.storage import host_path
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set that is to be partitioned."""
+
+    used: dict[str, Dataset]  # of "train" and, if it is used, "test"
+    label_names: tuple[str, ...]
+    owners: list[str] | None  # the name of the site of each row to train on, if the data has them
+
+
+def read_rows(settings: Settings) -> Rows:
+    """Read the rows of the task's data set that are used."""
+    train_path, test_path = (path and host_path(path) for path in (settings.train_path, settings.test_path))
+    columns = settings.text_column, settings.label_column, settings.site_column
+    holds_out = settings.site_test_fraction is not None or settings.validation_fraction is not None
+    draws = settings.max_test_examples_per_site is not None and settings.site_test_fraction is None
+    uses_test = settings.central_evaluation or draws  # each site's test examples out of the common test set
+    rows, names = read_task(
+        settings.task_name,
+        train_path,
+        test_path if uses_test else None,
+        columns,
+        settings.labels,
+        needs_test=uses_test and not holds_out,
+    )
+    if not uses_test:
+        rows.pop("test", None)
+    counts = {"train": settings.max_train_examples, "test": settings.max_test_examples}
+    used = {split: sample(of_split, counts[split], settings.data_seed) for split, of_split in rows.items()}
+    owners = None if settings.site_column is None else used["train"]["site"][:]
+    return Rows(used, names, owners)
+
+
+def read_data(
+    settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows | None
+) -> tuple[SiteData, Topology]:
+    """Read the data of the sites: of one data set that is partitioned, or of files of each site, without `rows`.
+
+    The topology returned numbers the sites as the data does.
+    """
+    if rows is not None:
+        return local_first(partial(partition_rows, settings, topology, encoder, rows)), topology
+    if settings.num_sites not in (None, topology.num_entries):
+        raise ValueError(
+            f"num_sites: expected {topology.num_entries}, the number of sites in the site_paths of all nodes, got "
+            f"{settings.num_sites}. A site's data stays on its node, so start all nodes"
+        )
+    site_paths = [list(map(host_path, files_of(entry))) for entry in settings.site_paths or ()]
+    columns = settings.text_column, settings.label_column
+    data, topology = read_site_files(
+        settings.task_name,
+        site_paths,
+        columns,
+        settings.labels,
+        topology,
+        encoder.encode,
+        settings.val_batch_size,
+        make_hold_out(settings),
+    )
+    for site, entry in sorted(topology.entries.items()):
+        print(f"site {site:<4} {' and '.join(site_paths[entry])}, {data.sizes[site].num_examples:,} examples")
+    return data, topology
+
+
+def partition_rows(settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows) -> SiteData:
+    """Tokenise the rows, and partition them over the sites."""
+    encoded = {split: encoder.encode(of_split, rows.label_names) for split, of_split in rows.used.items()}
+    partitioner = bind("partition", vars(settings))
+    if rows.owners is not None:
+        partitioner = partial(partitioner, owners=rows.owners)
+    return partition_examples(
+        encoded["train"],
+        encoded.get("test"),
+        rows.label_names,
+        topology,
+        partitioner,
+        settings.data_seed,
+        settings.val_batch_size,
+        settings.min_examples,
+        rows.owners,
+        make_hold_out(settings),
+        is_central=settings.central_evaluation,
+    )
+
+
+def make_hold_out(settings: Settings) -> HoldOut:
+    """Return how the data of each site is cut."""
+    return HoldOut(
+        settings.site_test_fraction,
+        settings.validation_fraction,
+        settings.max_train_examples_per_site,
+        settings.max_test_examples_per_site,
+        settings.data_seed,
+    )
