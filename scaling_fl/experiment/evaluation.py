@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from scaling_fl.data.examples import Examples
-from scaling_fl.data.sites import SiteData
+from scaling_fl.data.sites import Held, SiteData
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.evaluation import Scores, describe_sites, name_scores
 from scaling_fl.federation.site import Site
@@ -18,35 +18,44 @@ from scaling_fl.training.scores import Totals, evaluate_classes, summarise_class
 
 
 @dataclass(frozen=True)
+class SiteEvaluation:
+    """Evaluates the model on examples that a site holds out, as a `SiteFunction`.
+
+    Args:
+        held: examples of all sites, by the prefix of their scores. The first are what the site evaluates on.
+        progress: is shown how far it is.
+    """
+
+    held: Mapping[str, Held]
+    progress: Progress
+    leaves_nothing: ClassVar[bool] = True
+
+    def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
+        """Return the scores."""
+        totals = {
+            f"{prefix}{score}": total
+            for prefix, of in self.held.items()
+            for score, total in _score(model, of.batches.get(site.number, ()), self.progress).items()
+        }
+        return {"num_examples": next(iter(self.held.values())).counts.get(site.number, 0), **totals}
+
+
 class Evaluation:
-    """The functions that evaluate a model on the data of a run.
+    """The functions that evaluate a model on the data of a run, and name its scores.
 
     Args:
         data: of the run.
         testing: is shown how far the evaluation of the global weights is.
     """
 
-    data: SiteData
-    testing: Progress
+    def __init__(self, data: SiteData, testing: Progress) -> None:
+        self.data, self._testing = data, testing
+        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, testing)
+        self.evaluate_local = SiteEvaluation({"": data.test}, Progress())  # in the middle of the training of others
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
         """Return the scores of a device's part of the common test set."""
-        return self._score(model, self.data.common[device], self.testing)
-
-    def evaluate_site(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
-        """Return the scores of a site's test and validation examples: see `SiteFunction`."""
-        held = {"test": self.data.test, "validation": self.data.validation}
-        totals = {
-            f"{name}.{score}": total
-            for name, of in held.items()
-            for score, total in self._score(model, of.batches.get(site.number, ()), self.testing).items()
-        }
-        return {"num_examples": self.data.test.counts.get(site.number, 0), **totals}
-
-    def evaluate_local(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
-        """Return the scores of a site's test examples, likewise, in the middle of the training of others."""
-        batches = self.data.test.batches.get(site.number, ())
-        return {"num_examples": self.data.test.counts.get(site.number, 0), **self._score(model, batches, Progress())}
+        return _score(model, self.data.common[device], self._testing)
 
     def name(self, scores: Scores) -> Metrics:
         """Return the metrics of a round: docs/records.md has their table."""
@@ -65,8 +74,9 @@ class Evaluation:
         metrics |= describe_sites(by_site)
         return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
 
-    def _score(self, model: nn.Module, parts: Sequence[Examples], progress: Progress) -> Totals:
-        return evaluate_classes(model, progress.watch(part.batch() for part in parts))
+
+def _score(model: nn.Module, parts: Sequence[Examples], progress: Progress) -> Totals:
+    return evaluate_classes(model, progress.watch(part.batch() for part in parts))
 
 
 def _select(scores: Scores, prefix: str) -> Totals:

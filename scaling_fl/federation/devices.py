@@ -14,7 +14,7 @@ from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
-from scaling_fl.federation.site import LocalTraining, Site, SiteFunction
+from scaling_fl.federation.site import Site, SiteFunction, leaves_nothing
 from scaling_fl.training.metrics import Means
 
 
@@ -45,20 +45,25 @@ class Devices:
     def call(self, function: SiteFunction, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         """Call a site's function, which finds the process as if no other site had been there."""
         is_alone = len(self.replicas) == 1  # else another device's thread is in the process, too
-        is_ours = isinstance(function, LocalTraining)  # which leaves nothing behind
-        with isolated() if is_alone and not is_ours else nullcontext():
+        with isolated() if is_alone and not leaves_nothing(function) else nullcontext():
             seed_site(self._seed, round_, site, is_alone=is_alone)
             return function(model, site, round_)
 
-    def evaluate(self, device: torch.device, evaluate: Callable[[nn.Module], Means]) -> Means:
+    def evaluate(self, device: torch.device, evaluate: Callable[[nn.Module], Means], *, is_loaded: bool) -> Means:
         """Return what the global weights score on a device.
+
+        Args:
+            device: of this rank.
+            evaluate: returns the scores of the model.
+            is_loaded: the model of the device has these weights.
 
         Raises:
             ValueError: a score is not finite.
         """
+        replica = self.replicas[device] if is_loaded else self.load(device)
         try:
             with torch.no_grad():
-                return evaluate(self.load(device).model.eval())
+                return evaluate(replica.model.eval())
         except FloatingPointError as error:
             raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
 

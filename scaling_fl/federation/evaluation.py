@@ -10,7 +10,7 @@ from torch import nn
 
 from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.federation.devices import Devices
-from scaling_fl.federation.site import Site, SiteFunction, read_scores
+from scaling_fl.federation.site import Site, SiteFunction, leaves_nothing, read_scores
 from scaling_fl.training.metrics import Means, Metrics, spread
 
 EvaluateDevice = Callable[[nn.Module, torch.device], Mapping[str, Any]]
@@ -46,7 +46,7 @@ def score(
     by_site: dict[int, dict[str, float]] = {}
 
     def score_part(evaluate: EvaluateDevice, device: torch.device) -> Means:
-        return devices.evaluate(device, lambda model: Means.of(evaluate(model, device)))
+        return devices.evaluate(device, lambda model: Means.of(evaluate(model, device)), is_loaded=False)
 
     def score_site(evaluate: SiteFunction, site: Site, model: nn.Module) -> Means:
         try:
@@ -58,7 +58,11 @@ def score(
 
     def score_sites(evaluate: SiteFunction, device: torch.device) -> Means:
         of_device = [site for site in sites if site.device == device]
-        return Means().merge(devices.evaluate(device, partial(score_site, evaluate, site)) for site in of_device)
+        keeps = leaves_nothing(evaluate)
+        return Means().merge(
+            devices.evaluate(device, partial(score_site, evaluate, site), is_loaded=keeps and number > 0)
+            for number, site in enumerate(of_device)
+        )
 
     common = Means() if evaluate_device is None else devices.pool(partial(score_part, evaluate_device))
     if evaluate_site is None:

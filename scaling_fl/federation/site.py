@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class LocalTraining:
     num_epochs: int = 1
     proximal_mu: float = 0.0
     deadline_s: float | None = None
+    leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
         """Train the model on the data of a site.
@@ -129,6 +130,14 @@ class LocalTraining:
             for epoch in itertools.count(first)
         )
         yield from itertools.islice(itertools.chain.from_iterable(epochs), num_steps)
+
+
+def leaves_nothing(function: SiteFunction) -> bool:
+    """Tell whether a function changes nothing of the process, and no more of the model than it is asked to.
+
+    Such a function has an attribute of this name. Others are isolated, which takes time.
+    """
+    return getattr(function, "leaves_nothing", False)
 
 
 def read_scores(returned: Any, most: int | None = None) -> tuple[int, Means]:
