@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from scaling_fl.report.canvas import STYLE, Legend, as_png, as_svg, run_legend
 from scaling_fl.report.drawings import (
-    accuracies_of_sites,
     draw_by_bytes,
     draw_by_time,
     draw_bytes,
@@ -18,6 +17,7 @@ from scaling_fl.report.drawings import (
     draw_sorted,
     draw_speed,
     draw_spread,
+    in_last_round,
     seconds_of_sites,
 )
 from scaling_fl.report.runs import Run
@@ -112,7 +112,7 @@ PLOTS = [
         "Learning",
         "Accuracy",
         "Training accuracy that rises while validation accuracy falls shows overfitting.",
-        partial(draw_learning, name="accuracy", ring=True),
+        partial(draw_learning, name="accuracy"),
     ),
     Plot(
         "loss",
@@ -137,6 +137,29 @@ PLOTS = [
         for_one=False,
     ),
     Plot(
+        "site-gain-sorted",
+        "Sites",
+        "Gain, site by site",
+        "What a site gains by federating: the test accuracy of the global model minus that of the site's own model, "
+        "before averaging, on the site's test examples.",
+        partial(draw_sorted, values=in_last_round("gain"), y="gain of test accuracy, last round", sign=1),
+    ),
+    Plot(
+        "site-test-accuracy-sorted",
+        "Sites",
+        "Test accuracy, site by site",
+        "The global model on each site's own test examples, by increasing accuracy, in the last round. A steep start "
+        "shows a few sites that it does not serve.",
+        partial(draw_sorted, values=in_last_round("test_accuracy"), y="test accuracy, last round", sign=1),
+    ),
+    Plot(
+        "site-test-accuracy",
+        "Sites",
+        "Test accuracy of the sites",
+        "If the worst site does not rise with the median site, the federation leaves it behind.",
+        partial(draw_spread, name="test_accuracy", y="test accuracy", low_is_worst=True),
+    ),
+    Plot(
         "site-accuracy",
         "Sites",
         "Accuracy of the sites",
@@ -156,7 +179,7 @@ PLOTS = [
         "Accuracy, site by site",
         "The sites of the last round, by increasing accuracy. A steep start shows a few sites that the model does not "
         "fit.",
-        partial(draw_sorted, values=accuracies_of_sites, y="training accuracy, last round", sign=1),
+        partial(draw_sorted, values=in_last_round("accuracy"), y="training accuracy, last round", sign=1),
     ),
     Plot(
         "site-seconds",

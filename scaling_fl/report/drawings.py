@@ -21,7 +21,7 @@ from scaling_fl.report.canvas import (
     line,
     run_style,
 )
-from scaling_fl.report.runs import Run, best, last_known, over_rounds, time_unit
+from scaling_fl.report.runs import Run, last_known, over_rounds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,18 +30,25 @@ MANY_RUNS, MANY_SITES = 3, 40
 CELL = "#2f86c8"  # of the heat map; the opacity is the fraction
 
 
-def draw_learning(axes: "Axes", runs: list[Run], *, name: str, ring: bool = False) -> Legend:
+def curve(axes: "Axes", index: int, run: Run, x: np.ndarray, name: str, **style: Any) -> None:
+    """Draw a metric of the rounds that have it."""
+    has = run.has(name)
+    line(axes, index, x[has], run.metric(name)[has], **style)
+
+
+def draw_learning(axes: "Axes", runs: list[Run], *, name: str) -> Legend:
     """Draw a metric of validation and of training by round, with a ring at the best round."""
     for index, run in enumerate(runs):
-        values = run.metric(f"validation.{name}")
-        line(axes, index, run.steps, run.metric(f"train.{name}"), linestyle=":", marker="", linewidth=1.5)
-        line(axes, index, run.steps, values)
-        peak = best(values)
-        if ring and peak is not None:
+        values, peak = run.metric(f"validation.{name}"), run.best_round
+        curve(axes, index, run, run.steps, f"train.{name}", linestyle=":", marker="", linewidth=1.5)
+        curve(axes, index, run, run.steps, f"validation.{name}")
+        if peak is not None and not np.isnan(values[peak]):
             axes.plot(run.steps[peak], values[peak], "o", ms=11, mfc="none", mec=run_style(index)[0].light, mew=1.6)
     label_axes(axes, "round", name)
-    legend = [(GREY, SOLID, "validation"), (GREY, DOTTED, "training")]
-    return [*legend, (GREY, RING, "best round")] if ring else legend
+    training, validation = (GREY, DOTTED, "training"), (GREY, SOLID, "validation")
+    if not any(run.has(f"validation.{name}").any() for run in runs):
+        return [training]
+    return [validation, training, (GREY, RING, "best round")]
 
 
 def draw_bytes(axes: "Axes", runs: list[Run]) -> Legend:
@@ -66,7 +73,7 @@ def draw_by_time(axes: "Axes", runs: list[Run]) -> Legend:
     """Draw the validation accuracy by the time since the start."""
     scale, unit = time_unit(max(run.elapsed[-1] for run in runs))
     for index, run in enumerate(runs):
-        line(axes, index, run.elapsed / scale, run.metric("validation.accuracy"))
+        curve(axes, index, run, run.elapsed / scale, "validation.accuracy")
     label_axes(axes, f"{unit} since the start", "accuracy")
     return []
 
@@ -74,7 +81,7 @@ def draw_by_time(axes: "Axes", runs: list[Run]) -> Legend:
 def draw_by_bytes(axes: "Axes", runs: list[Run]) -> Legend:
     """Draw the validation accuracy by the bytes sent since the start."""
     for index, run in enumerate(runs):
-        line(axes, index, run.sent * 1e-6, run.metric("validation.accuracy"))
+        curve(axes, index, run, run.sent * 1e-6, "validation.accuracy")
     label_axes(axes, "MB sent since the start", "accuracy")
     return []
 
@@ -102,15 +109,16 @@ def draw_spread(axes: "Axes", runs: list[Run], *, name: str, y: str, low_is_wors
         bands = spread(run, name)
         if bands is None:
             continue
-        least, lower, middle, upper, most = bands
+        known = ~np.isnan(bands[2])
+        steps, (least, lower, middle, upper, most) = run.steps[known], bands[:, known]
         colour = run_style(index)[0].light
         if len(runs) <= MANY_RUNS:
-            axes.fill_between(run.steps, lower, upper, color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(steps, lower, upper, color=colour, alpha=0.2, linewidth=0)
         if len(runs) == 1:
-            axes.fill_between(run.steps, least, most, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(steps, least, most, color=colour, alpha=0.12, linewidth=0)
         worst = least if low_is_worst else most
-        line(axes, index, run.steps, worst, linestyle="--", marker="", linewidth=1.2)
-        line(axes, index, run.steps, middle)
+        line(axes, index, steps, worst, linestyle="--", marker="", linewidth=1.2)
+        line(axes, index, steps, middle)
     label_axes(axes, "round", y, from_zero=name == "seconds")
     legend = [(GREY, SOLID, "median site"), (GREY, DASHED, "worst site")]
     if len(runs) <= MANY_RUNS:
@@ -137,6 +145,8 @@ def draw_sorted(axes: "Axes", runs: list[Run], *, values: Callable[[Run], np.nda
             axes.annotate(f"site {order[0]}", (x[0], sites[order[0]]), **beside)
     words = "sites, from the worst" if same else "% of the sites, from the worst"
     label_axes(axes, words, y, from_zero=sign < 0, whole=same)
+    if axes.has_data() and axes.dataLim.ymin < 0:
+        axes.axhline(0, color=GREY.light, linewidth=1)
     return []
 
 
@@ -201,6 +211,6 @@ def seconds_of_sites(run: Run) -> np.ndarray:
     return over_rounds(run.of_sites("seconds"))
 
 
-def accuracies_of_sites(run: Run) -> np.ndarray:
-    """Return each site's accuracy in the last round."""
-    return last_known(run.of_sites("accuracy"))
+def in_last_round(name: str) -> Callable[[Run], np.ndarray]:
+    """Return a function that returns each site's value in the last round that has the metric."""
+    return lambda run: last_known(run.of_sites(name))

@@ -1,6 +1,7 @@
 """Find problems of a run, and describe each in a sentence."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ BYTES_DIFFERENCE = 0.01  # of the expected bytes
 
 def findings(run: Run) -> list[str]:
     """Return the sentences for the top of a report."""
-    checks = (ending, divergence, fall, failures, straggler, unevenness, unfairness, gaps, bytes_off)
+    checks = (ending, divergence, fall, failures, straggler, unevenness, federating, unfairness, gaps, bytes_off)
     return [sentence for check in checks for sentence in check(run)]
 
 
@@ -29,12 +30,17 @@ def status(run: Run) -> str:
     return recorded
 
 
-def site_name(run: Run, site: int) -> str:
-    """Return a site's number, with its name, rank and device if they are known."""
-    known = run.sites[site] if site < len(run.sites) else {}
+def site_name(run: Run, site: int, word: str = "site") -> str:
+    """Return a site's number after a word, with its name, rank and device if they are known."""
+    known = of_site(run, site)
     forms = {"name": "{}", "rank": "rank {}", "device": "{}"}
     where = [form.format(known[key]) for key, form in forms.items() if key in known]
-    return f"site {site}" + (f" ({', '.join(where)})" if where else "")
+    return f"{word} {site}" + (f" ({', '.join(where)})" if where else "")
+
+
+def of_site(run: Run, site: int) -> dict[str, Any]:
+    """Return the known properties of a site."""
+    return run.sites[site] if site < len(run.sites) else {}
 
 
 def main_label(run: Run, site: int) -> str | None:
@@ -59,22 +65,20 @@ def ending(run: Run) -> Iterator[str]:
 def divergence(run: Run) -> Iterator[str]:
     """Report losses that are not finite."""
     for name in ("train.loss", "validation.loss"):
-        broken = [
-            int(round_["round"]) for round_, value in zip(run.rounds, run.metric(name), strict=True)
-            if name in round_ and np.isnan(value)
-        ]  # fmt: skip
-        if broken:
-            yield f"{name} is not finite in {len(broken)} of {len(run.rounds)} rounds, first in round {broken[0]}."
+        has = run.has(name)
+        broken = run.steps[has & np.isnan(run.metric(name))]
+        if len(broken):
+            yield f"{name} is not finite in {len(broken)} of {has.sum()} rounds, first in round {broken[0]:.0f}."
 
 
 def fall(run: Run) -> Iterator[str]:
     """Report a model whose accuracy and loss were better in an earlier round."""
-    accuracy, loss = run.metric("validation.accuracy"), run.metric("validation.loss")
-    peak = best(accuracy)
-    if peak is not None and accuracy[peak] - accuracy[-1] > ACCURACY_DROP and not loss[-1] <= loss[peak]:
+    accuracy, loss, peak = run.metric("validation.accuracy"), run.metric("validation.loss"), run.best_round
+    now, evaluated = run.last("validation.accuracy"), run.steps[run.has("validation.accuracy")]
+    if peak is not None and accuracy[peak] - now > ACCURACY_DROP and not run.last("validation.loss") <= loss[peak]:
         yield (
-            f"Validation accuracy was best in round {run.steps[peak]:.0f} ({accuracy[peak]:.4f}), and is "
-            f"{accuracy[-1]:.4f} after the last round. Try fewer rounds or a smaller learning rate."
+            f"Round {run.steps[peak]:.0f} was the best, with a validation accuracy of {accuracy[peak]:.4f}. It is "
+            f"{now:.4f} after round {evaluated[-1]:.0f}. Try fewer rounds or a smaller learning rate."
         )
 
 
@@ -111,7 +115,7 @@ def straggler(run: Run) -> Iterator[str]:
         why = f"and {per_example:.1f} times as long for each example: its machine is slow or its texts are long"
     else:
         why = "as it has more examples"
-    yield f"{site_name(run, slowest).capitalize()} takes {ratio:.1f} times as long as the median site, {why}."
+    yield f"{site_name(run, slowest, 'Site')} takes {ratio:.1f} times as long as the median site, {why}."
 
 
 def unevenness(run: Run) -> Iterator[str]:
@@ -133,17 +137,33 @@ def unevenness(run: Run) -> Iterator[str]:
         )
 
 
+def federating(run: Run) -> Iterator[str]:
+    """Report how many sites gain by federating, and which gains least."""
+    gain, shared, alone = (last_known(run.of_sites(name)) for name in ("gain", "test_accuracy", "local_accuracy"))
+    if np.isnan(gain).all():
+        return
+    least, known = int(np.nanargmin(gain)), int((~np.isnan(gain)).sum())
+    yield (
+        f"{(gain > 0).sum():,} of {known:,} sites gain test accuracy by federating, {(gain < 0).sum():,} lose; the mean "
+        f"is {np.nanmean(gain):+.3f}. {site_name(run, least, 'Site')} gains least: the global model has "
+        f"{shared[least]:.3f} on its test examples, its own model {alone[least]:.3f}."
+    )
+
+
 def unfairness(run: Run) -> Iterator[str]:
-    """Report a site with a low accuracy."""
-    accuracy = last_known(run.of_sites("accuracy"))
+    """Report a site with a low accuracy: on its test examples, or in training if it has none."""
+    accuracy, of = last_known(run.of_sites("test_accuracy")), "test"
+    if np.isnan(accuracy).all():
+        accuracy, of = last_known(run.of_sites("accuracy")), "training"
     if np.isnan(accuracy).all():
         return
     worst, median = int(np.nanargmin(accuracy)), np.nanmedian(accuracy)
     if median - accuracy[worst] > ACCURACY_GAP:
-        label = main_label(run, worst)
+        label, examples = main_label(run, worst), last_known(run.of_sites("test_examples"))[worst]
+        count = f", on {examples:,.0f} examples," if of == "test" and not np.isnan(examples) else ""
         yield (
-            f"{site_name(run, worst).capitalize()} has a training accuracy of {accuracy[worst]:.3f} in the last round, "
-            f"the median site {median:.3f}{f'. Its most common label is {label}' if label else ''}."
+            f"{site_name(run, worst, 'Site')} has a {of} accuracy of {accuracy[worst]:.3f}{count} in the last "
+            f"round, the median site {median:.3f}{f'. Its most common label is {label}' if label else ''}."
         )
 
 

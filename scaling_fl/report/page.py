@@ -1,13 +1,16 @@
 """The page of a report: one file without scripts or external resources."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from html import escape
 
 from scaling_fl.report.canvas import GLYPHS, VARIABLES, Legend, run_legend
 from scaling_fl.report.charts import Chart
+from scaling_fl.report.confusions import confusions
 from scaling_fl.report.findings import findings, status
-from scaling_fl.report.runs import Run, best, time_unit
-from scaling_fl.report.tables import Row, by_key, different, machine, metrics, settings, sites, summary
+from scaling_fl.report.runs import Run, time_unit
+from scaling_fl.report.sites import sites
+from scaling_fl.report.tables import Row, Table, by_key, different, machine, metrics, settings, summary
 
 LIGHT = "".join(f"--{name}:{colour.light};" for name, colour in VARIABLES.items())
 DARK = "".join(f"--{name}:{colour.dark};" for name, colour in VARIABLES.items())
@@ -45,7 +48,8 @@ tr:first-child>*{{border-top:0}}
 th{{font-weight:600;white-space:nowrap}}
 tbody th{{width:220px;position:sticky;left:0;background:var(--card);font-weight:400;color:var(--quiet)}}
 td,thead th{{min-width:112px;max-width:340px;white-space:normal}}
-.sites :is(th,td){{width:auto;white-space:nowrap;min-width:0}}
+td[style]{{background:color-mix(in srgb,var(--run0) var(--shade),transparent)}}
+.wide :is(th,td){{width:auto;white-space:nowrap;min-width:0}}
 summary{{cursor:pointer;margin:10px 0;font-weight:600}}
 @media (max-width:600px){{
 main{{padding:16px 10px 32px}}
@@ -56,6 +60,8 @@ td,thead th{{min-width:96px}}
 tbody th{{white-space:normal;max-width:132px}}
 }}
 """
+
+TABLES: dict[str, Callable[[Run], Table | None]] = {"Learning": confusions, "Sites": sites}  # below a section's charts
 
 
 def page(runs: list[Run], charts: Sequence[Chart]) -> str:
@@ -74,6 +80,7 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
         stands_out(runs),
         "<h2>In numbers</h2>",
         table(runs, summary(runs)) if len(runs) > 1 else tiles(summary(runs)),
+        optimism(runs),
     ]
     if len(runs) > 1:
         rows = different(settings(runs))
@@ -90,8 +97,8 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
             *figures,
             "</div>",
         ]
-        if section == "Sites":
-            parts += [sites_table(run, is_open=len(runs) == 1) for run in runs]
+        tables = [TABLES[section](run) for run in runs] if section in TABLES else []
+        parts += [folded(each, is_open=len(runs) == 1) for each in tables if each is not None]
     parts += ["<h2>Metrics</h2>", "<details><summary>All metrics after the last round</summary>"]
     parts += [table(runs, metrics(runs), beside=("unit", "meaning")), "</details>"]
     parts += ["<h2>Machine</h2>", table(runs, by_key([machine(run) for run in runs]), merge=True)]
@@ -102,8 +109,6 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
 
 def facts(run: Run, index: int, several: bool) -> str:
     """Return a line about a run."""
-    accuracy = run.metric("validation.accuracy")
-    peak = best(accuracy)
     now, config = status(run), run.config
     scale, unit = time_unit(run.elapsed[-1])
     planned = f" of {config['num_rounds']}" if "num_rounds" in config else ""
@@ -112,12 +117,34 @@ def facts(run: Run, index: int, several: bool) -> str:
         f"{run.num_sites:,} sites" if run.num_sites else "",
         f"{run.steps[-1]:.0f}{planned} rounds",
         str(config.get("strategy", "")),
-        f"best accuracy {accuracy[peak]:.4f} in round {run.steps[peak]:.0f}" if peak is not None else "",
+        best_round(run),
         f"{run.elapsed[-1] / scale:,.{int(scale > 1)}f} {unit}" if run.elapsed[-1] else "",
     ]
     badge = f'<span class="badge{"" if now in ("completed", "all rounds done") else " warn"}">{escape(now)}</span>'
     name = f"{glyph(*run_glyph(index))}<b>{escape(run.name)}</b> " if several else ""
     return f'<p class="run">{name}{badge} {escape(" · ".join(filter(None, words)))}</p>'
+
+
+def best_round(run: Run) -> str:
+    """Return which round is the best, by which metric, and its accuracy; an empty text if no round is."""
+    peak, recorded = run.best_round, run.info.get("best")
+    if peak is None:
+        return ""
+    by = f" by {recorded['metric']}" if isinstance(recorded, dict) and "metric" in recorded else ""
+    scores = {data: run.metric(f"{data}.accuracy")[peak] for data in ("validation", "test")}
+    texts = [f"{data} accuracy {score:.4f}" for data, score in scores.items() if not math.isnan(score)]
+    return f"best round {run.steps[peak]:.0f}{by}{': ' * bool(texts)}{', '.join(texts)}"
+
+
+def optimism(runs: list[Run]) -> str:
+    """Return the sentence on runs whose best round is chosen on the test set; an empty text if there are none."""
+    names = [run.name for run in runs if run.has("validation.loss").sum() > 1 and not run.has("test.loss").any()]
+    which = f" of {', '.join(names)}" if len(runs) > 1 else ""
+    text = (
+        f"The best round{which} is chosen on the test set, so its scores are optimistic; with validation_fraction, it "
+        "is chosen on examples held out of training."
+    )
+    return f"<p>{escape(text)}</p>" if names else ""
 
 
 def run_glyph(index: int) -> tuple[str, str]:
@@ -177,16 +204,13 @@ def tiles(rows: Sequence[Row]) -> str:
     return f'<dl class="card">{cells}</dl>'
 
 
-def sites_table(run: Run, is_open: bool) -> str:
-    """Return the table of a run's most notable sites."""
-    if not run.num_sites:
-        return ""
-    title, columns, rows = sites(run)
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+def folded(content: Table, is_open: bool) -> str:
+    """Return a table below its title, which opens and closes it."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in content.columns)
     return (
-        f"<details{' open' * is_open}><summary>{escape(title)}</summary>"
-        f'<div class="card scroll sites"><table><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(map(line, rows))}</tbody></table></div></details>"
+        f"<details{' open' * is_open}><summary>{escape(content.title)}</summary>"
+        f'<div class="card scroll wide"><table><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(map(line, content.rows))}</tbody></table></div></details>"
     )
 
 
@@ -198,6 +222,10 @@ def line(row: Row, merge: bool = False) -> str:
     ]
     if merge and len(set(texts)) == 1:
         cells = f'<td colspan="{len(texts)}">{texts[0]}</td>'
+    elif row.shades:
+        cells = "".join(
+            f'<td style="--shade:{100 * shade:.0f}%">{text}</td>' for text, shade in zip(texts, row.shades, strict=True)
+        )
     else:
         cells = "".join(f"<td>{text}</td>" for text in texts)
     return f"<tr><th>{escape(row.name)}</th>{cells}</tr>"

@@ -42,6 +42,22 @@ class Run:
         """Return a metric's value in each round."""
         return numbers(round_.get(name) for round_ in self.rounds)
 
+    def has(self, name: str) -> np.ndarray:
+        """Tell of each round whether it has a metric: not all rounds are evaluated."""
+        return np.array([name in round_ for round_ in self.rounds])
+
+    def last(self, name: str) -> float:
+        """Return a metric's value in the last round that has it, NaN if none has."""
+        return float(self.metric(name)[self.has(name)][-1]) if self.has(name).any() else np.nan
+
+    @cached_property
+    def best_round(self) -> int | None:
+        """The index of the best round: by the record, otherwise the most accurate in validation."""
+        recorded = self.info.get("best")
+        number = recorded.get("round") if isinstance(recorded, dict) else None
+        found = np.flatnonzero(self.steps == numbers([number]))
+        return int(found[0]) if len(found) else best(self.metric("validation.accuracy"))
+
     def of_sites(self, name: str) -> np.ndarray:
         """Return `site.{name}` as a table with a row for each round and a column for each site."""
         table = np.full((len(self.rounds), self.num_sites), np.nan)

@@ -7,21 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from scaling_fl.report.findings import failed_rounds, main_label
-from scaling_fl.report.runs import Run, best, last_known, over_rounds
+from scaling_fl.report.runs import Run, last_known, over_rounds
 
 NONE = "–"
-ALL_SITES, WORST_SITES = 10, 5  # up to 10 sites are all listed; of more, the 5 worst of each kind
 MAX_VALUE = 160  # most characters of a setting
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its name, its texts, and which of them are bold."""
+    """A row of a table: its name, its texts, which of them are bold, and how dark their cells are, from 0 to 1."""
 
     name: str
     texts: Sequence[str]
     bold: Sequence[bool] = ()
+    shades: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The title, the columns and the rows of a table."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
 
 
 def summary(runs: list[Run]) -> list[Row]:
@@ -39,8 +47,13 @@ def summary(runs: list[Run]) -> list[Row]:
 
 
 def last(name: str) -> Callable[[Run], float]:
-    """Return a function that returns a metric after the last round."""
-    return lambda run: run.metric(name)[-1]
+    """Return a function that returns a metric of the last round that has it."""
+    return lambda run: run.last(name)
+
+
+def at_best(name: str) -> Callable[[Run], float]:
+    """Return a function that returns a metric of the best round."""
+    return lambda run: np.nan if run.best_round is None else run.metric(name)[run.best_round]
 
 
 def median(values: np.ndarray) -> float:
@@ -76,25 +89,31 @@ def training_percentage(run: Run) -> float:
     return 100 * run.phases["train"].sum() / spent if "train" in run.phases and spent else np.nan
 
 
-def best_accuracy(run: Run) -> float:
-    """Return the best validation accuracy."""
-    peak = best(run.metric("validation.accuracy"))
-    return np.nan if peak is None else run.metric("validation.accuracy")[peak]
-
-
 def most_memory(run: Run) -> float:
     """Return the peak memory of all sites in MB."""
     memory = run.of_sites("memory_mb")
     return np.nan if np.isnan(memory).all() else float(np.nanmax(memory))
 
 
+SCORES = {"accuracy": ("accuracy", 1), "macro_f1": ("macro-F1", 1), "balanced_accuracy": ("balanced accuracy", 1)}
+SCORES |= {"loss": ("loss", -1)}
+
 # Name, function, format, and whether more (1) or less (-1) is better.
 MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
-    ("best validation accuracy", best_accuracy, "{:.4f}", 1),
-    ("last validation accuracy", last("validation.accuracy"), "{:.4f}", 1),
-    ("last validation loss", last("validation.loss"), "{:.4f}", -1),
-    ("worst site's accuracy", of_last_sites("accuracy", np.nanmin), "{:.4f}", 1),
-    ("sites' deviation of accuracy", of_last_sites("accuracy", np.nanstd), "{:.4f}", -1),
+    *(
+        (f"{which} {data} {title}", value(f"{data}.{name}"), "{:.4f}", sign)
+        for which, data, value in (
+            ("best round's", "test", at_best),
+            ("best round's", "validation", at_best),
+            ("last", "validation", last),
+        )
+        for name, (title, sign) in SCORES.items()
+    ),
+    ("least gain of a site", of_last_sites("gain", np.nanmin), "{:+.4f}", 1),
+    ("mean gain of the sites", of_last_sites("gain", np.nanmean), "{:+.4f}", 1),
+    ("worst site's test accuracy", of_last_sites("test_accuracy", np.nanmin), "{:.4f}", 1),
+    ("worst site's training accuracy", of_last_sites("accuracy", np.nanmin), "{:.4f}", 1),
+    ("sites' deviation of training accuracy", of_last_sites("accuracy", np.nanstd), "{:.4f}", -1),
     ("seconds in all", lambda run: total(run.metric("time.round_s")), "{:,.1f}", -1),
     ("seconds a round", lambda run: median(run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
     ("training, of the time after set-up", training_percentage, "{:.0f} %", 1),
@@ -170,45 +189,6 @@ def machine(run: Run) -> dict[str, Any]:
         if run.record.get(key)
     }
     return {"folder": run.folder, **times, **host, **(described if isinstance(described, dict) else {})}
-
-
-def sites(run: Run) -> tuple[str, list[str], list[Row]]:
-    """Return the title, the columns and the rows of the table of a run's most notable sites."""
-    seconds, accuracy = over_rounds(run.of_sites("seconds")), last_known(run.of_sites("accuracy"))
-    loss, memory = last_known(run.of_sites("loss")), over_rounds(run.of_sites("memory_mb"))
-    failed = failed_rounds(run)
-    chosen: dict[int, list[str]] = {site: [] for site in range(run.num_sites)}
-    title = f"All sites of {run.name}"
-    if run.num_sites > ALL_SITES:
-        chosen = {}
-        title = f"The worst sites of {run.name}"
-        for why, badness in (("failed", failed * 1.0), ("least accurate", -accuracy), ("slowest", seconds)):
-            for site in np.argsort(-badness)[:WORST_SITES]:  # NaN is last
-                if not np.isnan(badness[site]) and badness[site] != 0:
-                    chosen.setdefault(int(site), []).append(why)
-    columns: list[tuple[str, Callable[[int], str]]] = [
-        ("why", lambda site: ", ".join(chosen[site]) or NONE),
-        ("name", lambda site: str(of_site(run, site).get("name", NONE))),
-        ("rank", lambda site: str(of_site(run, site).get("rank", NONE))),
-        ("device", lambda site: str(of_site(run, site).get("device", NONE))),
-        ("examples", lambda site: number(run.examples[site], "{:,.0f}")),
-        ("tokens", lambda site: number(of_site(run, site).get("tokens"), "{:,.0f}")),
-        ("mostly", lambda site: main_label(run, site) or NONE),
-        ("accuracy", lambda site: number(accuracy[site], "{:.4f}")),
-        ("loss", lambda site: number(loss[site], "{:.4f}")),
-        ("seconds", lambda site: number(seconds[site], "{:,.2f}")),
-        ("s per 1,000 examples", lambda site: number(1000 * seconds[site] / run.examples[site], "{:,.2f}")),
-        ("MB", lambda site: number(memory[site], "{:,.0f}")),
-        ("rounds failed", lambda site: str(failed[site] or NONE)),
-    ]
-    filled = [(name, texts) for name, text in columns if set(texts := [text(site) for site in chosen]) - {NONE}]
-    rows = [Row(f"site {site}", [texts[row] for _, texts in filled]) for row, site in enumerate(chosen)]
-    return title, [name for name, _ in filled], rows
-
-
-def of_site(run: Run, site: int) -> dict[str, Any]:
-    """Return the known properties of a site."""
-    return run.sites[site] if site < len(run.sites) else {}
 
 
 def number(value: Any, form: str) -> str:
