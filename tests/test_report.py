@@ -104,6 +104,20 @@ def write_run(
     return str(folder)
 
 
+def evaluate(round_: dict[str, Any]) -> None:
+    """Add what evaluation by site and on held-out examples measures."""
+    sites = [int(site) for site in round_.get("site.loss", range(4))]
+    accuracy = {site: round(round_["validation.accuracy"] - 0.0001 * site, 4) for site in sites}
+    round_ |= {"site.test_accuracy": accuracy, "site.test_examples": {site: 10 + site for site in sites}}
+    if round_["round"]:
+        gain = {site: round(0.0002 * (site - 1), 4) for site in sites}
+        round_ |= {"site.gain": gain, "site.local_accuracy": {site: accuracy[site] - gain[site] for site in sites}}
+    for data, fraction in (("validation", 1.0), ("test", 0.9)):
+        for name in ("accuracy", "macro_f1", "balanced_accuracy"):
+            round_[f"{data}.{name}"] = fraction * round_["validation.accuracy"]
+        round_ |= {f"{data}.loss": round_["validation.loss"], f"{data}.confusion": [[0, 0, 90], [0, 2, 10], [2, 2, 5]]}
+
+
 class Reader(HTMLParser):
     """The tags, links and text of a page."""
 
@@ -193,9 +207,9 @@ def test_each_chart_is_also_a_png(written: list[Path]) -> None:
 def test_a_page_of_a_thousand_sites_is_as_large_as_one_of_a_few(tmp_path: Path) -> None:
     sizes = []
     for num_sites in (50, 1000):
-        runs = read([write_run(tmp_path / str(num_sites), num_sites=num_sites, num_rounds=3)])
+        runs = read([write_run(tmp_path / str(num_sites), num_sites=num_sites, num_rounds=3, change=evaluate)])
         charts = [draw_plot(plot, runs) for plot in (*PLOTS, *label_plots(runs)) if plot.section == "Sites"]
-        assert len(charts) == 6
+        assert len(charts) == 9
         sizes.append(len(page(runs, [chart for chart in charts if chart is not None])))
     assert sizes[1] < 1.5 * sizes[0]
 
@@ -274,7 +288,7 @@ def leave_site_one_behind(round_: dict[str, Any]) -> None:
         ),
         (
             {"change": lambda r: r["round"] > 6 and r.update({"train.loss": np.nan})},
-            r"train\.loss .* 2 of 9 rounds, first in round 7\.$",
+            r"train\.loss .* 2 of 8 rounds, first in round 7\.$",
         ),
         (
             {"change": lambda r: r.update({"validation.loss": np.inf})},
@@ -282,7 +296,7 @@ def leave_site_one_behind(round_: dict[str, Any]) -> None:
         ),
         (
             {"change": lambda r: r["round"] == 8 and r.update({"validation.accuracy": 0.3, "validation.loss": 2.0})},
-            r"best in round 7 .* 0\.3000",
+            r"^Round 7 was the best, with .* It is 0\.3000 after round 8",
         ),
         ({"status": "FAILED"}, r"ended as failed after round 8"),
         ({"status": "RUNNING", "config": {"num_rounds": 9}}, r"was running .* 2026-11-22T05:07:10"),
@@ -295,12 +309,12 @@ def test_a_problem_is_reported(tmp_path: Path, problem: dict[str, Any], sentence
 
 
 def test_numbers_compare_runs_and_the_best_is_bold(tmp_path: Path) -> None:
-    runs = read([write_run(tmp_path / str(rate), rate=rate) for rate in (0.1, 0.9)])
+    runs = read([write_run(tmp_path / str(rate), rate=rate, change=evaluate) for rate in (0.1, 0.9)])
     rows = {row.name: row for row in summary(runs)}
     assert set(rows) == {name for name, *_ in MEASURES}
     accuracy = max(round_["validation.accuracy"] for round_ in runs[1].rounds)
-    assert rows["best validation accuracy"].texts[1] == f"{accuracy:.4f}"
-    assert rows["best validation accuracy"].bold == [False, True]
+    assert rows["best round's validation accuracy"].texts[1] == f"{accuracy:.4f}"
+    assert rows["best round's validation accuracy"].bold == [False, True]
     seconds = sum(round_["time.round_s"] for round_ in runs[0].rounds)
     assert rows["seconds in all"].texts[0] == f"{seconds:.1f}"
     assert rows["MB sent in all"].texts == ["2,998.1", "2,998.1"]
@@ -333,11 +347,13 @@ def test_bands_are_quantiles_of_the_sites_that_did_not_fail(tmp_path: Path) -> N
 
 
 def test_any_metric_may_be_missing(tmp_path: Path) -> None:
-    run = only(write_run(tmp_path / "run"))
+    run = only(write_run(tmp_path / "run", change=evaluate))
+    run = replace(run, info=run.info | {"best": {"round": 8}})
     for name in {name for round_ in run.rounds for name in round_} - {"round"}:
         rounds = [{key: value for key, value in round_.items() if key != name} for round_ in run.rounds]
         assert len(summary([replace(run, rounds=rounds)])) >= len(MEASURES) - 3, name
         assert isinstance(findings(replace(run, rounds=rounds)), list)
+        assert page([replace(run, rounds=rounds)], [])
 
 
 @pytest.mark.parametrize("bare", [{}, {"validation.accuracy": float("nan"), "site.loss": {}}])

@@ -162,21 +162,21 @@ PLOTS = [
     Plot(
         "site-accuracy",
         "Sites",
-        "Accuracy of the sites",
+        "Training accuracy of the sites",
         "If the worst site stays far below the median site, the model does not fit some sites.",
         partial(draw_spread, name="accuracy", y="training accuracy", low_is_worst=True),
     ),
     Plot(
         "site-loss",
         "Sites",
-        "Loss of the sites",
+        "Training loss of the sites",
         "If the worst site moves away from the median site, a site has different data, or diverges.",
         partial(draw_spread, name="loss", y="training loss"),
     ),
     Plot(
         "site-accuracy-sorted",
         "Sites",
-        "Accuracy, site by site",
+        "Training accuracy, site by site",
         "The sites of the last round, by increasing accuracy. A steep start shows a few sites that the model does not "
         "fit.",
         partial(draw_sorted, values=in_last_round("accuracy"), y="training accuracy, last round", sign=1),

@@ -64,7 +64,7 @@ def draw_bytes(axes: "Axes", runs: list[Run]) -> Legend:
 def draw_speed(axes: "Axes", runs: list[Run]) -> Legend:
     """Draw the examples a second of each round."""
     for index, run in enumerate(runs):
-        line(axes, index, run.steps, run.metric("speed.examples_per_s"))
+        curve(axes, index, run, run.steps, "speed.examples_per_s")
     label_axes(axes, "round", "examples a second", from_zero=True)
     return []
 

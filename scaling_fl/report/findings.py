@@ -144,8 +144,8 @@ def federating(run: Run) -> Iterator[str]:
         return
     least, known = int(np.nanargmin(gain)), int((~np.isnan(gain)).sum())
     yield (
-        f"{(gain > 0).sum():,} of {known:,} sites gain test accuracy by federating, {(gain < 0).sum():,} lose; the mean "
-        f"is {np.nanmean(gain):+.3f}. {site_name(run, least, 'Site')} gains least: the global model has "
+        f"{(gain > 0).sum():,} of {known:,} sites gain test accuracy by federating, {(gain < 0).sum():,} lose; the "
+        f"mean is {np.nanmean(gain):+.3f}. {site_name(run, least, 'Site')} gains least: the global model has "
         f"{shared[least]:.3f} on its test examples, its own model {alone[least]:.3f}."
     )
 

@@ -24,6 +24,7 @@ h1{{font-size:26px;line-height:1.2;margin:0 0 12px}}
 h2{{font-size:18px;margin:36px 0 10px}}
 h3{{font-size:15px;margin:0}}
 p,ul{{margin:0 0 10px}}
+.card+p{{margin-top:10px}}
 ul{{padding-left:20px}}
 figcaption p{{color:var(--quiet)}}
 .run{{margin:0 0 6px}}
@@ -61,7 +62,12 @@ tbody th{{white-space:normal;max-width:132px}}
 }}
 """
 
-TABLES: dict[str, Callable[[Run], Table | None]] = {"Learning": confusions, "Sites": sites}  # below a section's charts
+# The sections with charts, and the table of a run below them.
+SECTIONS: dict[str, Callable[[Run], Table | None]] = {
+    "Learning": confusions,
+    "Sites": sites,
+    "Time and bytes": lambda run: None,
+}
 
 
 def page(runs: list[Run], charts: Sequence[Chart]) -> str:
@@ -88,17 +94,13 @@ def page(runs: list[Run], charts: Sequence[Chart]) -> str:
             "<h2>Settings that differ</h2>",
             table(runs, rows) if rows else "<p>The runs have the same settings.</p>",
         ]
-    for section in dict.fromkeys(chart.section for chart in charts):
+    for section, make_table in SECTIONS.items():
         figures = [figure(chart) for chart in charts if chart.section == section]
-        parts += [
-            f"<h2>{escape(section)}</h2>",
-            legend_list(run_legend(runs)),
-            '<div class="charts">',
-            *figures,
-            "</div>",
-        ]
-        tables = [TABLES[section](run) for run in runs] if section in TABLES else []
-        parts += [folded(each, is_open=len(runs) == 1) for each in tables if each is not None]
+        tables = [folded(each, is_open=len(runs) == 1) for each in map(make_table, runs) if each is not None]
+        if figures:
+            figures = [legend_list(run_legend(runs)), '<div class="charts">', *figures, "</div>"]
+        if figures or tables:
+            parts += [f"<h2>{escape(section)}</h2>", *figures, *tables]
     parts += ["<h2>Metrics</h2>", "<details><summary>All metrics after the last round</summary>"]
     parts += [table(runs, metrics(runs), beside=("unit", "meaning")), "</details>"]
     parts += ["<h2>Machine</h2>", table(runs, by_key([machine(run) for run in runs]), merge=True)]
@@ -224,7 +226,7 @@ def line(row: Row, merge: bool = False) -> str:
         cells = f'<td colspan="{len(texts)}">{texts[0]}</td>'
     elif row.shades:
         cells = "".join(
-            f'<td style="--shade:{100 * shade:.0f}%">{text}</td>' for text, shade in zip(texts, row.shades, strict=True)
+            f'<td style="--shade:{50 * shade:.0f}%">{text}</td>' for text, shade in zip(texts, row.shades, strict=True)
         )
     else:
         cells = "".join(f"<td>{text}</td>" for text in texts)
