@@ -144,7 +144,15 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     evil = {"job_name": EVIL, "strategy": EVIL, EVIL: EVIL, "learning_rate": 3e-4}
     runs = [
         write_run(folder / "1", num_rounds=4),
-        write_run(folder / "2", num_rounds=4, rate=0.9, config=evil, labels=[EVIL, "日本語", "c"], status=EVIL),
+        write_run(
+            folder / "2",
+            num_rounds=4,
+            rate=0.9,
+            config=evil,
+            labels=[EVIL, "日本語", "c"],
+            status=EVIL,
+            change=evaluate,
+        ),
         write_run(folder / "3", num_rounds=4, num_sites=300, straggler=5, config={"job_name": "x" * 200}),
     ]
     info = json.loads((folder / "2" / "info.json").read_text())
@@ -195,6 +203,7 @@ def test_each_chart_is_also_a_png(written: list[Path]) -> None:
     charts = written[1:]
     assert {path.name.removeprefix("sweep-").removesuffix(".png") for path in charts} == {
         *("accuracy", "loss", "accuracy-by-time", "accuracy-by-bytes", "site-accuracy", "site-loss", "site-seconds"),
+        *("site-test-accuracy", "site-test-accuracy-sorted", "site-gain-sorted"),
         *("site-accuracy-sorted", "site-seconds-sorted", "labels-1", "labels-2", "labels-3", "time", "bytes", "speed"),
     }
     assert sorted(written) == sorted(written[0].parent.iterdir())
