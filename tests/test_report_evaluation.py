@@ -1,5 +1,6 @@
 """The report of evaluation: rounds without it, the best round, confusions, and what each site gains."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_report import EVIL, Reader, evaluate, only, write_run
 from scaling_fl.report.charts import PLOTS
 from scaling_fl.report.confusions import confusions
 from scaling_fl.report.findings import findings
-from scaling_fl.report.page import page
+from scaling_fl.report.page import folded, page
 from scaling_fl.report.runs import Run
 from scaling_fl.report.sites import sites
 from scaling_fl.report.tables import summary
@@ -142,6 +143,11 @@ def test_a_confusion_matrix_has_the_labels_by_name_and_adds_up(run: Run) -> None
     ]
     assert [list(row.bold).index(True) for row in table.rows] == [0, 1, 2]
     assert list(table.rows[0].shades) == [0.9, 0, 0.1, 0, 0]
+    assert re.findall(r'style="--shade:(\d+)%">(?:<b>)?([\d–]+)', folded(table, is_open=True))[:3] == [
+        ("45", "90"),
+        ("0", "–"),
+        ("5", "10"),
+    ]
 
 
 def test_confusions_of_the_last_evaluated_round_are_shown_and_those_in_test_first(run: Run, sparse: Run) -> None:
@@ -215,7 +221,16 @@ def test_of_a_thousand_sites_the_worst_off_are_listed(tmp_path: Path) -> None:
     why = {row.name: row.texts[list(table.columns).index("why")] for row in table.rows}
     assert why["site 700"].startswith("least gain")
     assert "least accurate" in why["site 500"].split(", "), "none of its examples is right"
-    assert len(why) <= 25
+    assert len(why) <= 20
+    assert not any("failed" in reasons for reasons in why.values())
+
+
+@pytest.mark.parametrize(("least", "lines"), [(-0.1, 1), (0.1, 0)])
+def test_the_chart_of_gains_has_a_line_at_zero_if_a_site_loses(run: Run, least: float, lines: int) -> None:
+    (plot,) = [plot for plot in PLOTS if plot.name == "site-gain-sorted"]
+    axes = Figure().add_subplot()
+    plot.draw(axes, [replace(run, rounds=[run.rounds[-1] | {"site.gain": {"0": least, "1": 0.2}}])])
+    assert sum(list(line.get_ydata()) == [0, 0] for line in axes.lines) == lines
 
 
 def test_the_report_says_how_many_sites_gain_and_which_gains_least(run: Run) -> None:
