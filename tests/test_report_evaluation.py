@@ -93,10 +93,11 @@ def test_a_run_without_evaluation_has_a_page_and_no_word_of_it(run: Run) -> None
     assert [words for _, _, words in accuracy.draw(Figure().add_subplot(), [bare]) or []] == ["training"]
 
 
-@pytest.mark.parametrize("best", [None, {}, {"round": 99}, {"round": None}, 3, {"round": [3]}])
+@pytest.mark.parametrize("best", [None, {}, {"round": 99}, {"round": None, "metric": None}, 3, {"round": [3]}])
 def test_the_best_round_is_the_most_accurate_if_the_record_names_none(run: Run, best: Any) -> None:
     accuracy = run.metric("validation.accuracy")
     assert best_is(run, best).best_round == accuracy.argmax()
+    assert f"best round {accuracy.argmax()}: validation accuracy" in text_of(best_is(run, best))
 
 
 def test_the_best_round_is_that_of_the_record(run: Run) -> None:

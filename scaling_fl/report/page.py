@@ -132,7 +132,8 @@ def best_round(run: Run) -> str:
     peak, recorded = run.best_round, run.info.get("best")
     if peak is None:
         return ""
-    by = f" by {recorded['metric']}" if isinstance(recorded, dict) and "metric" in recorded else ""
+    is_recorded = isinstance(recorded, dict) and recorded.get("round") == run.steps[peak]
+    by = f" by {run.info['best'].get('metric', 'the record')}" if is_recorded else ""
     scores = {data: run.metric(f"{data}.accuracy")[peak] for data in ("validation", "test")}
     texts = [f"{data} accuracy {score:.4f}" for data, score in scores.items() if not math.isnan(score)]
     return f"best round {run.steps[peak]:.0f}{by}{': ' * bool(texts)}{', '.join(texts)}"
