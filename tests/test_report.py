@@ -157,7 +157,7 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
     info = json.loads((folder / "2" / "info.json").read_text())
     info["sites"][0]["device"] = info["machine"][EVIL] = EVIL
-    info["meanings"] = {"validation.loss": {"unit": "nats", "meaning": f"mean {EVIL}"}, "train.loss": EVIL}
+    info["meanings"] = {"validation.loss": {"unit": "nats", "meaning": f"[mean](a.md) {EVIL}"}, "train.loss": EVIL}
     (folder / "2" / "info.json").write_text(json.dumps(info))
     return runs
 

@@ -1,6 +1,7 @@
-"""The tables of a report: results, settings, machines and notable sites."""
+"""The tables of a report: results, settings, metrics and machines."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,7 @@ def metrics(runs: list[Run]) -> list[Row]:
                     [
                         *(number(value, "{:,.6g}") for value in values),
                         str(of.get("unit", "")),
-                        str(of.get("meaning", "")),
+                        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", str(of.get("meaning", ""))),  # a link of the pages
                     ],
                 )
             )
