@@ -106,8 +106,8 @@ def summarise(history: History, choice: Choice, judged_on: str) -> list[str]:
         lines.append(f"best      {_describe_scores(history[best])}, {how}")
     if is_over(history, choice):
         lines.append(
-            f"stopped   after round {len(history) - 1}, as early_stopping_rounds={choice.patience}: continuing needs "
-            "another value"
+            f"stopped   after round {len(history) - 1}: {choice.metric} was best in round {best}, and "
+            f"early_stopping_rounds={choice.patience}. More rounds need another value"
         )
     failed = sum(metrics.get("sites.failed", 0) for metrics in history)
     seconds, sent = (sum(metrics[name] for metrics in history) for name in ("time.round_s", "comm.bytes"))
