@@ -24,7 +24,7 @@ RUN_LOCAL = (ROOT / "run-local.sh").read_text()
 LIBRARY = "\n".join(path.read_text() for folder in ("scaling_fl", "scripts") for path in (ROOT / folder).rglob("*.py"))
 
 # The image must contain neither the password nor the user's name and machine.
-SECRET = re.compile(r"SACRED|PASSWORD|TOKEN|AWS|GOOGLE|SECRET|CREDENTIAL")
+SECRET = re.compile(r"SACRED|PASSWORD|TOKEN|API_KEY|AWS|GOOGLE|SECRET|CREDENTIAL")
 COMPOSE = next((command for command in (["docker", "compose"], ["docker-compose"]) if shutil.which(command[0])), None)
 if COMPOSE and subprocess.run([*COMPOSE, "version"], capture_output=True).returncode != 0:
     COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else None

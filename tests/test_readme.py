@@ -24,7 +24,7 @@ def commands_of(page: str) -> list[str]:
 
 
 # Those of distributed.md, elastic.md, networks.md and clusters.md are in test_deploy.py.
-NAMES = ("install", "running", "settings", "tasks", "models", "resuming", "reports", "speed")
+NAMES = ("install", "running", "settings", "tasks", "models", "resuming", "reports", "trackers", "speed")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 IN_OTHER_TESTS = "benchmarks/cohorts|torch.distributed.run|dashboard|pip install"  # below, and in other files
@@ -53,6 +53,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "scaling-fl": ({}, f"{SMALL} num_rounds=1"),
     "dirichlet_alpha": ({"num_rounds=5": "num_rounds=1"}, SMALL),
     "keep_checkpoints": ({"checkpoints/my-job": "{tmp}/checkpoints", "num_rounds=10": "num_rounds=1"}, SMALL),
+    "trackers=": ({}, SMALL),
     "split_data.py": ({"/path/to": "{tmp}"}, ""),
     "print_config": ({}, ""),
     " plan with": ({}, ""),

@@ -33,6 +33,7 @@ from scaling_fl.experiment.settings import (
     find_problems,
     quote_text,
 )
+from scaling_fl.experiment.trackers import tracked
 from scaling_fl.records import observers
 from scaling_fl.records.rounds import ROUNDS, Record
 
@@ -104,10 +105,16 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
         with signals.interruptible():
-            return on_ranks(Settings(**_config), lambda settings: train_on_rank(settings, make_record(_run)))
+            return on_ranks(Settings(**_config), lambda settings: train_on_record(settings, make_record(_run)))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
+
+
+def train_on_record(settings: Settings, record: Record) -> float:
+    """Train as one of the ranks of a run, which the trackers that the settings name follow."""
+    with tracked(settings, record) as tracked_record:
+        return train_on_rank(settings, tracked_record)
 
 
 def make_record(run: Run) -> Record:

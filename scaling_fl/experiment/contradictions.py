@@ -3,6 +3,7 @@
 from scaling_fl.data.tasks import name_labels
 from scaling_fl.experiment.parameters import check_parameters
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings, describe_value, find_problems
+from scaling_fl.experiment.trackers import check_trackers
 
 
 def find_contradictions(settings: Settings) -> list[str]:
@@ -15,6 +16,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: check_parameters(vars(settings)),
+            lambda: check_trackers(settings.trackers, with_sites=settings.track_sites),
         ]
     )
 

@@ -70,7 +70,10 @@ LABELS = Kind(
     lambda value: _is_list(value, 2, lambda item: type(item) in (str, int, float)),
     "a list of two or more labels such as ['no','yes']",
 )
-
+TRACKERS = Kind(
+    lambda value: _is_list(value, 0, TEXT.accepts) and len(set(value)) == len(value),
+    "a list of different names of trackers such as ['tensorboard']",
+)
 SIZES = Kind(
     lambda value: value in ("linear", "exponential") or _is_list(value, 1, number(above=0).accepts),
     "linear, exponential, or a list with a number > 0 for each site, such as [3,1,1]",

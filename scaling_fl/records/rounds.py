@@ -175,6 +175,7 @@ class Record:
         add_info: keeps facts about the run.
         check: raises a WriteError if something of the record could not be written.
         places: where the record is, in words without credentials.
+        log_round: keeps all metrics of a round, and raises no error.
         goes_on: is given the metrics of each new round and tells whether another one may follow; asked on rank 0.
     """
 
@@ -183,10 +184,11 @@ class Record:
     add_info: Callable[[Mapping[str, Any]], object] = lambda info: None
     check: Callable[[], object] = lambda: None
     places: tuple[str, ...] = ()
+    log_round: Callable[[int, Metrics], object] = lambda round_, metrics: None
     goes_on: Callable[[Metrics], bool] = lambda metrics: True
 
     def add_round(self, round_: int, metrics: Metrics) -> None:
-        """Keep a round's metrics: those of the whole by `log_scalar`, all of them in a line of `rounds.jsonl`.
+        """Keep a round's metrics: those of the whole by `log_scalar`, all by `log_round` and in `rounds.jsonl`.
 
         Raises:
             WriteError: a disk cannot be written to.
@@ -197,6 +199,7 @@ class Record:
         if self.folder is not None:
             _append_line(os.path.join(self.folder, ROUNDS), {"round": round_, **metrics})
         self.check()
+        self.log_round(round_, metrics)
 
 
 def _append_line(path: str, values: Mapping[str, Any]) -> None:
