@@ -130,8 +130,8 @@ class Settings:
     checkpoints_dir: str | None = setting(None, optional(TEXT), "where each round leaves a checkpoint, and from where a run resumes: a folder or any fsspec URL. See [Resuming](resuming.md)", may_change=True)
     keep_checkpoints: int | None = setting(None, optional(whole_number(1)), "how many of the last checkpoints to keep; None: all", may_change=True)
     report: bool = setting(True, FLAG, "write `report.html` at the end of the run", may_change=True)
-    trackers: list | None = setting(None, optional(TRACKERS), "what else records the run, as in `['tensorboard','mlflow']`. None: nothing. See [Trackers](trackers.md)", may_change=True)
-    track_sites: bool = setting(False, FLAG, "trackers get the metrics of single sites, and the settings that name sites, too", may_change=True)
+    trackers: list | None = setting(None, optional(TRACKERS), "what else gets the settings and rounds; see [Trackers](trackers.md)", may_change=True)
+    track_sites: bool = setting(False, FLAG, "trackers get what is about single sites, too", may_change=True)
     author: str = setting(lambda: os.environ.get("USER") or "unknown", NAME, "written into the record", may_change=True)
     # fmt: on
 
