@@ -183,6 +183,15 @@ def test_evaluation_changes_no_bit_of_the_weights(command: Command, tmp_path: Pa
     assert len(own["site.gain"]) == 4
 
 
+def test_validation_examples_alone_leave_the_common_test_set_for_the_test(command: Command, tmp_path: Path) -> None:
+    output = succeed(command(validation_fraction=0.2, num_rounds=0))
+    (line,) = rounds_of(tmp_path / "runs" / "1")
+    assert sum(count for _, _, count in line["test.confusion"]) == 31
+    assert sum(count for _, _, count in line["validation.confusion"]) == 13, "of sites with 15 or 16 examples"
+    assert not [name for name in line if name.startswith("site")], "no site has test examples"
+    assert re.search(r"best .*, after round 0, by validation.loss on the sites' validation examples\n", output)
+
+
 def test_local_evaluation_is_that_of_the_sites_own_model(command: Command, tmp_path: Path) -> None:
     """A federation of one site has the model of its site as its global model."""
     succeed(command(num_sites=1, site_test_fraction=0.4, evaluate_local=True, central_evaluation=False))
