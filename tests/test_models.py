@@ -151,7 +151,7 @@ def test_a_missing_model_is_refused(model: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = refusal(lambda: load_pretrained(model, 8))
     assert sentence.startswith(
-        "model: expected a nickname (minilm, albert, bert, distilbert), a folder with a Hugging Face model, or a hub "
+        "model: expected a nickname (minilm, albert, bert, distilbert, bert-tiny), a folder with a Hugging Face model, or a hub "
         f"id that can be reached, got {model!r} ("
     )
 

@@ -48,6 +48,7 @@ MODELS: dict[str, Nickname] = {
     "albert": Nickname(lambda: "albert-base-v1"),
     "bert": Nickname(lambda: "bert-base-cased"),
     "distilbert": Nickname(lambda: "distilbert-base-cased"),
+    "bert-tiny": Nickname(lambda: "prajjwal1/bert-tiny"),
 }
 
 # Families of old files without a model_type in config.json, but with the family's name as a prefix of the weights.

@@ -1,0 +1,66 @@
+"""Make a folder with a tiny model and tiny data, with which every recipe runs offline: TOY=FOLDER recipes/...sh."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForPreTraining
+
+WORDS = {
+    "imdb": ("terrible boring awful", "wonderful moving great"),
+    "agnews": ("election minister war", "match goal team", "market profit shares", "software chip network"),
+}
+COMMON = "the a of and in on was it with this new old film game report day".split()  # noqa: SIM905
+CONFIG = {
+    **{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu", "initializer_range": 0.02},
+    **{"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
+NUM_ROWS = {"train": 320, "test": 240}  # enough for two sites with 100 of each
+
+
+def make_model(folder: Path) -> None:
+    """Write a random BERT as old repositories of the hub have it: no model_type, and vocab.txt as its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [word for texts in WORDS.values() for text in texts for word in text.split()]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *COMMON]
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(vocabulary)}))
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(**CONFIG | {"vocab_size": len(vocabulary)}))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def make_texts(words: Sequence[str], count: int, random: np.random.Generator) -> Iterator[tuple[int, str]]:
+    """Yield numbers of labels, in turn, and texts that have words of their label among common ones."""
+    for row in range(count):
+        label = row % len(words)
+        text = [*random.choice(words[label].split(), 3), *random.choice(COMMON, random.integers(3, 12))]
+        yield label, " ".join(random.permutation(text)).capitalize()
+
+
+def make_data(folder: Path) -> None:
+    """Write the training and test files of IMDB (text,label) and of AG News (class, title, description)."""
+    random = np.random.default_rng(0)
+    for split, count in NUM_ROWS.items():
+        for task, words in WORDS.items():
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            texts = make_texts(words, count, random)
+            with open(folder / task / f"{split}.csv", "w", newline="") as file:
+                write = csv.writer(file, lineterminator="\n").writerow
+                if task == "imdb":
+                    write(["text", "label"])
+                for label, text in texts:
+                    write([text, label] if task == "imdb" else [label + 1, "A title", text])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} FOLDER, such as data/toy")
+    make_model(Path(sys.argv[1], "model"))
+    make_data(Path(sys.argv[1]))
+    print(f"{sys.argv[1]}: a model and data. Type: TOY={sys.argv[1]} recipes/flower_quickstart.sh")
