@@ -1,12 +1,13 @@
 """A pretrained model and its tokenizer fit each other, or an error names the mismatch."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bert, refusal
+from conftest import ROOT, make_bert, refusal
 from tiny_models import SIZES, edit, put_model, put_tokenizer
 from transformers import (
     AutoModel,
@@ -22,6 +23,7 @@ from transformers import (
     XLNetConfig,
 )
 
+from scaling_fl.models.classifier import make_classifier
 from scaling_fl.models.loading import MODELS, model_defaults
 from scaling_fl.models.pretrained import load_pretrained
 
@@ -130,6 +132,28 @@ def test_the_names_of_weights_are_read_from_torch_files(copy: Path) -> None:
     assert load_pretrained(str(copy), 8).config.model_type == "bert"
 
 
+def test_bert_tiny_is_an_old_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a model_type, and with a list of words as its only tokenizer."""
+    repository = tmp_path / "models--prajjwal1--bert-tiny"
+    snapshot = repository / "snapshots" / "a-commit"
+    runpy.run_path(str(ROOT / "recipes" / "make_toy.py"))["make_model"](snapshot)
+    assert {file.name for file in snapshot.iterdir()} == {"config.json", "vocab.txt", "pytorch_model.bin"}
+    assert "model_type" not in json.loads((snapshot / "config.json").read_text())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a-commit")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    pretrained = load_pretrained("bert-tiny", 512)
+    assert pretrained.config.model_type == "bert"
+    tokens = pretrained.tokenizer.convert_ids_to_tokens(pretrained.tokenizer("A Great match").input_ids)
+    assert tokens == ["[CLS]", "a", "great", "match", "[SEP]"]
+    classifier = make_classifier(pretrained, ["neg", "pos"], seed=0, rows=None)
+    assert classifier.new == ["classifier.bias", "classifier.weight"]
+    weights = torch.load(snapshot / "pytorch_model.bin", weights_only=True)
+    assert all(
+        torch.equal(weights[name], weight) for name, weight in classifier.model.bert.state_dict(prefix="bert.").items()
+    )
+
+
 def test_a_model_of_an_unknown_family_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text('{"hidden_size": 32}')
     (copy / "model.safetensors").unlink()
@@ -151,7 +175,7 @@ def test_a_missing_model_is_refused(model: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sentence = refusal(lambda: load_pretrained(model, 8))
     assert sentence.startswith(
-        "model: expected a nickname (minilm, albert, bert, distilbert, bert-tiny), a folder with a Hugging Face model, or a hub "
+        f"model: expected a nickname ({', '.join(MODELS)}), a folder with a Hugging Face model, or a hub "
         f"id that can be reached, got {model!r} ("
     )
 

@@ -1,0 +1,252 @@
+"""The scripts of recipes/, run as a user runs them, offline with what recipes/make_toy.py makes."""
+
+import math
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, fork_script, weights_hash
+from test_readme import commands_of
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from scaling_fl import Run, Settings
+from scaling_fl.command.arguments import read_file
+from scaling_fl.data.tasks import TASKS
+from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.settings import check
+
+RECIPES = ROOT / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+COLUMNS = TASKS["agnews"].columns
+MAY_WRITE = {"runs", "data", "checkpoints"}
+# In place of run-local.sh: passes its words and its environment to the test, which starts the program in a fork.
+STAND_IN = """#!/usr/bin/env bash
+call=$(mktemp -d "$CALLS/XXXXXX")
+printf '%s\\0' "$@" >"$call/words"
+env -0 >"$call/environment"
+touch "$call/asks"
+until [[ -e $call/status ]]; do sleep 0.02; done
+cat "$call/output"
+exit "$(<"$call/status")"
+"""
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    make = runpy.run_path(str(RECIPES / "make_toy.py"))
+    make["make_model"](folder / "model")
+    make["make_data"](folder)
+    return folder
+
+
+class Project:
+    """A folder with the recipes, without anything of git or of other runs."""
+
+    def __init__(self, folder: Path, toy: Path) -> None:
+        self.folder, self.calls = folder / "project", folder / "calls"
+        shutil.copytree(RECIPES, self.folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(toy, self.folder / "data" / "toy")
+        shutil.copytree(ROOT / "scripts", self.folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        self.calls.mkdir()
+        (self.folder / "run-local.sh").write_text(STAND_IN)
+        (self.folder / "run-local.sh").chmod(0o755)
+        self.before = self.files()
+
+    def files(self) -> dict[Path, bytes]:
+        return {path.relative_to(self.folder): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+    def run(self, recipe: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+        """Return the exit status of a recipe, and the output of each program that it started, in their order."""
+        script = str(self.folder / "recipes" / f"{recipe}.sh")
+        return self.start([script, *arguments], cwd="/", TOY="data/toy", **environment)
+
+    def start(self, words: list[str], cwd: Path | str, **environment: str) -> tuple[int, list[str]]:
+        env = {**os.environ, "CALLS": str(self.calls), **environment}
+        script = subprocess.Popen(words, cwd=cwd, env=env)
+        pids: dict[int, Path] = {}
+        outputs = []
+        while script.poll() is None or pids:
+            for call in {path.parent for path in self.calls.glob("*/asks")}:
+                (call / "asks").unlink()
+                pids[self.fork(call)] = call
+                outputs.append(call / "output")
+            for pid in list(pids):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    (pids.pop(pid) / "status").write_text(str(os.waitstatus_to_exitcode(status)))
+            time.sleep(0.01)
+        return script.returncode, [output.read_text() for output in outputs]
+
+    def fork(self, call: Path) -> int:
+        """Start what the stand-in was asked to start, where run-local.sh does. Returns its process id."""
+        program, *arguments = (call / "words").read_text().split("\0")[:-1]
+        variables = (call / "environment").read_text().split("\0")[:-1]
+        environment = dict(variable.split("=", 1) for variable in variables)
+        return fork_script(Path(program), arguments, call / "output", self.folder, environment)
+
+    def load(self, number: int = 1) -> Run:
+        return Run.load(self.folder / "runs" / str(number))
+
+
+@pytest.fixture
+def project(tmp_path: Path, toy: Path) -> Project:
+    return Project(tmp_path, toy)
+
+
+@pytest.fixture
+def network() -> dict[str, str]:
+    """The environment of ranks that meet on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_PORT": str(free.getsockname()[1])}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_settings_of_a_recipe_fit_each_other(name: str) -> None:
+    values = read_file(str(RECIPES / f"{name}.yaml"))
+    check(values)
+    assert find_contradictions(Settings(**values)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_with_what_follows_it_and_leaves_a_model(
+    name: str, project: Project, network: dict[str, str]
+) -> None:
+    status, outputs = project.run(name, "num_rounds=1", "learning_rate=0.0123", "report=False", **network)
+    assert status == 0, outputs
+    run = project.load()
+    given = {"num_rounds": 1, "learning_rate": 0.0123, "model": "data/toy/model"}
+    recipe = read_file(str(RECIPES / f"{name}.yaml"))
+    values = {key: value for key, value in recipe.items() if key not in ("train_path", "test_path")} | given
+    assert {key: getattr(run.settings, key) for key in values} == values
+    assert len(run.history) == 2
+
+    after = project.files()
+    assert {path.parts[0] for path in after.keys() - project.before} <= MAY_WRITE
+    assert {path: after[path] for path in project.before} == project.before
+
+    config = AutoConfig.from_pretrained(f"{run.folder}/model")
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.load_state_dict(torch.load(f"{run.folder}/final_model.pt", weights_only=True), strict=True)
+    assert all(map(torch.equal, model.state_dict().values(), run.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_fails_as_its_program_does(name: str, project: Project, network: dict[str, str]) -> None:
+    status, outputs = project.run(name, "num_rounds=-1", **network)
+    assert status == 1
+    assert outputs[-1].startswith("error: num_rounds: expected")
+    assert project.files() == project.before
+
+
+def test_flowers_figures_are_printed_beside_those_of_the_run(project: Project) -> None:
+    status, outputs = project.run("flower_quickstart", "report=False")
+    assert status == 0, outputs
+    run = project.load()
+    rows = dict(re.findall(r"^(\S.*?)  +(\S.*)$", outputs[-1], re.MULTILINE))
+    table = {name: tuple(map(float, values.split())) for name, values in rows.items()}
+    size = sum(weight.numel() for weight in run.model.parameters()) * 4 / 2**20
+    assert table["size of the model, MiB"] == (16.74, pytest.approx(size, abs=0.005))
+    assert table["seconds, all rounds"][0] == 151.02
+    for round_, accuracy in enumerate((0.5024, 0.5176, 0.5042), 1):
+        metrics = run.history[round_]
+        assert table[f"validation accuracy, round {round_}"] == (
+            accuracy,
+            pytest.approx(metrics["validation.accuracy"], abs=5e-5),
+        )
+        mean = table[f"validation loss, round {round_}"]
+        assert mean[1] == pytest.approx(metrics["validation.loss"], abs=5e-5)
+        for wrong, right in zip(table[f"the same as Flower prints it, round {round_}"], mean, strict=True):
+            assert right / wrong == pytest.approx(31.25, rel=3e-3)
+        assert metrics["sites.cohort"] == 5
+        assert len(metrics["site.test_examples"]) == 10
+        assert sum(metrics["site.test_examples"].values()) == pytest.approx(320 * 0.2, abs=10)
+
+
+def test_the_commands_of_the_page_work(project: Project) -> None:
+    make, train = commands_of("docs/coming_from.md")
+    shutil.rmtree(project.folder / "data")
+    for command in (make, f"{train} report=False"):
+        status, outputs = project.start(["bash", "-c", command], cwd=project.folder)
+        assert status == 0, outputs
+    assert project.files().keys() >= project.before.keys()
+    run = project.load()
+    assert len(run.history) == 6
+    assert run.history[-1]["sites.cohort"] == 2
+
+
+def test_flowers_losses_are_too_small_by_the_examples_of_a_batch() -> None:
+    examples = 25_000 // 10 // 5  # of IMDB, of a site, of its test part
+    module = runpy.run_path(str(RECIPES / "flower_quickstart.py"))
+    assert module["TO_MEAN"] == examples / math.ceil(examples / 32)
+
+
+def test_the_blogs_sites_are_processes_with_examples_of_their_own(project: Project, network: dict[str, str]) -> None:
+    status, (installs, *ranks) = project.run("huggingface_blog", "report=False", **network)
+    assert status == 0, ranks
+    assert installs == ""
+    assert sorted("round |" in output for output in ranks) == [False, True]
+    last = project.load().history[-1]
+    assert last["site.examples"] == last["site.test_examples"] == {0: 100, 1: 100}
+    assert last["site.rank"] == {0: 0, 1: 1}
+
+    one_process = {"WORLD_SIZE": "1", "RANK": "0", **network}
+    status, outputs = project.run("huggingface_blog", "report=False", "site_ids=[0,0]", **one_process)
+    assert status == 0, outputs
+    assert len(outputs) == 1
+    assert weights_hash(outputs[0]) == project.load(1).sha256
+
+
+def test_the_papers_job_continues_under_its_name(project: Project) -> None:
+    for rounds in (1, 2):
+        status, outputs = project.run("scaling_fl", f"num_rounds={rounds}", "report=False", JOB_NAME="20261126_0900")
+        assert status == 0, outputs
+    assert {path.name for path in (project.folder / "checkpoints" / "20261126_0900").iterdir()} == {
+        "round-1.pt",
+        "round-2.pt",
+    }
+    assert project.load(2).settings.job_name == "20261126_0900"
+    assert "time.setup_s" in project.load(2).history[2], "it started after round 1"
+
+
+def test_ag_news_can_be_read_by_http(toy: Path) -> None:
+    folder = toy / "agnews"
+    serve = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            found = TASKS["agnews"].read(f"http://127.0.0.1:{server.server_port}/train.csv", "train", COLUMNS)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert found[:] == TASKS["agnews"].read(str(folder / "train.csv"), "train", COLUMNS)[:]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
+def test_shellcheck_reports_nothing() -> None:
+    subprocess.run(["shellcheck", *RECIPES.glob("*.sh")], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_by_run_local(name: str, toy: Path, tmp_path: Path, network: dict[str, str]) -> None:
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("run-local.sh makes another virtual environment: the tests were not started by it")
+    place = {"TOY": str(toy), "SACRED_RUNS_DIR": str(tmp_path / "runs"), "RUNTIME": "venv", **network}
+    command = [RECIPES / f"{name}.sh", "num_rounds=1", f"checkpoints_dir={tmp_path}/checkpoints"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **place}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Run.load(tmp_path / "runs" / "1").status == "COMPLETED"
