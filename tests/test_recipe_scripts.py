@@ -124,10 +124,11 @@ def test_the_settings_of_a_recipe_fit_each_other(name: str) -> None:
 def test_a_recipe_trains_with_what_follows_it_and_leaves_a_model(
     name: str, project: Project, network: dict[str, str]
 ) -> None:
-    status, outputs = project.run(name, "num_rounds=1", "learning_rate=0.0123", "report=False", **network)
+    given = {"num_rounds": 1, "learning_rate": 0.0123, "report": False, "model": "./data/toy/model"}
+    given |= {"checkpoints_dir": "checkpoints/mine"}
+    status, outputs = project.run(name, *(f"{key}={value}" for key, value in given.items()), **network)
     assert status == 0, outputs
     run = project.load()
-    given = {"num_rounds": 1, "learning_rate": 0.0123, "model": "data/toy/model"}
     recipe = read_file(str(RECIPES / f"{name}.yaml"))
     values = {key: value for key, value in recipe.items() if key not in ("train_path", "test_path")} | given
     assert {key: getattr(run.settings, key) for key in values} == values
