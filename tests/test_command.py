@@ -10,6 +10,7 @@ from conftest import ROOT, SCRIPT, fork_script, wait_for_exit
 from test_report import write_run
 
 from scaling_fl.command import __main__ as command
+from scaling_fl.command.arguments import insert_files
 from scaling_fl.command.experiment import experiment
 
 HEAVY = {"torch", "datasets", "sacred", "transformers", "pymongo"}
@@ -27,6 +28,22 @@ def run_cold(*arguments: str) -> tuple[str, set[str]]:
 def run(script: Path, folder: Path, *arguments: str) -> tuple[int, str]:
     pid = fork_script(script, arguments, folder / "output.txt", folder, {})
     return wait_for_exit(pid), (folder / "output.txt").read_text()
+
+
+def test_a_setting_by_name_replaces_that_of_files_and_a_later_file_that_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("seed: 1\nmodel: bert\nlearning_rate: 1.0e-3")
+    Path("b.json").write_text('{"seed": 2, "model": "albert"}')
+    for words in (["a.yaml", "b.json", "seed=3"], ["seed=3", "a.yaml", "b.json"], ["a.yaml", "seed=3", "b.json"]):
+        settings = insert_files(["scaling-fl", "with", *words])[2:]
+        assert dict(word.split("=") for word in settings) == {
+            "seed": "3",
+            "model": "'albert'",
+            "learning_rate": "0.001",
+        }
+        assert settings[-1] == "seed=3", "Sacred takes the last"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["plan", "--help"], ["help", "plan"], ["-u", "-h"]])

@@ -81,8 +81,8 @@ In a clone, ./run-local.sh scripts/train_federated.py is the same command.
 
 {subcommands}
 
-After `with`: settings as name=value, or files of settings in JSON or YAML; what comes later counts. print_config lists
-all settings. -u leaves no record of the run, -c TEXT adds a comment to it; sacred.readthedocs.io explains more options.
+After `with`: files of settings in JSON or YAML, and settings as name=value, which replace those of files. print_config
+lists all settings. -u leaves no record of the run, -c TEXT adds a comment to it; more options: sacred.readthedocs.io.
 RANKS=2 in the environment trains on two processes, RANKS=auto on one per core.
 """
 
