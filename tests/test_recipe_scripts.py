@@ -13,12 +13,13 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, fork_script, weights_hash
 from test_readme import commands_of
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from scaling_fl import Run, Settings
 from scaling_fl.command.arguments import read_file
@@ -187,6 +188,15 @@ def test_the_commands_of_the_page_work(project: Project) -> None:
     run = project.load()
     assert len(run.history) == 6
     assert run.history[-1]["sites.cohort"] == 2
+
+
+def test_flowers_mb_are_mib() -> None:
+    """Its figure is that of bert-tiny's shape, and of what NumPy writes before each of 41 arrays."""
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    model = BertForSequenceClassification(BertConfig(vocab_size=30_522, **shape))
+    compare = runpy.run_path(str(RECIPES / "flower_quickstart.py"))["compare"]
+    _, theirs, ours = next(compare(SimpleNamespace(model=model, history=[])))
+    assert float(theirs) == pytest.approx(float(ours) + len(model.state_dict()) * 128 / 2**20, abs=0.005)
 
 
 def test_flowers_losses_are_too_small_by_the_examples_of_a_batch() -> None:
