@@ -16,7 +16,7 @@ WORDS = {
 }
 COMMON = "the a of and in on was it with this new old film game report day".split()  # noqa: SIM905
 CONFIG = {
-    **{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
     **{"max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu", "initializer_range": 0.02},
     **{"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
 }
@@ -29,9 +29,10 @@ def make_model(folder: Path) -> None:
     words = [word for texts in WORDS.values() for text in texts for word in text.split()]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *COMMON]
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(vocabulary)}))
+    config = CONFIG | {"vocab_size": len(vocabulary)}
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = BertForPreTraining(BertConfig(**CONFIG | {"vocab_size": len(vocabulary)}))
+    model = BertForPreTraining(BertConfig(**config))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
