@@ -52,14 +52,16 @@ def main_label(run: Run, site: int) -> str | None:
 
 
 def ending(run: Run) -> Iterator[str]:
-    """Report a run that did not complete."""
-    now = status(run)
+    """Report a run that did not complete, or has fewer rounds than planned."""
+    now, planned, patience = status(run), run.config.get("num_rounds"), run.config.get("early_stopping_rounds")
     if now == "running":
         yield f"The run was running when this page was made, with a heartbeat at {run.record.get('heartbeat')} UTC."
     elif now not in ("completed", "all rounds done"):
         trace = run.record.get("fail_trace")
         why = str(trace[-1]).strip() if isinstance(trace, list) and trace else ""
         yield f"The run ended as {now} after round {run.steps[-1]:.0f}{': ' if why else '.'}{why[:300]}"
+    elif isinstance(planned, int) and run.steps[-1] < planned and patience is not None:
+        yield f"The run ended after round {run.steps[-1]:.0f} of {planned}, with early_stopping_rounds={patience}."
 
 
 def divergence(run: Run) -> Iterator[str]:
