@@ -494,7 +494,7 @@ def test_task_and_model_have_defaults_that_the_command_line_overrides(command: C
     assert (plain["num_local_epochs"], plain["batch_size"], plain["val_batch_size"], plain["max_seq_len"]) == (
         2,
         32,
-        512,
+        64,
         128,
     )
     assert config("optimiser=sgd")["optimiser"] == "sgd"
