@@ -169,15 +169,17 @@ def test_evaluation_changes_no_bit_of_the_weights(command: Command, tmp_path: Pa
     """Without held-out examples, the same data is trained on however the evaluation is set."""
     variants: list[dict[str, Any]] = [
         {},
-        {"evaluate_every": 2, "num_rounds": 3},
-        {"evaluate_every": 100, "num_rounds": 3},
-        {"max_test_examples_per_site": 3, "evaluate_local": True, "central_evaluation": False, "num_rounds": 3},
+        {"evaluate_every": 2},
+        {"evaluate_every": 100},
+        {"max_test_examples_per_site": 3, "evaluate_local": True, "central_evaluation": False, "evaluate_every": 2},
     ]
     hashes = [weights_hash(succeed(command(**{"num_rounds": 3, **variant}))) for variant in variants]
     assert len(set(hashes)) == 1
     evaluated = [[("validation.loss" in line) for line in rounds_of(tmp_path / "runs" / str(run))] for run in (2, 3)]
     assert evaluated == [[True, False, True, True], [True, False, False, True]]
-    own = rounds_of(tmp_path / "runs" / "4")[-1]
+    lines = rounds_of(tmp_path / "runs" / "4")
+    assert [any("local" in name for name in line) for line in lines] == [False, False, True, True]
+    own = lines[-1]
     assert set(own["site.test_examples"].values()) == {3}
     assert own["validation.accuracy"] == own["sites.test_accuracy.weighted"]
     assert len(own["site.gain"]) == 4
