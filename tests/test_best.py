@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_a_last_round_that_longer_runs_do_not_evaluate_does_not_count() -> None:
     assert is_over(of_values([1, None, 2, None, 3]), Choice(LOSS, every=2, patience=2))
 
 
-def test_patience_counts_evaluated_rounds_and_x_at_a_gain_only() -> None:
+def test_patience_counts_evaluated_rounds_and_starts_again_at_a_gain_only() -> None:
     history = of_values([5, 6, 4, 4, 7, 8])
     ends = [is_over(history[:end], Choice(LOSS, patience=3)) for end in range(1, 7)]
     assert ends == [False] * 5 + [True]
@@ -74,7 +75,9 @@ def test_the_best_model_has_the_recorded_scores_and_outlives_its_checkpoint(comm
     run = tmp_path / "runs" / "1"
     best, _ = best_of(run)
     assert best < 4, "the loss rises, or this tests nothing"
-    assert f", after round {best}, by validation.loss on the common test set\n" in output
+    assert re.search(
+        rf"^best .*, after round {best}, by validation.loss \([\d.]+\) on the common test set$", output, re.M
+    )
     assert Run.load(run).best_round == best
     weights = Run.load(run).best_model.state_dict()
     assert any(not torch.equal(weights[name], value) for name, value in Run.load(run).model.state_dict().items())
@@ -138,16 +141,32 @@ def test_a_run_that_was_killed_between_best_pt_and_its_checkpoint_picks_the_same
     assert best_of(tmp_path / "runs" / "2") == best
 
 
+def test_a_best_model_that_is_not_kept_is_not_passed_off(command: Command, tmp_path: Path) -> None:
+    """As a resumed run may choose by another metric than the one before, which kept other weights."""
+    settings = {**DIVERGING, "checkpoints_dir": "kept", "keep_checkpoints": 1}
+    succeed(command(**settings, best_metric=None))
+    output = succeed(command(**settings))
+    (best,) = re.findall(r"^best +is not kept: no file has the weights of round (\d) any more$", output, re.MULTILINE)
+    run = Run.load(tmp_path / "runs" / "2")
+    assert run.best_round == int(best)
+    with pytest.raises(ValueError, match="expected a run with a best model, got one whose weights are not kept"):
+        _ = run.best_model
+    with pytest.raises(ValueError, match="expected a run with a best model, got best_metric=None"):
+        _ = Run.load(tmp_path / "runs" / "1").best_model
+
+
 def test_the_weights_of_another_round_are_not_taken_for_the_best(command: Command, tmp_path: Path) -> None:
     succeed(command(**DIVERGING, checkpoints_dir="kept"))
     best, _ = best_of(tmp_path / "runs" / "1")
-    history = checkpoint.read(str(tmp_path / "kept" / "round-4.pt"))["history"]
+    last = checkpoint.read(str(tmp_path / "kept" / "round-4.pt"))
+    history, settings = last["history"], last["settings"]
     directory = str(tmp_path / "kept")
     with world():
-        assert load_best(directory, best, LOSS, history[best][LOSS]) is not None
-        assert load_best(directory, best, LOSS, history[best][LOSS] + 1) is None
+        assert load_best(directory, best, history[best][LOSS], LOSS, settings) is not None
+        assert load_best(directory, best, history[best][LOSS] + 1, LOSS, settings) is None
+        assert load_best(directory, best, history[best][LOSS], LOSS, settings | {"seed": 7}) is None
         shutil.copy(f"{directory}/round-4.pt", f"{directory}/best.pt")  # as a run that was killed leaves one
-        found = load_best(directory, 3, LOSS, history[3][LOSS])
+        found = load_best(directory, 3, history[3][LOSS], LOSS, settings)
         expected = checkpoint.read(f"{directory}/round-3.pt")["server"]["weights"]
         assert found is not None
         assert all(torch.equal(found[name], weight) for name, weight in expected.items())

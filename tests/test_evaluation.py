@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, Command, succeed, weights_hash
+from conftest import LABELS, WORDS, Command, succeed, weights_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
@@ -63,6 +63,12 @@ def test_a_fraction_of_different_texts_is_taken_as_written_and_rounded_up(
     examples = make_examples(range(num_texts))
     for name, hold_out in (("test", HoldOut(fraction)), ("validation", HoldOut(None, fraction))):
         assert len(hold_out.cut(examples, 0, has_test=False)[name]) == held
+
+
+def test_a_site_of_two_texts_holds_one_out_whatever_their_order() -> None:
+    for site in range(50):
+        cut = HoldOut(0.2).cut(make_examples([7] * 9 + [8]), site, has_test=False)
+        assert cut["test"].tolist() == [9], "the nine equal ones are more than a fifth"
 
 
 def test_a_site_with_test_examples_keeps_its_training_data_whole() -> None:
@@ -190,8 +196,15 @@ def test_validation_examples_alone_leave_the_common_test_set_for_the_test(comman
     (line,) = rounds_of(tmp_path / "runs" / "1")
     assert sum(count for _, _, count in line["test.confusion"]) == 31
     assert sum(count for _, _, count in line["validation.confusion"]) == 13, "of sites with 15 or 16 examples"
-    assert not [name for name in line if name.startswith("site")], "no site has test examples"
-    assert re.search(r"best .*, after round 0, by validation.loss on the sites' validation examples\n", output)
+    assert sum(line["site.validation_examples"].values()) == 13
+    assert not [name for name in line if name.startswith(("site.test", "sites"))], "no site has test examples"
+    assert re.search(r"best .*, after round 0, by validation.loss .* on the sites' validation examples\n", output)
+
+
+def test_only_sites_that_are_evaluated_are_evaluated_before_averaging(command: Command, tmp_path: Path) -> None:
+    succeed(command(site_test_fraction=0.2, evaluate_local=True, evaluation_sites=[1, 3], num_rounds=1))
+    last = rounds_of(tmp_path / "runs" / "1")[-1]
+    assert list(last["site.local_loss"]) == list(last["site.gain"]) == list(last["site.test_loss"]) == ["1", "3"]
 
 
 def test_local_evaluation_is_that_of_the_sites_own_model(command: Command, tmp_path: Path) -> None:
@@ -226,12 +239,13 @@ def test_files_of_sites_are_cut_unless_they_have_a_test_file(
     for number in range(2):
         (tmp_path / f"{number}.csv").write_text("\n".join([lines[0], *lines[1 + number :: 2]]) + "\n")
     given = {"train_path": None, "test_path": None, "site_ids": [0, 0], "site_test_fraction": 0.5}
+    given |= {"max_test_examples_per_site": 20}
     paths = [["0.csv", str(test)], "1.csv"]
     outputs = [succeed(command(ranks=ranks, site_paths=paths, **given)) for ranks in (1, 2)]
     assert len(set(map(weights_hash, outputs))) == 1
     one, two = (scores_of(tmp_path / "runs" / number) for number in "12")
     assert one == two
-    assert sorted(one[0]["site.test_examples"].values()) == [15, 31]
+    assert sorted(one[0]["site.test_examples"].values()) == [15, 20]
     assert sorted(one[1]["site.examples"].values()) == [15, 31]
     alone = succeed(command(site_paths=["0.csv", "1.csv"], **given))
     assert weights_hash(alone) != weights_hash(outputs[0])
@@ -240,7 +254,7 @@ def test_files_of_sites_are_cut_unless_they_have_a_test_file(
 def test_a_sample_of_each_site_is_trained_on_without_a_test_file(command: Command, tmp_path: Path) -> None:
     settings = {"max_train_examples_per_site": 5, "site_test_fraction": 0.2, "test_path": None}
     output = succeed(command(**settings))
-    assert "text: 20 examples to train on, 13 to evaluate on" in output
+    assert "text: 20 examples to train on\n" in output
     assert "on 13 test examples of 4 sites; validation.* is that of the sites' test examples" in output
     assert set(rounds_of(tmp_path / "runs" / "1")[1]["site.examples"].values()) == {5}
 
@@ -251,16 +265,34 @@ def test_a_sample_of_each_site_is_trained_on_without_a_test_file(command: Comman
         ({"central_evaluation": False}, "central_evaluation: expected True, as without site_test_fraction, "),
         ({"evaluate_local": True}, "evaluate_local: expected sites with test examples, got none that has some"),
         ({"site_test_fraction": 1}, "site_test_fraction: expected a fraction > 0 and < 1, such as 0.2 or None, got 1"),
-        ({"num_sites": 61, "site_test_fraction": 0.5}, "site_test_fraction: expected an example or more"),
+        (
+            {"num_sites": 61, "site_test_fraction": 0.5},
+            "site_test_fraction: expected a site with two different texts or more, got none",
+        ),
         ({"evaluation_sites": [1]}, "evaluation_sites: expected sites with test or validation examples, got [1]"),
         ({"test_path": None}, "test_path: expected a path or URL for task_name='text', got None"),
+        (
+            {"max_test_examples": 5, "central_evaluation": False, "site_test_fraction": 0.2},
+            "max_test_examples: expected None, as central_evaluation=False leaves out the common test set, got 5",
+        ),
+        (
+            {"max_test_examples_per_site": 5, "validation_fraction": 0.2, "test_path": None},
+            "test_path: expected a path or URL for task_name='text', got None",
+        ),
+        (
+            {"train_path": "few.csv", "partition": "natural", "site_column": "who", "site_test_fraction": 0.2}
+            | {"validation_fraction": 0.1, "evaluation_sites": [0], "site_ids": [0]},
+            "evaluation_sites: expected a site with validation examples, got [0]",
+        ),
         ({"best_metric": None, "early_stopping_rounds": 1}, "early_stopping_rounds: expected None, as best_metric"),
         ({"best_metric": "validation.f1"}, "best_metric: expected one of validation.loss, "),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_training(
-    command: Command, given: dict[str, Any], sentence: str
+    command: Command, given: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
+    texts = ["goal,sport,a", "chip,tech,a", *(f"{word},food,b" for word in WORDS)]
+    (tmp_path / "few.csv").write_text("\n".join(["text,label,who", *texts]))
     status, output = command("--unobserved", **given)
     assert status == 1
     assert f"error: {sentence}" in output

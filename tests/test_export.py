@@ -162,6 +162,11 @@ def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     refused: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         ((), {"model": model}, "expected a configuration and a tokenizer that can be saved, got 'The `output_attentio"),
         (("plan",), {"model": model, "ranks": 2}, "the `attn_implementation` set to sdpa. Please set it to 'eager'"),
+        (
+            ("plan",),
+            {"env": {"SACRED_RUNS_DIR": str(place / "runs")}},
+            "0.5 MB free for the final model, got 0.4 MB$",
+        ),
         (("--unobserved",), checkpoints, both + ", got 0.[34] MB$"),
         (("plan",), {**checkpoints, "env": {"SACRED_RUNS_DIR": str(place / "runs")}}, both + " and the final model, "),
     ]
@@ -202,6 +207,7 @@ def test_a_full_disk_at_a_checkpoint_loses_no_round(
     assert all(checkpoint.read(str(folder / name))["round"] == 1 for name in found if round_ == 2)
     resumed = succeed(command(checkpoints_dir="runs/1/checkpoints"))
     assert f"resumed   after round {round_}, from runs/1/checkpoints" in resumed
+    assert (tmp_path / "runs/2/best").is_dir(), "the weights of the best round are saved, too"
     assert weights_hash(resumed) == weights_hash(whole)
     assert json.loads((tmp_path / "runs/1/run.json").read_text())["status"] == "FAILED"
 
@@ -266,7 +272,7 @@ def test_weights_go_to_the_first_disk_with_space_and_replace_no_files(
         server = GlobalModel(nn.Linear(100, 100), make_strategy("fedavg"))
 
         def place(saved: str | None = None, rounds: int = 3, folder: Path = full) -> str:
-            return export.save_elsewhere(saved, server.state_dict(), history(rounds), {"seed": 1}, str(folder))
+            return export.save_elsewhere(saved, server.state_dict(), history(rounds), {"seed": 1}, str(folder), None)
 
         assert place(rounds=0) == "No round is lost"
         assert "are in /a/b/round-3.pt. Run the same command to resume" in place(saved="/a/b")

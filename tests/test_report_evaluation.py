@@ -85,7 +85,8 @@ def test_a_run_that_is_stopped_between_evaluations_shows_the_last_one(sparse: Ru
 def test_an_early_end_is_reported(run: Run) -> None:
     last = int(run.steps[-1])
     early = replace(run, config=run.config | {"num_rounds": last + 5, "early_stopping_rounds": 2})
-    assert f"The run ended after round {last} of {last + 5}, with early_stopping_rounds=2." in findings(early)
+    early = replace(early, info=run.info | {"stopped_early": True})
+    assert f"The run ended after round {last} of {last + 5}, as early_stopping_rounds=2." in findings(early)
     whole = replace(early, config=early.config | {"num_rounds": last})
     assert not [sentence for sentence in findings(whole) if "early_stopping" in sentence]
 

@@ -156,6 +156,10 @@ def test_tensors_that_are_no_buffers_are_restored() -> None:
             "seconds: expected another name of a score, got one that the federation measures itself",
         ),
         (
+            {"num_examples": 1, "test_accuracy": 0.5},
+            "test_accuracy: expected another name of a score, got one that the federation measures itself",
+        ),
+        (
             {"num_examples": 1, "loss": "low"},
             "loss: expected a mean, or (sum, count), from the site's function, got 'low'",
         ),

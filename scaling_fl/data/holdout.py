@@ -57,13 +57,13 @@ class HoldOut:
         """Return the indices that are left, and those that are held out."""
         if fraction is None:
             return among, among[:0]
-        room = math.ceil(Fraction(str(fraction)) * len(among))  # as written: 0.07 of 100 are 7
+        room = min(math.ceil(Fraction(str(fraction)) * len(among)), len(among) - 1)  # as written: 0.07 of 100 are 7
         random = np.random.default_rng(derive_seed(self.seed, purpose, site))
         groups: dict[bytes, list[int]] = {}
         for index in random.permutation(among).tolist():
             groups.setdefault(examples.text(index), []).append(index)
         held: list[int] = []
-        for group in list(groups.values())[:-1]:
+        for group in groups.values():
             if len(held) + len(group) <= room:
                 held += group
         is_held = np.isin(among, held)

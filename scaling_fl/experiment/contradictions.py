@@ -78,6 +78,12 @@ def _check_evaluation(settings: Settings) -> None:
             f"central_evaluation: expected True, as without {', '.join(names[:-1])} and {names[-1]} there is nothing "
             "else to evaluate on, got False"
         )
+    draws = settings.max_test_examples_per_site is not None and settings.site_test_fraction is None
+    if settings.max_test_examples is not None and not settings.central_evaluation and not draws:
+        raise ValueError(
+            "max_test_examples: expected None, as central_evaluation=False leaves out the common test set, got "
+            f"{settings.max_test_examples}"
+        )
     if settings.best_metric is None and settings.early_stopping_rounds is not None:
         raise ValueError(
             "early_stopping_rounds: expected None, as best_metric=None chooses no best round, got "

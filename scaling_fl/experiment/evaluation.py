@@ -1,6 +1,6 @@
 """What is evaluated, by whom, and what its scores are called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +51,11 @@ class Evaluation:
     def __init__(self, data: SiteData, testing: Progress) -> None:
         self.data, self._testing = data, testing
         self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, testing)
-        self.evaluate_local = SiteEvaluation({"": data.test}, Progress())  # in the middle of the training of others
+
+    def evaluate_local(self, sites: Iterable[int]) -> SiteEvaluation:
+        """Return what evaluates the models that sites have trained, of the sites that are evaluated."""
+        batches = {site: self.data.test.batches[site] for site in sites if site in self.data.test.batches}
+        return SiteEvaluation({"": Held(batches, self.data.test.counts)}, Progress())  # amid the training of others
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
         """Return the scores of a device's part of the common test set."""
@@ -70,6 +74,8 @@ class Evaluation:
             for site, of_site in scores.by_site.items()
             if of_site["examples"]
         }
+        if counts := {site: self.data.validation.counts.get(site, 0) for site in scores.by_site}:
+            metrics |= {"site.validation_examples": counts} if any(counts.values()) else {}
         weighted = Means.of(_select(scores, "test")).result()
         metrics |= describe_sites(by_site)
         return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
@@ -99,10 +105,7 @@ def check_held_out(settings: Settings, data: SiteData) -> None:
     """
     for name, held in (("site_test_fraction", data.test), ("validation_fraction", data.validation)):
         if getattr(settings, name) is not None and not held.counts:
-            most = max(size.num_examples for size in data.sizes)
-            raise ValueError(
-                f"{name}: expected an example or more that is held out, got none, as the largest site has {most} texts"
-            )
+            raise ValueError(f"{name}: expected a site with two different texts or more, got none")
     if settings.evaluate_local and not data.test.counts:
         raise ValueError(
             "evaluate_local: expected sites with test examples, got none that has some. Set site_test_fraction or "
@@ -124,6 +127,13 @@ def describe_evaluation(settings: Settings, data: SiteData) -> str:
             sites = f"{len(held.counts):,} site{'s' * (len(held.counts) > 1)}"
             places.append(f"{sum(held.counts.values()):,} {name} examples of {sites}")
     return f"{when}, on {' and '.join(places)}; validation.* is that of {describe_validation(data)}"
+
+
+def find_judged(data: SiteData) -> str | None:
+    """Return the metric that has the sites on whose examples `validation.*` is measured; None: on no site's."""
+    if data.validation.counts:
+        return "site.validation_examples"
+    return None if data.common else "site.test_examples"
 
 
 def describe_validation(data: SiteData) -> str:

@@ -133,7 +133,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
-        f"data      {settings.task_name}: {sum(sizes):,} examples to train on, {job.data.num_test:,} to evaluate on",
+        f"data      {settings.task_name}: {sum(sizes):,} examples to train on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",

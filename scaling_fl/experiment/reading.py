@@ -39,7 +39,7 @@ def read_rows(settings: Settings) -> Rows:
         test_path if uses_test else None,
         columns,
         settings.labels,
-        needs_test=uses_test and not holds_out,
+        needs_test=draws or (settings.central_evaluation and not holds_out),
     )
     if not uses_test:
         rows.pop("test", None)

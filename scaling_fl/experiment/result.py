@@ -107,6 +107,9 @@ class Run:
         Raises:
             ValueError: there is no best round, or the run did not reach its end.
         """
+        if self.status == "COMPLETED" and not os.path.isdir(os.path.join(self.folder, BEST_FOLDER)):
+            why = "best_metric=None" if self.settings.best_metric is None else "one whose weights are not kept any more"
+            raise ValueError(f"{self.folder}: expected a run with a best model, got {why}")
         return _load_model(self._folder_of(BEST_FOLDER, "a best model"))
 
     @cached_property

@@ -7,7 +7,7 @@ from typing import Any
 from scaling_fl.data.site_files import files_of
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.build import Job, build, make_federation
-from scaling_fl.experiment.evaluation import Evaluation, describe_validation, find_gains, is_evaluated
+from scaling_fl.experiment.evaluation import Evaluation, describe_validation, find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
@@ -53,9 +53,10 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
     except WriteError as error:
         saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
         state = job.global_model.state_dict()
-        where = save_elsewhere(saved, state, job.history, job.identity, record.folder)
+        where = save_elsewhere(saved, state, job.history, job.identity, record.folder, job.checkpoints_dir)
         raise ValueError(f"{error}. {where}") from error
-    return next(metrics["validation.accuracy"] for metrics in reversed(job.history) if "validation.accuracy" in metrics)
+    evaluated = (metrics for metrics in reversed(job.history) if "validation.accuracy" in metrics)
+    return next(evaluated)["validation.accuracy"]
 
 
 def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> None:
@@ -79,7 +80,8 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         metrics, evaluates = {}, is_evaluated(settings, round_)
         if round_ > 0:
             num_examples = sum(job.schedule.count_examples(site.number) for site in job.schedule.train(round_))
-            evaluate_local = evaluation.evaluate_local if settings.evaluate_local and evaluates else None
+            judges = settings.evaluate_local and evaluates
+            evaluate_local = evaluation.evaluate_local(job.schedule.evaluated(round_)) if judges else None
             with clock("train"), training.display(f"round {round_}, training", num_examples):
                 metrics |= federation.train(round_, evaluate_local)
             with clock("aggregate"):
@@ -112,11 +114,12 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
     weights = None
     if best is not None:
         best_dir = job.checkpoints_dir or record.folder
-        weights = load_best(best_dir, best, metric, history[best][metric])
+        weights = load_best(best_dir, best, history[best][metric], metric, job.identity)
     if rank() > 0:
         return
     sha256 = job.global_model.sha256()
-    record.add_info({"sha256": sha256, "best": {"round": best, "metric": choice.metric}})
+    best_is = {"round": best, "metric": choice.metric}
+    record.add_info({"sha256": sha256, "best": best_is, "stopped_early": is_over(history, choice)})
     if record.folder is not None:
         saved = {"model": save_model(record.folder, federation.model, job.tokenizer)}
         save_state_dict(record.folder, federation.model)
@@ -129,7 +132,9 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
         if settings.report:
             saved["report"] = os.path.join(record.folder, REPORT)
         console.print_once(*(f"{name:<9} {path}" for name, path in saved.items()))
-    lines = console.summarise(history, choice, describe_validation(job.data))
+    if best is not None and weights is None and (record.folder or job.checkpoints_dir):
+        console.print_once(f"best      is not kept: no file has the weights of round {best} any more")
+    lines = console.summarise(history, choice, describe_validation(job.data), find_judged(job.data))
     console.print_once(f"weights   SHA-256 {sha256}", *lines)
 
 

@@ -94,21 +94,30 @@ def choose_evaluated(settings: Settings, data: SiteData, cohorts: Cohorts) -> Ca
     """Return a function of the round that returns the sites that are evaluated after it.
 
     Raises:
-        ValueError: a site that is named has no test or validation examples.
+        ValueError: a site that is named has no test or validation examples, or there are none of those by which the
+            best round is chosen.
     """
     tested = sorted({**data.test.counts, **data.validation.counts})
+    judged = set() if data.common and not data.validation.counts else set(data.validation.counts or data.test.counts)
     if settings.evaluation_sites is not None:
         named = find_sites("evaluation_sites", settings.evaluation_sites, data)
         if without := [site for site in named if site not in tested]:
             raise ValueError(
                 f"evaluation_sites: expected sites with test or validation examples, got {without}, which have none"
             )
+        if judged and judged.isdisjoint(named):
+            raise ValueError(f"evaluation_sites: expected a site with validation examples, got {named}")
         return lambda round_: named
     if not tested or not cohorts.are_sampled or len(data.sizes) <= MANY_SITES:
         return lambda round_: tested
-    others = Cohorts(tested, min(cohorts.num_sites, len(tested)), settings.seed)  # if a cohort has no such examples
-    known = set(tested)
-    return lambda round_: [site for site in cohorts.of(round_) if site in known] or others.of(round_)
+    known = judged or set(tested)
+    others = Cohorts(sorted(known), min(cohorts.num_sites, len(known)), settings.seed)  # if a cohort has none of them
+
+    def choose(round_: int) -> Sequence[int]:
+        cohort = cohorts.of(round_)
+        return others.of(round_) if known.isdisjoint(cohort) else [site for site in cohort if site in tested]
+
+    return choose
 
 
 def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) -> Sequence[int]:

@@ -68,7 +68,8 @@ SiteFunction = Callable[[nn.Module, Site, int], Mapping[str, Any]]
 #     of `site_settings` included. `derive_seed(seed, "order", round_, site.number, epoch)` is another for each epoch.
 TRAINERS: dict[str, SiteFunction] = {}
 
-OWN_SCORES = {"examples", "seconds", "memory_mb"}  # which the federation measures itself, by site
+OWN_SCORES = {"examples", "seconds", "memory_mb", "gain"}  # which the federation measures itself, by site
+OWN_PREFIXES = ("local_", "test_")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def read_scores(returned: Any, most: int | None = None) -> tuple[int, Means]:
     if not isinstance(returned, Mapping) or "num_examples" not in returned:
         raise ValueError(f"num_examples: expected a whole number from the site's function, got {returned!r:.100}")
     num_examples = _whole_number("num_examples", returned["num_examples"])
-    if own := OWN_SCORES & returned.keys():
+    if own := [name for name in returned if name in OWN_SCORES or name.startswith(OWN_PREFIXES)]:
         raise ValueError(f"{min(own)}: expected another name of a score, got one that the federation measures itself")
     if num_examples < 0 or (most is not None and num_examples > most):
         bound = "at least 0" if most is None else f"0 to {most}, the number of the site's examples"

@@ -1,5 +1,6 @@
 """The best round and the early end of a run, as functions of the history alone; the weights of the best round."""
 
+import logging
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,14 +10,19 @@ import fsspec
 from torch import Tensor
 
 from scaling_fl.distributed.collectives import all_gather, broadcast_bytes, rank
+from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.checkpoint import History
+
+log = logging.getLogger(__name__)
 
 BEST = "best.pt"
 
 DIRECTIONS = {  # 1: more is better
-    **{"validation.loss": -1, "validation.accuracy": 1},
-    **{"validation.macro_f1": 1, "validation.balanced_accuracy": 1},
+    "validation.loss": -1,
+    "validation.accuracy": 1,
+    "validation.macro_f1": 1,
+    "validation.balanced_accuracy": 1,
 }
 
 
@@ -66,7 +72,9 @@ def save_best(directory: str | None, weights: dict[str, Tensor], history: Histor
         checkpoint.write(directory, BEST, state)
 
 
-def load_best(directory: str | None, round_: int, metric: str, value: float) -> dict[str, Tensor] | None:
+def load_best(
+    directory: str | None, round_: int, value: float, metric: str, settings: dict[str, Any]
+) -> dict[str, Tensor] | None:
     """Return on rank 0 the weights of the best round by name, from the directory of the first rank that has them.
 
     All ranks call it. A run that was killed may have left the weights of a later round in `best.pt`.
@@ -74,22 +82,43 @@ def load_best(directory: str | None, round_: int, metric: str, value: float) -> 
     Args:
         directory: of this rank; None if it has none.
         round_: the best round.
-        metric: by which it was chosen.
-        value: of that metric in that round.
+        value: of the metric by which it was chosen.
+        metric: the name of that.
+        settings: on which the weights depend.
 
     Returns:
         The weights; None on other ranks, and if no file has them.
     """
     found = b""
     for name in (BEST, f"round-{round_}.pt") if directory is not None else ():
-        with suppress(Exception):  # it is absent or damaged
-            filesystem, path = fsspec.core.url_to_fs(directory)
-            data = filesystem.cat_file(f"{path}/{name}")
+        data = _read(f"{directory}/{name}")
+        with suppress(ValueError):  # it is absent or damaged
             state = checkpoint.load(data)
-            if state["round"] == round_ and state["history"][round_].get(metric) == value:
+            of_round = state["history"][round_] if state["round"] == round_ else {}
+            if of_round.get(metric) == value and state["settings"] == settings:
                 found = data
                 break
     sources = [number for number, has_it in enumerate(all_gather(bool(found))) if has_it]
     if sources and sources[0] > 0:
         found = broadcast_bytes(lambda: found, source=sources[0])
     return checkpoint.load(found)["server"]["weights"] if found and rank() == 0 else None
+
+
+def copy_best(source: str | None, target: str) -> None:
+    """Copy the weights of the best round, if there are any, to another directory, as far as that is possible."""
+    if source is not None and (data := _read(f"{source}/{BEST}")):
+        filesystem, path = fsspec.core.url_to_fs(target)
+        with suppress(Exception):
+            filesystem.pipe_file(f"{path}/{BEST}", data)
+
+
+def _read(url: str) -> bytes:
+    """Return the bytes of a file; none if it does not exist or cannot be read."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    try:
+        return filesystem.cat_file(path)
+    except FileNotFoundError:
+        return b""
+    except Exception as error:
+        log.warning("%s cannot be read: %s", url, one_line(error))
+        return b""

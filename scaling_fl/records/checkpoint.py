@@ -50,9 +50,7 @@ def check(directory: str | None) -> None:
 def save(
     directory: str | None, global_model: dict[str, Any], history: History, settings: dict[str, Any], keep: int | None
 ) -> None:
-    """Write `round-N.pt` of the last round on rank 0, under a temporary name first; remove all but the last `keep`.
-
-    Without a directory, do nothing.
+    """Write `round-N.pt` of the last round on rank 0; remove all but the last `keep`. No directory: do nothing.
 
     Args:
         directory: a local folder or fsspec URL.
@@ -69,9 +67,8 @@ def save(
     if directory is None or rank() != 0:
         return
     filesystem, path = fsspec.core.url_to_fs(directory)
-    round_ = len(history) - 1
-    state = {"round": round_, "server": global_model, "history": history, "settings": settings}
-    write(directory, f"round-{round_}.pt", state)
+    state = {"round": len(history) - 1, "server": global_model, "history": history, "settings": settings}
+    write(directory, f"round-{len(history) - 1}.pt", state)
 
     def remove_old() -> None:
         for number in _find_rounds(filesystem, path)[keep:]:
@@ -198,11 +195,7 @@ def read(url: str) -> dict:
 
 
 def load(data: bytes) -> dict:
-    """Return the state in the bytes of a file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return the state in the bytes of a file. Raises a ValueError if it is damaged."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about other files than torch's, which the error repeats
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -237,6 +230,8 @@ def _sha256(state: dict) -> str:
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         elif isinstance(value, dict) and all(isinstance(item, float | int) for item in value.values()):
             yield json.dumps(list(value.items())).encode()  # a number for each of many sites
+        elif isinstance(value, list) and value and all(isinstance(item, list) for item in value):
+            yield json.dumps(value).encode()  # the confusions of many labels
         elif isinstance(value, dict):
             yield f"dict of {len(value)}".encode()
             for key, item in value.items():

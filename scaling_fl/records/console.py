@@ -89,20 +89,22 @@ def device_table(devices: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def summarise(history: History, choice: Choice, judged_on: str) -> list[str]:
+def summarise(history: History, choice: Choice, judged_on: str, judged: str | None) -> list[str]:
     """Return lines on the best round, on an early end, and on the last round.
 
     Args:
         history: the metrics of all rounds.
         choice: how the best round is chosen.
         judged_on: the examples of `validation.*`, in words.
+        judged: the metric that has the sites whose examples these are, if they are those of sites.
     """
     best, lines = find_best(history, choice), []
     last = next((metrics for metrics in reversed(history) if "validation.loss" in metrics), {})
     if best is not None:
-        judged = {tuple(map(int, metrics.get("site.test_examples", ()))) for metrics in history} - {()}
-        others = ", of rounds that were evaluated on different sites" * (len(judged) > 1)
-        how = f"after round {best}, by {choice.metric} on {judged_on}{others}"
+        sites = {tuple(map(int, metrics.get(str(judged), ()))) for metrics in history} - {()}
+        others = ", of rounds that were evaluated on different sites" * (len(sites) > 1)
+        by = f"{choice.metric} ({history[best][str(choice.metric)]:.4f})"
+        how = f"after round {best}, by {by} on {judged_on}{others}"
         lines.append(f"best      {_describe_scores(history[best])}, {how}")
     if is_over(history, choice):
         lines.append(
@@ -111,8 +113,9 @@ def summarise(history: History, choice: Choice, judged_on: str) -> list[str]:
         )
     failed = sum(metrics.get("sites.failed", 0) for metrics in history)
     seconds, sent = (sum(metrics[name] for metrics in history) for name in ("time.round_s", "comm.bytes"))
+    rounds = f"{len(history) - 1} round{'s' * (len(history) != 2)}"
     lines.append(
-        f"final     {_describe_scores(last)}, after {len(history) - 1} rounds in {seconds:.1f} s, {sent * 1e-6:.1f} MB "
+        f"final     {_describe_scores(last)}, after {rounds} in {seconds:.1f} s, {sent * 1e-6:.1f} MB "
         "sent" + (f", in which sites failed {failed} times" if failed else "")
     )
     return lines

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
+from scaling_fl.records.best import copy_best
 from scaling_fl.storage import WriteError
 
 RECORD_BYTES = 100_000  # reserved for a run's record
@@ -177,7 +178,12 @@ def _complete(path: str, part: str) -> Iterator[None]:
 
 
 def save_elsewhere(
-    saved: str | None, state: dict[str, Any], history: checkpoint.History, settings: dict[str, Any], folder: str | None
+    saved: str | None,
+    state: dict[str, Any],
+    history: checkpoint.History,
+    settings: dict[str, Any],
+    folder: str | None,
+    checkpoints_dir: str | None,
 ) -> str:
     """Save the weights of a run whose disk failed on another disk, and return a sentence that names the place.
 
@@ -187,6 +193,7 @@ def save_elsewhere(
         history: the metrics of all rounds.
         settings: on which the weights depend.
         folder: of the run's files, which is tried before `checkpoints`, if that exists, and the temporary directory.
+        checkpoints_dir: from which the weights of the best round are copied, too.
     """
     round_ = len(history) - 1
     if round_ < 1:
@@ -196,6 +203,7 @@ def save_elsewhere(
     for place in _places(folder):
         with suppress(WriteError):
             checkpoint.save(place, state, history, settings, keep=None)
+            copy_best(checkpoints_dir or folder, place)
             return (
                 f"The weights of round {round_} are in {place}/round-{round_}.pt. Run the same command with "
                 f"checkpoints_dir={place} to resume"

@@ -42,8 +42,8 @@ METRICS: dict[str, Metric] = {
     "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
     "validation.loss": Metric(
         "nats",
-        "of the global model, mean over all examples by which the best round is chosen: see "
-        "[Evaluation](evaluation.md); `validation.*` and `test.*` are in evaluated rounds only",
+        "of the global model, mean over the examples by which the best round is chosen ([Evaluation](evaluation.md)), "
+        "in evaluated rounds only",
         "validation loss",
     ),
     "validation.accuracy": Metric("fraction", "the same, of right answers", "accuracy "),
@@ -52,16 +52,16 @@ METRICS: dict[str, Metric] = {
     "validation.confusion": Metric(
         "examples", "a list of [label, answer, number of examples], labels by their index in `info.json`"
     ),
-    **{
-        f"test.{name}": Metric(unit, f"`validation.{name}` of the test examples, with `validation_fraction`")
-        for name, unit in (
-            *(("loss", "nats"), ("accuracy", "fraction"), ("macro_f1", "fraction")),
-            *(("balanced_accuracy", "fraction"), ("confusion", "examples")),
-        )
-    },
+    "test.loss": Metric("nats", "of the test examples, with `validation_fraction`"),
+    "test.accuracy": Metric("fraction", "likewise"),
+    "test.macro_f1": Metric("fraction", "likewise"),
+    "test.balanced_accuracy": Metric("fraction", "likewise"),
+    "test.confusion": Metric("examples", "likewise"),
     "time.round_s": Metric("s", "setup, training, averaging and evaluation together", "seconds", "{:.1f}"),
     "time.setup_s": Metric("s", "reading, tokenising and loading; in the first round after each start only"),
-    "time.train_s": Metric("s", "training, until the last rank is ready", "training", "{:.1f}"),
+    "time.train_s": Metric(
+        "s", "training, with what `evaluate_local` takes, until the last rank is ready", "training", "{:.1f}"
+    ),
     "time.aggregate_s": Metric("s", "the all-reduce and the step of the outer optimiser", "averaging", "{:.2f}"),
     "time.evaluate_s": Metric("s", "the evaluation", "evaluating", "{:.1f}"),
     "time.checkpoint_s": Metric("s", "writing the checkpoint, which does not contain its own seconds"),
@@ -84,10 +84,11 @@ METRICS: dict[str, Metric] = {
     "site.rank": Metric("", "by site, the rank that trained it, of the sites of this round"),
     "site.name": Metric("", "by site, its name, likewise, where sites have names"),
     "site.test_examples": Metric("examples", "by site, its test examples, of the sites that were evaluated"),
+    "site.validation_examples": Metric("examples", "by site, its validation examples, likewise"),
     "site.test_loss": Metric("nats", "by site, of the global model on its test examples"),
     "site.test_accuracy": Metric("fraction", "the same, of right answers"),
     "site.local_loss": Metric(
-        "nats", "by site, of the model that it has trained, before averaging, on its test examples (`evaluate_local`)"
+        "nats", "by site, of its own model before averaging, on its test examples (`evaluate_local`)"
     ),
     "site.local_accuracy": Metric("fraction", "the same, of right answers"),
     "site.gain": Metric("fraction", "`site.test_accuracy` minus `site.local_accuracy`"),

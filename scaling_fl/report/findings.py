@@ -53,15 +53,16 @@ def main_label(run: Run, site: int) -> str | None:
 
 def ending(run: Run) -> Iterator[str]:
     """Report a run that did not complete, or has fewer rounds than planned."""
-    now, planned, patience = status(run), run.config.get("num_rounds"), run.config.get("early_stopping_rounds")
+    now, planned = status(run), run.config.get("num_rounds")
     if now == "running":
         yield f"The run was running when this page was made, with a heartbeat at {run.record.get('heartbeat')} UTC."
     elif now not in ("completed", "all rounds done"):
         trace = run.record.get("fail_trace")
         why = str(trace[-1]).strip() if isinstance(trace, list) and trace else ""
         yield f"The run ended as {now} after round {run.steps[-1]:.0f}{': ' if why else '.'}{why[:300]}"
-    elif isinstance(planned, int) and run.steps[-1] < planned and patience is not None:
-        yield f"The run ended after round {run.steps[-1]:.0f} of {planned}, with early_stopping_rounds={patience}."
+    elif run.info.get("stopped_early") is True and isinstance(planned, int) and run.steps[-1] < planned:
+        patience = run.config.get("early_stopping_rounds")
+        yield f"The run ended after round {run.steps[-1]:.0f} of {planned}, as early_stopping_rounds={patience}."
 
 
 def divergence(run: Run) -> Iterator[str]:
@@ -77,6 +78,8 @@ def fall(run: Run) -> Iterator[str]:
     """Report a model whose accuracy and loss were better in an earlier round."""
     accuracy, loss, peak = run.metric("validation.accuracy"), run.metric("validation.loss"), run.best_round
     now, evaluated = run.last("validation.accuracy"), run.steps[run.has("validation.accuracy")]
+    if is_judged_by_others(run):
+        return
     if peak is not None and accuracy[peak] - now > ACCURACY_DROP and not run.last("validation.loss") <= loss[peak]:
         yield (
             f"Round {run.steps[peak]:.0f} was the best, with a validation accuracy of {accuracy[peak]:.4f}. It is "
@@ -90,6 +93,13 @@ def failed_rounds(run: Run) -> np.ndarray:
     is_asked = ~np.isnan(run.of_sites("rank"))  # which old versions did not record
     is_asked |= ~is_asked.any(axis=1, keepdims=True) & has_loss.any(axis=1, keepdims=True)
     return (is_asked & ~has_loss).sum(axis=0)
+
+
+def is_judged_by_others(run: Run) -> bool:
+    """Tell whether `validation.*` is that of other sites in other rounds."""
+    name = next((f"site.{of}_examples" for of in ("validation", "test") if run.has(f"site.{of}_examples").any()), "")
+    of_sites = name == "site.validation_examples" or run.config.get("central_evaluation") is False
+    return of_sites and len({tuple(round_[name]) for round_ in run.rounds if name in round_}) > 1
 
 
 def failures(run: Run) -> Iterator[str]:
@@ -145,9 +155,11 @@ def federating(run: Run) -> Iterator[str]:
     if np.isnan(gain).all():
         return
     least, known = int(np.nanargmin(gain)), int((~np.isnan(gain)).sum())
+    has_all = known == run.num_sites
+    which = "" if has_all else f" that trained in round {run.steps[run.has('site.gain')][-1]:.0f}"
     yield (
-        f"{(gain > 0).sum():,} of {known:,} sites gain test accuracy by federating, {(gain < 0).sum():,} lose; the "
-        f"mean is {np.nanmean(gain):+.3f}. {site_name(run, least, 'Site')} gains least: the global model has "
+        f"{(gain > 0).sum():,} of {known:,} sites{which} gain test accuracy by federating, {(gain < 0).sum():,} lose; "
+        f"the mean is {np.nanmean(gain):+.3f}. {site_name(run, least, 'Site')} gains least: the global model has "
         f"{shared[least]:.3f} on its test examples, its own model {alone[least]:.3f}."
     )
 

@@ -141,13 +141,19 @@ def best_round(run: Run) -> str:
 
 def optimism(runs: list[Run]) -> str:
     """Return the sentence on runs whose best round is chosen on the test set; an empty text if there are none."""
-    names = [run.name for run in runs if run.has("validation.loss").sum() > 1 and not run.has("test.loss").any()]
+    names = [run.name for run in runs if run.has("validation.loss").sum() > 1 and is_chosen_on_test(run)]
     which = f" of {', '.join(names)}" if len(runs) > 1 else ""
     text = (
         f"The best round{which} is chosen on the test set, so its scores are optimistic; with validation_fraction, it "
         "is chosen on examples held out of training."
     )
     return f"<p>{escape(text)}</p>" if names else ""
+
+
+def is_chosen_on_test(run: Run) -> bool:
+    """Tell whether a best round is chosen, and on the examples that measure it."""
+    has_others = run.has("test.loss").any() or run.config.get("validation_fraction") is not None
+    return not has_others and run.config.get("best_metric", "") is not None
 
 
 def run_glyph(index: int) -> tuple[str, str]:
