@@ -36,17 +36,23 @@ def main() -> None:
     """Measure all variants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--small", action="store_true", help="with a tiny model, to see that it works")
+    options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
         settings = {
-            **{"task_name": "text", "model": put_model(folder, small=False), "site_ids": [0], "num_sites": NUM_SITES},
+            **{
+                "task_name": "text",
+                "model": put_model(folder, small=options.small),
+                "site_ids": [0],
+                "num_sites": NUM_SITES,
+            },
             **{"train_path": str(put_data(folder / "train.csv", 8 * NUM_SITES)), "num_rounds": 1, "report": False},
             **{"test_path": str(put_data(folder / "test.csv", NUM_EXAMPLES)), "sites_per_round": 1},
             **{"local_steps": 1, "batch_size": 4, "max_seq_len": 128, "optimiser": "sgd", "learning_rate": 0.01},
         }
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-        for repeat in range(repeats):
+        for repeat in range(options.repeats):
             for number, (variant, changes) in enumerate(VARIANTS.items()):
                 found[variant] += measure(f"{number}-{repeat}", settings | changes, folder)
     first = statistics.median(of["time.evaluate_s"] for of in found["common test set"])

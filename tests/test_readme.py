@@ -43,6 +43,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
         "max_seq_len=32 report=False",
     ),
     "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
+    "benchmarks/evaluation": ({}, "--small --repeats 1"),
     "overhead": ({}, "--cases try --repetitions 1"),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
