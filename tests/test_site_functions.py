@@ -266,6 +266,22 @@ def test_a_common_test_set_and_the_sites_are_evaluated_together() -> None:
     assert validation["site.test_accuracy"] == {0: 0.0, 1: 0.25, 2: 0.5}
 
 
+class Counts:
+    """An evaluation that leaves nothing behind, of a model that counts how often it computes."""
+
+    leaves_nothing = True
+
+    def __call__(self, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
+        model.get_buffer("calls").add_(1)
+        model.count = getattr(model, "count", 0) + 1
+        return {"num_examples": 1, "calls": model.get_buffer("calls").item(), "count": model.count}
+
+
+def test_a_model_that_changes_as_it_computes_is_the_same_at_each_site() -> None:
+    validation = play(move, Counts())[1]
+    assert set(validation["site.test_calls"].values()) == set(validation["site.test_count"].values()) == {1.0}
+
+
 def test_a_site_is_evaluated_before_its_weights_are_averaged_and_evaluation_is_a_bystander() -> None:
     def evaluate_local(model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
         assert not model.training

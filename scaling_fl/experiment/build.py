@@ -37,12 +37,10 @@ from scaling_fl.training.loop import Batch
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
-# What a resumed run may change, but all ranks have alike.
 OF_ALL_RANKS: tuple[str, ...] = (  # what a resumed run may change, but all ranks have alike
     *("num_rounds", "checkpoints_dir", "on_site_failure", "min_sites", "val_batch_size", "evaluation_sites"),
     *("evaluate_local", "evaluate_every", "best_metric", "early_stopping_rounds"),
 )
-OF_ALL_RANKS += ("early_stopping_rounds",)
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ class Devices:
         copies = [model, *(deepcopy(model) for _ in devices[1:])]
         self.replicas = {device: Replica(copy.to(device)) for device, copy in zip(devices, copies, strict=True)}
 
-    def load(self, device: torch.device) -> Replica:
-        """Return the replica of a device, with the global weights."""
+    def load(self, device: torch.device, *, has_weights: bool = False) -> Replica:
+        """Return the replica of a device, with the global weights, which need not be loaded if it has them."""
         replica = self.replicas[device]
-        replica.reset(self._global_model)
+        replica.reset(self._global_model, has_weights=has_weights)
         return replica
 
     def call(self, function: SiteFunction, model: nn.Module, site: Site, round_: int) -> Mapping[str, Any]:
@@ -49,21 +49,20 @@ class Devices:
             seed_site(self._seed, round_, site, is_alone=is_alone)
             return function(model, site, round_)
 
-    def evaluate(self, device: torch.device, evaluate: Callable[[nn.Module], Means], *, is_loaded: bool) -> Means:
+    def evaluate(self, device: torch.device, evaluate: Callable[[nn.Module], Means], *, has_weights: bool) -> Means:
         """Return what the global weights score on a device.
 
         Args:
             device: of this rank.
             evaluate: returns the scores of the model.
-            is_loaded: the model of the device has these weights.
+            has_weights: the model of the device has them.
 
         Raises:
             ValueError: a score is not finite.
         """
-        replica = self.replicas[device] if is_loaded else self.load(device)
         try:
             with torch.no_grad():
-                return evaluate(replica.model.eval())
+                return evaluate(self.load(device, has_weights=has_weights).model.eval())
         except FloatingPointError as error:
             raise ValueError(f"the global model diverged: {error}. Use a lower server_learning_rate") from error
 

@@ -46,7 +46,7 @@ def score(
     by_site: dict[int, dict[str, float]] = {}
 
     def score_part(evaluate: EvaluateDevice, device: torch.device) -> Means:
-        return devices.evaluate(device, lambda model: Means.of(evaluate(model, device)), is_loaded=False)
+        return devices.evaluate(device, lambda model: Means.of(evaluate(model, device)), has_weights=False)
 
     def score_site(evaluate: SiteFunction, site: Site, model: nn.Module) -> Means:
         try:
@@ -60,7 +60,7 @@ def score(
         of_device = [site for site in sites if site.device == device]
         keeps = leaves_nothing(evaluate)
         return Means().merge(
-            devices.evaluate(device, partial(score_site, evaluate, site), is_loaded=keeps and number > 0)
+            devices.evaluate(device, partial(score_site, evaluate, site), has_weights=keeps and number > 0)
             for number, site in enumerate(of_device)
         )
 

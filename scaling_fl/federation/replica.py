@@ -42,9 +42,10 @@ class Replica:
         values = (value for found, _ in self._attributes for value in found.values() if isinstance(value, Tensor))
         self._unshared += [(tensor, tensor.detach().clone()) for tensor in values if id(tensor) not in known]
 
-    def reset(self, global_model: GlobalModel) -> None:
-        """Load the global weights, and restore all else that a site may have changed in the model."""
-        global_model.copy_to(self.vector)
+    def reset(self, global_model: GlobalModel, *, has_weights: bool = False) -> None:
+        """Load the global weights, unless the model has them, and restore all else that may have changed in it."""
+        if not has_weights or self._shared_places:
+            global_model.copy_to(self.vector)
         self._restore()
 
     def exchange(self, global_model: GlobalModel, weight: Fraction, *, check_first: bool) -> None:
