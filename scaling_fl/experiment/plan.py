@@ -113,7 +113,9 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
     needs = export.space_for_checkpoints(job.checkpoints_dir, size, num_rounds, settings.keep_checkpoints)
     keeps_best = settings.best_metric is not None
     if keeps_best and job.checkpoints_dir is not None:
-        of_best = export.space_for_checkpoints(job.checkpoints_dir, weights.nbytes + beside, num_rounds=1, keep=None)
+        of_best = export.space_for_checkpoints(
+            job.checkpoints_dir, weights.nbytes + beside, min(num_rounds, 1), keep=None
+        )
         needs += [replace(need, purpose="best.pt") for need in of_best]
     num_copies = 2 + keeps_best * (1 if job.checkpoints_dir else 2)  # model/, final_model.pt, best/ and best.pt
     export.check(needs, folder, settings.model, job.classifier.model, job.tokenizer, num_copies=num_copies)
