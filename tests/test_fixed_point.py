@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,10 +69,11 @@ def test_no_product_is_halfway_between_two_multiples(term: float, weight: Fracti
 
 @settings(deadline=None, database=None)
 @given(units=st.lists(st.integers(-(2**51) + 1, 2**51 - 1), min_size=1, max_size=40))
+@example(units=[-(2**51) + 1] * 3)
 def test_the_bits_of_sums_are_integers_that_can_be_summed(units: list[int]) -> None:
     sums = torch.tensor([ORIGIN + UNIT * each for each in units], dtype=torch.float64)
     assert (sums.view(torch.int64) - ORIGIN_BITS).tolist() == units
-    few = [each // len(units) for each in units]  # so that they do not leave the binade
+    few = [math.copysign(abs(each) // len(units), each) for each in units]  # so that they do not leave the binade
     bits = torch.tensor([ORIGIN + UNIT * each for each in few], dtype=torch.float64).view(torch.int64).sum()
     assert to_sum_(bits, len(few)).item() == ORIGIN + UNIT * sum(few)
 
