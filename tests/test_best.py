@@ -116,6 +116,7 @@ def test_a_run_that_stopped_early_stays_stopped_and_says_so(command: Command, tm
     assert best_of(tmp_path / "runs" / "1") == best_of(tmp_path / "runs" / "2")
 
 
+@pytest.mark.long
 def test_stops_change_neither_the_weights_nor_the_best_model(command: Command, tmp_path: Path) -> None:
     settings = {**DIVERGING, "evaluate_every": 2}
     whole = succeed(command(**settings, checkpoints_dir="a"))
@@ -127,7 +128,7 @@ def test_stops_change_neither_the_weights_nor_the_best_model(command: Command, t
     assert best_of(tmp_path / "runs" / "1") == best_of(tmp_path / "runs" / "4")
 
 
-@pytest.mark.parametrize("killed_at", range(1, 4))
+@pytest.mark.parametrize("killed_at", [1, *(pytest.param(round_, marks=pytest.mark.long) for round_ in (2, 3))])
 def test_a_run_that_was_killed_between_best_pt_and_its_checkpoint_picks_the_same_best_model(
     killed_at: int, command: Command, tmp_path: Path
 ) -> None:

@@ -231,6 +231,7 @@ def test_recorded_confusions_are_those_of_the_saved_model(
     assert found == {(i, j): int(n) for (i, j), n in np.ndenumerate(expected) if n}
 
 
+@pytest.mark.long
 def test_files_of_sites_are_cut_unless_they_have_a_test_file(
     command: Command, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:

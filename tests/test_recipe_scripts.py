@@ -145,6 +145,7 @@ def test_a_recipe_trains_with_what_follows_it_and_leaves_a_model(
     assert all(map(torch.equal, model.state_dict().values(), run.model.state_dict().values()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_fails_as_its_program_does(name: str, project: Project, network: dict[str, str]) -> None:
     status, outputs = project.run(name, "num_rounds=-1", **network)
@@ -153,6 +154,7 @@ def test_a_recipe_fails_as_its_program_does(name: str, project: Project, network
     assert project.files() == project.before
 
 
+@pytest.mark.long
 def test_flowers_figures_are_printed_beside_those_of_the_run(project: Project) -> None:
     status, outputs = project.run("flower_quickstart", "report=False")
     assert status == 0, outputs
@@ -178,6 +180,7 @@ def test_flowers_figures_are_printed_beside_those_of_the_run(project: Project) -
         assert metrics["sites.test_accuracy.weighted"] == pytest.approx(metrics["validation.accuracy"], rel=1e-12)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_page_work(project: Project) -> None:
     make, train = commands_of("docs/coming_from.md")
     shutil.rmtree(project.folder / "data")
@@ -205,6 +208,7 @@ def test_flowers_losses_are_too_small_by_the_examples_of_a_batch() -> None:
     assert module["TO_MEAN"] == examples / math.ceil(examples / 32)
 
 
+@pytest.mark.long
 def test_the_blogs_sites_are_processes_with_examples_of_their_own(project: Project, network: dict[str, str]) -> None:
     status, (installs, *ranks) = project.run("huggingface_blog", "report=False", **network)
     assert status == 0, ranks
@@ -221,6 +225,7 @@ def test_the_blogs_sites_are_processes_with_examples_of_their_own(project: Proje
     assert weights_hash(outputs[0]) == project.load(1).sha256
 
 
+@pytest.mark.long
 def test_the_papers_job_continues_under_its_name(project: Project) -> None:
     for rounds in (1, 2):
         status, outputs = project.run("scaling_fl", f"num_rounds={rounds}", "report=False", JOB_NAME="20261126_0900")
