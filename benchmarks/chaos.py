@@ -262,7 +262,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
     for row in board.rows:
         row.process = row.phase = row.killed = 0
     watch(site, "train", TRAINING, within)
-    watch(Federation, "evaluate", EVALUATION, within)
+    watch(Federation, "score", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
     watch(checkpoint, "write_bytes", WRITING, halfway, num_calls=-1)  # the first call tests the folder
