@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from scaling_fl.data.examples import Examples, SiteSize
@@ -108,15 +109,7 @@ def partition_examples(
         is_central: evaluate on the whole common test set.
     """
     indices = partition_indices(train.labels, topology.num_sites, partitioner, seed, min_examples)
-    draws = test is not None and hold_out.max_test is not None and hold_out.test_fraction is None
-    cuts = [hold_out.cut(train.select(part), site, has_test=draws) for site, part in enumerate(indices)]
-    trained = [part[cut["train"]] for part, cut in zip(indices, cuts, strict=True)]
-    held = {
-        split: {site: train.select(indices[site][cut[split]]) for site, cut in enumerate(cuts)}
-        for split in ("test", "validation")
-    }
-    if draws and test is not None:
-        held["test"] = {site: test.select(hold_out.sample_test(len(test), site)) for site in range(len(indices))}
+    trained, held = _cut(train, test, indices, hold_out)
     batches = test.fixed_batches(val_batch_size) if test is not None and is_central else []
     return SiteData(
         label_names=label_names,
@@ -132,6 +125,22 @@ def partition_examples(
         num_common=len(test) if test is not None and is_central else 0,
         **{split: hold(by_site, topology.hosted, val_batch_size) for split, by_site in held.items()},
     )
+
+
+def _cut(
+    train: Examples, test: Examples | None, indices: Sequence[np.ndarray], hold_out: HoldOut
+) -> tuple[list[np.ndarray], dict[str, dict[int, Examples]]]:
+    """Return the indices that each site trains on, and its test and validation examples."""
+    draws = test is not None and hold_out.max_test is not None and hold_out.test_fraction is None
+    cuts = [hold_out.cut(train.select(part), site, has_test=draws) for site, part in enumerate(indices)]
+    trained = [part[cut["train"]] for part, cut in zip(indices, cuts, strict=True)]
+    held = {
+        split: {site: train.select(indices[site][cut[split]]) for site, cut in enumerate(cuts)}
+        for split in ("test", "validation")
+    }
+    if draws and test is not None:
+        held["test"] = {site: test.select(hold_out.sample_test(len(test), site)) for site in range(len(indices))}
+    return trained, held
 
 
 def hold(by_site: Mapping[int, Examples], hosted: Collection[int], val_batch_size: int) -> Held:
