@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scaling_fl.command import experiment as command
-from scaling_fl.experiment.settings import quote_text
+from scaling_fl.experiment.checks import quote_text
 
 # What is typed after `with`, and a part of the sentence.
 SETTINGS: dict[tuple[str, ...], str] = {

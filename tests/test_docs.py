@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_layers import MAY_IMPORT, MODULES
 
-from scaling_fl.experiment import settings
+from scaling_fl.experiment import checks
 from scaling_fl.experiment.parameters import PARAMETERS, find_defaults
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.records import rounds
@@ -57,7 +57,7 @@ def test_readme_leads_to_every_page() -> None:
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    assert settings.table() in (ROOT / "docs/settings.md").read_text()
+    assert checks.table() in (ROOT / "docs/settings.md").read_text()
     assert rounds.table() in (ROOT / "docs/records.md").read_text()
     used = {name: ", ".join(f"`{other}`" for other in sorted(others)) for name, others in MAY_IMPORT.items()}
     imports = "\n".join(f"| `{name}` | {others or 'nothing of ours'} |" for name, others in used.items())

@@ -10,7 +10,7 @@ import yaml
 from conftest import SCRIPT, fork_script, succeed, wait_for_exit
 
 from scaling_fl.command import new
-from scaling_fl.experiment.settings import check
+from scaling_fl.experiment.checks import check
 
 Start = Callable[..., tuple[int, str]]
 

@@ -18,8 +18,9 @@ from scaling_fl.data.tasks import TASKS
 from scaling_fl.distributed.collectives import check_equal, rank
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.checks import check
 from scaling_fl.experiment.plugins import hash_plugins, import_plugins
-from scaling_fl.experiment.settings import Settings, check
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.loading import MODELS

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from scaling_fl.data.tasks import TASKS
 from scaling_fl.errors import one_line
+from scaling_fl.experiment.checks import check, find_changed, quote_text
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.kinds import DEVICE_IDS, FLAG, TEXT, Kind, number, one_of, optional, whole_number
 from scaling_fl.experiment.parameters import OF_OPTIONS, bind
-from scaling_fl.experiment.settings import Settings, check, find_changed, quote_text
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.strategies import STRATEGIES
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from scaling_fl.errors import one_line
-from scaling_fl.experiment.settings import FIELDS, find_problems, unknown
+from scaling_fl.experiment.checks import find_problems, unknown
+from scaling_fl.experiment.settings import FIELDS
 
 
 class YamlLoader(yaml.SafeLoader):

@@ -22,17 +22,11 @@ from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
 from scaling_fl.distributed.world import launched, lost_after, num_threads, world
 from scaling_fl.errors import escape_unprintable, one_line
+from scaling_fl.experiment.checks import check, find_changed, find_problems, quote_text
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.plan import plan as plan_run
 from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train_on_rank
-from scaling_fl.experiment.settings import (
-    FIELDS,
-    Settings,
-    check,
-    find_changed,
-    find_problems,
-    quote_text,
-)
+from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.experiment.trackers import tracked
 from scaling_fl.records import observers
 from scaling_fl.records.rounds import ROUNDS, Record

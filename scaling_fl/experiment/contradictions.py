@@ -1,8 +1,9 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
 from scaling_fl.data.tasks import name_labels
+from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters
-from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings, describe_value, find_problems
+from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
 
 

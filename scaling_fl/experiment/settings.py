@@ -1,10 +1,8 @@
 """The settings of a run: one dataclass, from which the command line, the checks and the table of docs/settings.md are made."""
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
 from scaling_fl.data.partition import PARTITIONERS
@@ -163,42 +161,6 @@ class Settings:
 FIELDS: dict[str, Mapping[str, Any]] = {field.name: field.metadata for field in fields(Settings)}
 
 
-def find_changed(given: Mapping[str, Any]) -> set[str]:
-    """Return the settings whose values are not the defaults, some of which the task, model and options bring."""
-    known: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    for names in (RESOLVED_FIRST, OPTIONS, FIELDS):  # the values of each bring defaults of the next
-        found = vars(Settings(**known))
-        defaults |= {name: found[name] for name in names if name not in defaults}
-        known |= {name: given[name] for name in names if name in given}
-    return {name for name, value in given.items() if value != defaults[name]}
-
-
-def check(values: Mapping[str, Any]) -> None:
-    """Check names and values of settings.
-
-    Raises:
-        ValueError: with a line for each that is unknown or wrong.
-    """
-    problems = []
-    for name, value in values.items():
-        if name not in FIELDS:
-            problems.append(unknown(name))
-        elif not FIELDS[name]["kind"].accepts(value):
-            problems.append(f"{name}: expected {FIELDS[name]['kind'].wanted}, got {describe_value(name, value)}")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def describe_value(name: str, value: Any) -> str:
-    """Return a wrong value, and what to do about it if that is known."""
-    if callable(value) and name in EXTENSIBLE:
-        return f"a function. Add it to {EXTENSIBLE[name]} in a module of plugins, and give its name"
-    is_of_yaml = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+e[-+]?[0-9]+", value, re.IGNORECASE)
-    hint = f". To YAML this is a text: write {value.lower().replace('e', '.0e')}" if is_of_yaml else ""
-    return f"{value!r}{hint}"
-
-
 def _import_plugins(names: Any) -> Any:
     """Import the modules of the setting, unless it is refused later."""
     if not names or not FIELDS["plugins"]["kind"].accepts(names):
@@ -211,39 +173,3 @@ def of_site(settings: Settings, site: int) -> dict[str, Any]:
     """Return the settings that the training of a site follows."""
     common = {name: getattr(settings, name) for name in (*OF_SITES, "optimiser", "proximal_mu", "seed")}
     return common | (settings.site_settings or {}).get(site, {})
-
-
-def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
-    """Return the lines of what all failing checks raise."""
-    problems = []
-    for check_ in checks:
-        try:
-            check_()
-        except ValueError as error:
-            problems += str(error).splitlines()
-    return problems
-
-
-def unknown(name: object) -> str:
-    """Return the sentence for an unknown setting. None has a part of its own, so `model.name` means `model`."""
-    whole = [known for known in FIELDS if re.match(rf"{known}\W", str(name))]
-    near = whole or get_close_matches(str(name), FIELDS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "print_config lists all settings"
-    return f"{name!r}: expected the name of a setting, got an unknown one. {hint}"
-
-
-def quote_text(argument: str) -> str:
-    """Quote the value of a `name=value` that is a text: Sacred would take 20261121_0900 for a number."""
-    name, equals, value = argument.partition("=")
-    is_text = name == "task_name" or (name in FIELDS and FIELDS[name]["kind"].accepts("20261121_0900"))
-    is_bare = equals and is_text and value not in ("", "None") and value[0] not in "'\""
-    return f"{name}={value!r}" if is_bare else argument
-
-
-def table() -> str:
-    """Return the table of all settings in Markdown, as docs/settings.md has it."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for name, of in FIELDS.items():
-        default = "$USER" if name == "author" else str(of["default"]).replace(" ", "")
-        rows.append(f"| `{name}` | `{default}` | {of['help']} |")
-    return "\n".join(rows)

@@ -9,10 +9,11 @@ from typing import Any
 
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import launched
+from scaling_fl.experiment.checks import check, find_changed
 from scaling_fl.experiment.child import Caller
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.result import Run
-from scaling_fl.experiment.settings import Settings, check, find_changed
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.training.metrics import Metrics
 
 
