@@ -18,6 +18,7 @@ from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
+from scaling_fl.experiment.adapting import FROZEN, adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
@@ -27,7 +28,8 @@ from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
+from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
+from scaling_fl.federation.turns import InTurn
 from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records import checkpoint
@@ -55,6 +57,7 @@ class Job:
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
+    frozen_sha256: str | None  # of the weights that no site trains, if there are such
     checkpoints_dir: str | None  # as this machine knows it
 
 
@@ -82,10 +85,13 @@ def build(settings: Settings) -> Job:
     schedule = make_schedule(settings, data, topology)
     of_head = find_rows(data.label_names, labels_of(pretrained.config))
     classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
+    classifier = adapt(settings, pretrained, classifier, data.label_names)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
+    identity |= identity_of_adapter(settings, classifier.model)
     check_equal(identity)
     device = topology.devices[0]
-    global_model = GlobalModel(classifier.model, server_optimiser(settings), settings.comm_dtype, device)
+    turns = find_turns(settings, classifier.model)
+    global_model = GlobalModel(classifier.model, server_optimiser(settings), settings.comm_dtype, device, turns)
     history: checkpoint.History = []
     if (state := checkpoint.restore(checkpoints_dir, identity)) is not None:
         global_model.load_state_dict(state["server"])
@@ -93,7 +99,16 @@ def build(settings: Settings) -> Job:
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")
     return Job(
-        data, topology, schedule, pretrained.tokenizer, classifier, global_model, history, identity, checkpoints_dir
+        data,
+        topology,
+        schedule,
+        pretrained.tokenizer,
+        classifier,
+        global_model,
+        history,
+        identity,
+        identity.get(FROZEN),
+        checkpoints_dir,
     )
 
 
@@ -107,7 +122,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
 
-    default = LocalTraining(
+    train_site: SiteFunction = LocalTraining(
         local_optimiser(settings),
         site_batches,
         score_classes,
@@ -115,12 +130,16 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
         proximal_mu=settings.proximal_mu,
         deadline_s=settings.site_deadline_s,
     )
+    if settings.trainer != "default":
+        train_site = TRAINERS[settings.trainer]
+    if len(turns := find_turns(settings, job.classifier.model)) > 1:
+        train_site = InTurn(train_site, turns)
     federation = Federation(
         job.topology,
         job.schedule.train,
         job.classifier.model,
         job.global_model,
-        train_site=default if settings.trainer == "default" else TRAINERS[settings.trainer],
+        train_site=train_site,
         evaluate_device=evaluation.evaluate_device if job.data.common else None,
         evaluate_site=evaluation.evaluate_site if job.data.test.counts or job.data.validation.counts else None,
         evaluation_sites=job.schedule.evaluate,

@@ -72,10 +72,12 @@ def quote_text(argument: str) -> str:
     return f"{name}={value!r}" if is_bare else argument
 
 
-def table() -> str:
-    """Return the table of all settings in Markdown, as docs/settings.md has it."""
+def table(page: str = "settings") -> str:
+    """Return the table of the settings of a page of docs/ in Markdown."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, of in FIELDS.items():
+        if of["page"] != page:
+            continue
         default = "$USER" if name == "author" else str(of["default"]).replace(" ", "")
         rows.append(f"| `{name}` | `{default}` | {of['help']} |")
     return "\n".join(rows)

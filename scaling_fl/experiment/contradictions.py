@@ -1,6 +1,7 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
 from scaling_fl.data.tasks import name_labels
+from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
@@ -17,6 +18,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: check_parameters(vars(settings)),
+            lambda: check_adapter(settings),
             lambda: check_trackers(settings.trackers, with_sites=settings.track_sites),
         ]
     )

@@ -74,6 +74,15 @@ TRACKERS = Kind(
     lambda value: _is_list(value, 0, TEXT.accepts) and len(set(value)) == len(value),
     "a list of different names of trackers such as ['tensorboard']",
 )
+TARGETS = Kind(
+    lambda value: value == "all-linear" or _is_list(value, 1, TEXT.accepts),
+    "all-linear, or a list of names of modules such as ['query','value']",
+)
+NAMES = Kind(lambda value: _is_list(value, 1, TEXT.accepts), "a list of names of modules such as ['pooler']")
+PEFT_CONFIG = Kind(
+    lambda value: TEXT.accepts(value) or (isinstance(value, Mapping) and "peft_type" in value),
+    "the path of an adapter_config.json, or its contents such as {'peft_type':'IA3'}",
+)
 SIZES = Kind(
     lambda value: value in ("linear", "exponential") or _is_list(value, 1, number(above=0).accepts),
     "linear, exponential, or a list with a number > 0 for each site, such as [3,1,1]",

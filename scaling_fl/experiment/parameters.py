@@ -7,9 +7,12 @@ from typing import Any
 
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.federation.strategies import STRATEGIES
+from scaling_fl.models.adapters import ADAPTERS
 
 # By the setting that names the option; modules of `plugins` may add to these.
-OPTIONS: dict[str, Mapping[str, Callable[..., Any]]] = {"strategy": STRATEGIES, "partition": PARTITIONERS}
+OPTIONS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    **{"strategy": STRATEGIES, "partition": PARTITIONERS, "adapter": ADAPTERS}
+}
 # A setting that an option may have, and the name of the function's parameter.
 PARAMETERS = {
     "strategy": {
@@ -21,6 +24,10 @@ PARAMETERS = {
     "partition": {
         **{name: name for name in ("dirichlet_alpha", "shards_per_site", "labels_per_site", "sizes")},
         "site_column": "owners",
+    },
+    "adapter": {
+        **{f"lora_{name}": name for name in ("rank", "alpha", "dropout", "targets", "modules_to_save")},
+        **{"use_dora": "dora", "use_rslora": "rslora"},
     },
 }
 OF_OPTIONS = {name: choice for choice, names in PARAMETERS.items() for name in names}

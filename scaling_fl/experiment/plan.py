@@ -20,6 +20,8 @@ from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.schedule import count_batches
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
+from scaling_fl.models.adapter_files import is_adapted, saved_weights
+from scaling_fl.models.adapters import has_lora
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
 from scaling_fl.records import console, export
@@ -118,14 +120,22 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
         )
         needs += [replace(need, purpose="best.pt") for need in of_best]
     num_copies = 2 + keeps_best * (1 if job.checkpoints_dir else 2)  # model/, final_model.pt, best/ and best.pt
-    export.check(needs, folder, settings.model, job.classifier.model, job.tokenizer, num_copies=num_copies)
+    model = job.classifier.model
+    # Layers may share a weight, which is saved once.
+    sizes = [
+        sum({tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}.values())
+        for weights in (saved_weights(model), model.state_dict())
+    ]
+    num_bytes = num_copies * sizes[0] + settings.merge * (1 + keeps_best) * sizes[1]
+    export.check(needs, folder, settings.model, model, job.tokenizer, num_bytes=num_bytes)
 
 
 def describe(settings: Settings, job: Job) -> list[str]:
     """Return lines on what is about to run."""
     classifier, topology = job.classifier, job.topology
     weights = trained_weights(classifier.model)
-    num_weights = sum(weight.numel() for weight in weights.values())
+    num_trained = sum(weight.numel() for weight in weights.values())
+    num_weights = sum(weight.numel() for weight in classifier.model.parameters())
     new = "all" if weights.keys() <= set(classifier.new) else ", ".join(classifier.new) or "none"
     parameters = ", ".join(f"{key} {value:g}" for key, value in find_arguments("strategy", vars(settings)).items())
     sizes = [size.num_examples for size in job.data.sizes]
@@ -135,6 +145,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
+        *describe_adapter(settings, job, num_trained, num_weights),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
@@ -142,6 +153,21 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"cohorts   {describe_cohorts(settings, job.schedule.cohorts)}",
         f"evaluated {describe_evaluation(settings, job.data)}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
+    ]
+
+
+def describe_adapter(settings: Settings, job: Job, num_trained: int, num_weights: int) -> list[str]:
+    """Return a line on the adapter, if there is one."""
+    model = job.classifier.model
+    if not is_adapted(model):
+        return []
+    kind = model.peft_config["default"].peft_type.value
+    mean = f", lora_mean {settings.lora_mean or 'ab'}" if has_lora(model) else ""
+    moving = job.global_model.num_moving
+    in_turn = f", of which {' and '.join(f'{many:,}' for many in moving)} in turn" if len(moving) > 1 else ""
+    return [
+        f"adapter   {kind}{mean}: {num_trained:,} weights ({num_trained * 4e-6:.3f} MB) trained and shared{in_turn}, "
+        f"{100 * num_trained / num_weights:.2f} % of all"
     ]
 
 

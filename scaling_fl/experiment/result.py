@@ -158,10 +158,13 @@ def _load_model(folder: str) -> Any:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    from scaling_fl.models.adapter_files import is_adapter, load_adapted
+
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        loader = AutoModelForSequenceClassification.from_pretrained
+        return load_adapted(folder, loader) if is_adapter(folder) else loader(folder)
     finally:
         if had_bar:
             logging.enable_progress_bar()

@@ -11,9 +11,10 @@ from scaling_fl.experiment.evaluation import Evaluation, describe_validation, fi
 from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
+from scaling_fl.models.adapter_files import merge, saved_weights
 from scaling_fl.records import checkpoint, console
 from scaling_fl.records.best import BEST, Choice, find_best, is_over, load_best, save_best
-from scaling_fl.records.export import BEST_FOLDER, save_elsewhere, save_model, save_state_dict
+from scaling_fl.records.export import BEST_FOLDER, MERGED, MODEL_FOLDER, save_elsewhere, save_model, save_state_dict
 from scaling_fl.records.machine import describe_machine
 from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
@@ -45,6 +46,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "labels": list(job.data.label_names),
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
+                **({"frozen_sha256": job.frozen_sha256} if job.frozen_sha256 else {}),
                 "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
             }
         )
@@ -121,12 +123,12 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
     best_is = {"round": best, "metric": choice.metric}
     record.add_info({"sha256": sha256, "best": best_is, "stopped_early": is_over(history, choice)})
     if record.folder is not None:
-        saved = {"model": save_model(record.folder, federation.model, job.tokenizer)}
-        save_state_dict(record.folder, federation.model)
+        saved = save_models(settings, job, record.folder, federation.model, MODEL_FOLDER)
+        save_state_dict(record.folder, saved_weights(federation.model))
         if weights is not None:
             model = federation.model
             model.load_state_dict(weights, strict=False)  # a weight that layers share has one name there
-            saved["best"] = save_model(record.folder, model, job.tokenizer, BEST_FOLDER)
+            saved |= save_models(settings, job, record.folder, model, BEST_FOLDER)
             if job.checkpoints_dir is None:
                 os.remove(os.path.join(record.folder, BEST))
         if settings.report:
@@ -136,6 +138,14 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
         console.print_once(f"best      is not kept: no file has the weights of round {best} any more")
     lines = console.summarise(history, choice, describe_validation(job.data), find_judged(job.data))
     console.print_once(f"weights   SHA-256 {sha256}", *lines)
+
+
+def save_models(settings: Settings, job: Job, folder: str, model: Any, name: str) -> dict[str, str]:
+    """Save a model into the folder `name` of a folder, and merged beside it if asked for; return the paths by name."""
+    saved = {name: save_model(folder, model, job.tokenizer, name)}
+    if settings.merge:
+        saved[f"{name}{MERGED}"] = save_model(folder, merge(model), job.tokenizer, f"{name}{MERGED}")
+    return saved
 
 
 def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int, int]) -> Metrics:

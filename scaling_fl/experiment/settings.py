@@ -15,10 +15,13 @@ from scaling_fl.experiment.kinds import (
     LABELS,
     MODULES,
     NAME,
+    NAMES,
+    PEFT_CONFIG,
     SITE_PATHS,
     SITE_SETTINGS,
     SITES,
     SIZES,
+    TARGETS,
     TEXT,
     TRACKERS,
     Kind,
@@ -35,6 +38,7 @@ from scaling_fl.federation.aggregation import COMM_DTYPES
 from scaling_fl.federation.cohorts import WEIGHTS
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
+from scaling_fl.models.adapters import ADAPTERS, MEANS
 from scaling_fl.models.loading import model_defaults
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.training.optimisers import OPTIMISERS
@@ -50,7 +54,7 @@ RESOLVED_FIRST = ("plugins", "task_name", "model", "iid_split")  # as the defaul
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
 
-def setting(default: Any, kind: Kind, help_: str, *, may_change: bool = False) -> Any:
+def setting(default: Any, kind: Kind, help_: str, *, may_change: bool = False, page: str = "settings") -> Any:
     """Return a field of `Settings`.
 
     Args:
@@ -58,8 +62,9 @@ def setting(default: Any, kind: Kind, help_: str, *, may_change: bool = False) -
         kind: what it accepts.
         help_: a line for users.
         may_change: a resumed run may have another value.
+        page: of docs/, which has it in its table.
     """
-    metadata = {"default": default, "kind": kind, "help": help_, "may_change": may_change}
+    metadata = {"default": default, "kind": kind, "help": help_, "may_change": may_change, "page": page}
     return field(default=NOT_GIVEN, metadata=metadata)
 
 
@@ -121,6 +126,17 @@ class Settings:
     sizes: str | list | None = setting(None, optional(SIZES), "of `partition=sizes`: `linear`, `exponential`, or a share for each site, as in `[3,1,1,1]`; None: `linear`")
     site_column: str | None = setting(None, optional(TEXT), "of `partition=natural`: the column of the training file with the name of each row's site")
     model: str = setting("minilm", TEXT, "a nickname, a hub id or a local folder; see [Models](models.md)")
+    adapter: str | None = setting(None, optional(one_of(ADAPTERS)), "`lora`: train low-rank matrices beside the frozen model, and the head. None: train the model, or the adapter that `model` is", page="adapters")
+    lora_rank: int | None = setting(None, optional(whole_number(1)), "of `adapter=lora`: the rank of the matrices A and B; None: 8", page="adapters")
+    lora_alpha: float | None = setting(None, optional(number(above=0, below=LARGE)), "of `adapter=lora`: BA is multiplied by `lora_alpha / lora_rank`; None: 16", page="adapters")
+    lora_dropout: float | None = setting(None, optional(number(least=0, below=1)), "of `adapter=lora`: of what goes into A, in training; None: 0", page="adapters")
+    lora_targets: str | list | None = setting(None, optional(TARGETS), "of `adapter=lora`: the ends of the names of the modules that get an A and a B, or `all-linear`; None: those that peft has for the family", page="adapters")
+    lora_modules_to_save: list | None = setting(None, optional(NAMES), "of `adapter=lora`: modules that are trained whole, besides the head and what is newly initialised", page="adapters")
+    use_dora: bool | None = setting(None, optional(FLAG), "of `adapter=lora`: train the norms of the weights apart from their directions (DoRA)", page="adapters")
+    use_rslora: bool | None = setting(None, optional(FLAG), "of `adapter=lora`: multiply BA by `lora_alpha / sqrt(lora_rank)` (rsLoRA)", page="adapters")
+    lora_mean: str | None = setting(None, optional(one_of(MEANS)), "how LoRA is averaged: `ab`, `freeze_a` or `alternate`; None: `ab`", page="adapters")
+    adapter_config: str | dict | None = setting(None, optional(PEFT_CONFIG), "in place of `adapter`: any method of peft, as the path or the contents of its `adapter_config.json`", may_change=True, page="adapters")  # its contents may not
+    merge: bool = setting(False, FLAG, "save the model with the adapter added to its weights, too", may_change=True, page="adapters")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")
     plugins: list | None = setting(None, optional(MODULES), "modules of yours, in the current folder or installed, that every rank imports first, to add tasks, models, partitions, strategies, optimisers and trainers. Resuming compares the source of these files")

@@ -4,7 +4,7 @@ There is no server process: every rank holds a `GlobalModel` and takes the same 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.distributed.collectives import broadcast_, world_size
-from scaling_fl.federation.aggregation import make_mean
+from scaling_fl.federation.aggregation import Mean, make_mean
 from scaling_fl.federation.buffers import BufferMean
 from scaling_fl.models.flat import Slot, lay_out, pack, trained_weights
 
@@ -26,6 +26,8 @@ class GlobalModel:
             weights.
         comm_dtype: a key of COMM_DTYPES.
         device: where the global weights are and are averaged.
+        turns: names of weights, of which only those of one entry move in a round: in round r, those of entry r - 1
+            modulo their number. Weights in no entry move in each round. The strategy must keep no state.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GlobalModel:
         make_optimiser: Callable[[Iterable[Tensor]], Optimizer],
         comm_dtype: str = "exact",
         device: torch.device | None = None,
+        turns: Sequence[Collection[str]] = ((),),
     ) -> None:
         self._slots = lay_out(model)
         self._num_tensors = len(trained_weights(model))  # the trained ones are the first of the slots
@@ -42,26 +45,46 @@ class GlobalModel:
         broadcast_(self.weights)
         self._trained = nn.Parameter(self.weights[:num_trained])
         self._optimiser = make_optimiser([self._trained])
-        self._mean = make_mean(num_trained, comm_dtype, self.weights.device)
+        of_turns = set().union(*turns)
+        trained = self._slots[: self._num_tensors]
+        self._parts = [
+            _join(slot for slot in trained if slot.name in moving or slot.name not in of_turns) for moving in turns
+        ]
+        self._means = [make_mean(size, comm_dtype, self.weights.device) for size in self.num_moving]
+        self._turn = 0
         self._buffers = BufferMean(self._slots[self._num_tensors :])
         self._is_in_round = False
 
     @property
     def bytes_a_round(self) -> int:
-        """How many bytes all ranks hand to each other for a round's mean."""
+        """How many bytes all ranks hand to each other for the mean of this round, or of the last or first one."""
         return world_size() * self._mean.num_bytes_sent
+
+    @property
+    def num_moving(self) -> list[int]:
+        """How many trained weights move in a round of each turn."""
+        return [sum(map(len, parts)) for parts in self._parts]
 
     @property
     def nbytes(self) -> int:
         """How many bytes the weights and their mean take on this rank, without the strategy's state."""
-        return self.weights.nbytes + self._mean.nbytes
+        return self.weights.nbytes + sum(mean.nbytes for mean in self._means)
+
+    @property
+    def _mean(self) -> Mean:
+        return self._means[self._turn]
+
+    def _moving(self, vector: Tensor) -> Tensor:
+        """Return the trained weights that move in this round, out of a flat vector; a view of it if they are all."""
+        parts = self._parts[self._turn]
+        return vector[_slice(parts[0])] if len(parts) == 1 else torch.cat([vector[_slice(part)] for part in parts])
 
     def copy_to(self, vector: Tensor) -> None:
         """Overwrite a model's flat vector with the global weights."""
         vector.copy_(self.weights)
 
-    def start_round(self) -> None:
-        """Note that sites are about to train. All ranks call it.
+    def start_round(self, round_: int = 1) -> None:
+        """Note that sites are about to train in a round, from 1. All ranks call it.
 
         Raises:
             ValueError: the last round's sites were not followed by a `step`.
@@ -72,6 +95,7 @@ class GlobalModel:
                 "the sites of one round"
             )
         self._is_in_round = True
+        self._turn = (round_ - 1) % len(self._means)
 
     @torch.no_grad()
     def check(self, local_weights: Tensor) -> None:
@@ -85,7 +109,7 @@ class GlobalModel:
             ValueError: a buffer is not finite any more.
         """
         local = local_weights.to(self.weights.device)
-        self._mean.check(self._trained.detach(), local[: len(self._trained)])
+        self._mean.check(self._moving(self.weights), self._moving(local))
         self._buffers.check(self.weights, local)
 
     @torch.no_grad()
@@ -102,8 +126,10 @@ class GlobalModel:
             FloatingPointError, ValueError: as for `check`. The round cannot be finished then.
         """
         local = local_weights.to(self.weights.device)
-        self._mean.add(self._trained.detach(), local[: len(self._trained)], weight)
+        self._mean.add(self._moving(self.weights), self._moving(local), weight)
         self._buffers.add(self.weights, local, weight)
+        if len(self._means) > 1:  # of which a copy was added
+            local.copy_(self.weights)
         local_weights.copy_(local)  # which does nothing if they are the same
 
     @torch.no_grad()
@@ -116,15 +142,24 @@ class GlobalModel:
         Raises:
             ValueError: the sites' weights add up to more than 1, or to too little. All ranks raise it.
         """
-        drift = self._mean.finish(self._trained.detach())
+        drift = self._mean.finish(self._moving(self.weights))
         if drift is not None:
-            self._trained.grad = drift
+            self._trained.grad = self._spread(drift)
             self._optimiser.step()
             self._trained.grad = None
         self._buffers.finish(self.weights)
         self._is_in_round = False
         if self.weights.device.type != "cpu":
             torch.accelerator.synchronize()  # so that a clock outside sees what this took
+
+    def _spread(self, drift: Tensor) -> Tensor:
+        """Return the drift of all trained weights, 0 for those that do not move in this round."""
+        if len(self._means) == 1:
+            return drift
+        parts, whole = self._parts[self._turn], torch.zeros_like(self._trained)
+        for part, piece in zip(parts, drift.split([len(part) for part in parts]), strict=True):
+            whole[_slice(part)] = piece
+        return whole
 
     def sha256(self) -> str:
         """Return the SHA-256 of the global weights' bytes."""
@@ -159,6 +194,19 @@ class GlobalModel:
         for slot in self._slots:
             slot.view(self.weights).copy_(saved[slot.name])
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _join(slots: Iterable[Slot]) -> list[range]:
+    """Return where slots lie, those that touch as one."""
+    found: list[range] = []
+    for slot in slots:
+        start = found.pop().start if found and found[-1].stop == slot.start else slot.start
+        found.append(range(start, slot.end))
+    return found
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
 
 
 def _form(tensor: Slot | Tensor | None) -> str:

@@ -15,7 +15,7 @@ from scaling_fl.federation.cohorts import Cohort, by_round
 from scaling_fl.federation.devices import Devices
 from scaling_fl.federation.evaluation import EvaluateDevice, Scores, describe_sites, name_scores, score
 from scaling_fl.federation.global_model import GlobalModel
-from scaling_fl.federation.site import Cost, LocalTraining, Site, SiteFunction, describe_failure, read_scores
+from scaling_fl.federation.site import Cost, Site, SiteFunction, describe_failure, leaves_nothing, read_scores
 from scaling_fl.federation.strategies import fedavg
 from scaling_fl.training.loop import Batch, try_step, with_fixed_kernels
 from scaling_fl.training.metrics import Means, Metrics, spread
@@ -81,7 +81,7 @@ class Federation:
             size = "{} texts of {} tokens".format(*batch["attention_mask"].shape)
             try:
                 # A trainer of a plugin is not tried out, and so may not fail at its kernels later.
-                is_tried = device.type != "cpu" and isinstance(self._train_site, LocalTraining)
+                is_tried = device.type != "cpu" and leaves_nothing(self._train_site)
                 step = partial(try_step, replica.model, batch)
                 loss = with_fixed_kernels(step) if is_tried else step()
             except Exception as error:
@@ -108,7 +108,7 @@ class Federation:
             ValueError: a site's loss or weights are not finite, too few sites are left, or the last round was not
                 followed by a step.
         """
-        self.global_model.start_round()
+        self.global_model.start_round(round_)
         self._failures, self._by_site = {}, {}
         cohort = self._cohort = Cohort(self._sites_of(round_), self._weight_by)
         seconds = dict.fromkeys(self._devices.replicas, 0.0)

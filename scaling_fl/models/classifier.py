@@ -70,7 +70,7 @@ def make_classifier(
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         return Classifier(model, [name for name, _ in model.named_parameters()])
     model, info = load(
-        pretrained.name,
+        pretrained.base,
         AutoModelForSequenceClassification.from_pretrained,
         config=config,
         dtype=torch.float32,
@@ -93,6 +93,13 @@ def make_classifier(
     names = labels_of(pretrained.config)
     reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
+
+
+def find_head(pretrained: Pretrained, model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that the model without a head does not have."""
+    prefix = f"{model.base_model_prefix}."
+    names = (name for name, _ in model.named_parameters())
+    return {name for name in names if name.removeprefix(prefix) not in pretrained.backbone}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The flat vector: the trained weights of a model and its buffers, end to end."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,6 +43,16 @@ class Slot:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights that are trained, and so sent to other ranks, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def frozen_sha256(model: nn.Module) -> str | None:
+    """Return the SHA-256 of the weights that are not trained, of their names and types; None if there are none."""
+    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    digest = hashlib.sha256()
+    for name, weight in frozen.items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else None
 
 
 def lay_out(model: nn.Module) -> list[Slot]:

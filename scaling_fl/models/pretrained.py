@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
+from scaling_fl.models.adapter_files import base_of, is_adapter
 from scaling_fl.models.loading import find_file, load, load_config, make_parts, path_of
 
 # Families whose classifier reads the last position, so that every text must end there.
@@ -27,6 +28,7 @@ class Pretrained:
 
     Args:
         name: the setting `model`.
+        base: the model with the weights, which is another one if `name` is an adapter.
         config: with the padding token of the batches.
         tokenizer: pads on the side that the family needs.
         backbone: the names of the weights of the model without a head.
@@ -37,6 +39,7 @@ class Pretrained:
     """
 
     name: str
+    base: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     backbone: frozenset[str]
@@ -53,7 +56,9 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
         ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
     """
     made = make_parts(model)
-    config, tokenizer = made or _load_parts(model)
+    base = base_of(path_of(model)) if is_adapter(path_of(model)) else model
+    is_complete = base == model or find_file(path_of(model), "config.json", local_files_only=True)
+    config, tokenizer = made or _load_parts(model if is_complete else base)
     _check_tokenizer(model, tokenizer)
     text_config = config.get_text_config()
     num_ids = getattr(text_config, "vocab_size", None)
@@ -66,7 +71,7 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     pad_id = getattr(text_config, "pad_token_id", None)
     if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
         text_config.pad_token_id = tokenizer.pad_token_id
-    model_without_head = _make_empty(config) if made else load(model, lambda *_, **__: _make_empty(config))
+    model_without_head = _make_empty(config) if made else load(base, lambda *_, **__: _make_empty(config))
     num_positions, padding = _find_positions(model_without_head)
     if padding is None:
         # Other models find the end of a text by it. Models like RoBERTa count positions from it: theirs stays.
@@ -81,6 +86,7 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     kind = config.model_type
     return Pretrained(
         name=model,
+        base=base,
         config=config,
         tokenizer=tokenizer,
         backbone=frozenset(name for name, _ in model_without_head.named_parameters()),

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl.errors import one_line
@@ -23,6 +24,7 @@ from scaling_fl.storage import WriteError
 RECORD_BYTES = 100_000  # reserved for a run's record
 MODEL_FOLDER = "model"  # of the final model, in the run's folder
 BEST_FOLDER = "best"  # of the best one
+MERGED = "_merged"  # is added to the names of both, of models with their adapter added to the weights
 STATE_DICT = "final_model.pt"  # the weights of the final model alone
 CHECKPOINTS_FOLDER = "checkpoints"  # for the weights if the disk of `checkpoints_dir` fails
 
@@ -45,7 +47,7 @@ def check(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    num_copies: int = 1,
+    num_bytes: int = 0,
 ) -> None:
     """Check before training that the results of a run can be written. Leaves no files.
 
@@ -55,7 +57,7 @@ def check(
         name: the setting `model`.
         model: which will be saved.
         tokenizer: of the model.
-        num_copies: how many files with the weights of the model will be in the folder.
+        num_bytes: of all weights that will be in the folder.
 
     Raises:
         ValueError: a disk has too little space or cannot be written to, or the model or tokenizer cannot be saved.
@@ -63,8 +65,7 @@ def check(
     if folder is None:
         check_disks(needs)
         return
-    # Layers may share a weight, which is saved once.
-    size = num_copies * sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+    size = num_bytes
     for measure_files in (lambda: RECORD_BYTES, lambda: _try_model(folder, name, model, tokenizer)):
         size += measure_files()
         check_disks([*needs, SpaceNeeded(folder, folder, "the final model", size, size)])
@@ -137,7 +138,7 @@ def free_bytes(folder: str) -> float:
     return usage.free if usage.total else math.inf
 
 
-def save_state_dict(folder: str, model: PreTrainedModel) -> None:
+def save_state_dict(folder: str, weights: Mapping[str, Tensor]) -> None:
     """Save the weights of a model as a plain state dict into a folder, completely or not at all.
 
     Raises:
@@ -145,7 +146,7 @@ def save_state_dict(folder: str, model: PreTrainedModel) -> None:
     """
     path, part = os.path.join(folder, STATE_DICT), os.path.join(folder, f".{STATE_DICT}.part")
     with _complete(path, part):
-        torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, part)
+        torch.save({name: weight.cpu() for name, weight in weights.items()}, part)
 
 
 def save_model(
@@ -158,7 +159,14 @@ def save_model(
     """
     path, part = os.path.join(folder, name), os.path.join(folder, f".{name}.part")
     with _complete(path, part):
-        model.save_pretrained(part)
+        if hasattr(model, "peft_config"):  # it writes a card to be filled in, but no configuration of the model
+            model.save_pretrained(part, save_embedding_layers=False)
+            os.remove(os.path.join(part, "README.md"))
+            model.config.save_pretrained(part)
+            if model.can_generate():
+                model.generation_config.save_pretrained(part)
+        else:
+            model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     return path
 

@@ -1,0 +1,129 @@
+"""The adapter of a run: which one it is, and what ranks and a resumed run must have alike about it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from scaling_fl.experiment.parameters import bind
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.federation.strategies import STRATEGIES
+from scaling_fl.models.adapter_files import (
+    describe_config,
+    is_adapted,
+    is_adapter,
+    load_weights_,
+    read_config,
+    read_weights,
+)
+from scaling_fl.models.adapters import MEANS, add_adapter, has_lora, import_peft, turns
+from scaling_fl.models.classifier import Classifier, find_head, labels_of
+from scaling_fl.models.flat import frozen_sha256
+from scaling_fl.models.loading import path_of
+from scaling_fl.models.memory import state_bytes
+from scaling_fl.models.pretrained import Pretrained
+from scaling_fl.storage import host_path
+from scaling_fl.training.seeds import derive_seed
+
+FROZEN = "SHA-256 of the frozen weights"
+
+
+def adapt(settings: Settings, pretrained: Pretrained, classifier: Classifier, labels: Sequence[str]) -> Classifier:
+    """Put the adapter of a run beside its model, if it has one.
+
+    Raises:
+        ValueError: it does not fit the model, the labels or the other settings.
+    """
+    folder = path_of(pretrained.name) if is_adapter(path_of(pretrained.name)) else None
+    given = _find_config(settings, folder)
+    if given is None:
+        return classifier
+    if folder is not None and (of_head := labels_of(pretrained.config)) != list(labels):
+        raise ValueError(
+            f"model={settings.model!r}: expected an adapter with the labels {', '.join(labels)}, got one with "
+            f"{', '.join(of_head)}. A merged model (merge=True) can be trained on other labels"
+        )
+    given |= {"task_type": "SEQ_CLS"}
+    base = path_of(pretrained.base)
+    classifier.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    model = add_adapter(
+        classifier.model,
+        given,
+        full={*classifier.new, *find_head(pretrained, classifier.model)},
+        seed=derive_seed(settings.seed, "adapter"),
+        freeze_a=settings.lora_mean == "freeze_a",
+    )
+    if settings.lora_mean is not None and not has_lora(model):
+        raise ValueError(f"lora_mean: expected None, as {given['peft_type']} is not LoRA, got {settings.lora_mean!r}")
+    if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
+    if folder is None:
+        return replace(classifier, model=model)
+    load_weights_(model, read_weights(folder), settings.model)
+    return replace(classifier, model=model, new=[])
+
+
+def _find_config(settings: Settings, folder: str | None) -> dict[str, Any] | None:
+    """Return peft's configuration of the adapter of a run; None if it has none."""
+    if folder is not None:
+        for name in ("adapter", "adapter_config"):
+            if getattr(settings, name) is not None:
+                raise ValueError(
+                    f"{name}: expected None, as model={settings.model!r} is an adapter, which trains on, got "
+                    f"{getattr(settings, name)!r}"
+                )
+        return read_config(folder)
+    if settings.adapter is not None:
+        return bind("adapter", vars(settings))()
+    if isinstance(settings.adapter_config, str):
+        return read_config(host_path(settings.adapter_config))
+    if settings.adapter_config is not None:
+        return dict(settings.adapter_config)
+    for name in ("lora_mean", "merge"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"{name}: expected {'None' if name == 'lora_mean' else 'False'}, as there is no adapter, got "
+                f"{getattr(settings, name)!r}. Set adapter=lora"
+            )
+    return None
+
+
+def find_turns(settings: Settings, model: Any) -> tuple[frozenset[str], ...]:
+    """Return the names of the weights that train in turn; one group without names if all train in each round."""
+    return turns(model) if settings.lora_mean == "alternate" else (frozenset(),)
+
+
+def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
+    """Return what the weights of a round depend on: the frozen weights, the adapter's configuration, peft's version."""
+    sha256 = frozen_sha256(model)
+    found: dict[str, Any] = {} if sha256 is None else {FROZEN: sha256}
+    if is_adapted(model):
+        found["version of peft"] = import_peft().__version__
+        if settings.adapter is None:
+            found["adapter"] = describe_config(model)
+    return found
+
+
+def check_adapter(settings: Settings) -> None:
+    """Check that the settings of an adapter agree with each other and with the strategy.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if settings.adapter is not None and settings.adapter_config is not None:
+        raise ValueError(
+            f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
+        )
+    if settings.lora_mean not in MEANS[1:]:
+        return
+    if settings.use_dora:
+        raise ValueError(
+            f"use_dora: expected False, as DoRA is not linear in A or B, so that "
+            f"lora_mean={settings.lora_mean!r} would not be exact, got True"
+        )
+    is_known = settings.strategy in STRATEGIES
+    if settings.lora_mean == "alternate" and is_known and state_bytes(bind("strategy", vars(settings)), 1_000):
+        raise ValueError(
+            "strategy: expected one without a state, as lora_mean='alternate' moves other weights in each round, got "
+            f"{settings.strategy!r}. Use strategy=fedavg"
+        )
