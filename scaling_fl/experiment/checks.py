@@ -68,7 +68,7 @@ def quote_text(argument: str) -> str:
     """Quote the value of a `name=value` that is a text: Sacred would take 20261121_0900 for a number."""
     name, equals, value = argument.partition("=")
     is_text = name == "task_name" or (name in FIELDS and FIELDS[name]["kind"].accepts("20261121_0900"))
-    is_bare = equals and is_text and value not in ("", "None") and value[0] not in "'\""
+    is_bare = equals and is_text and value not in ("", "None") and value[0] not in "'\"{"
     return f"{name}={value!r}" if is_bare else argument
 
 

@@ -1,0 +1,272 @@
+"""Adapters: what trains, what travels, what is saved, and that the mean of the sites is what its name says."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
+
+from scaling_fl.distributed.world import world
+from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.replica import Replica
+from scaling_fl.federation.strategies import fedavg
+from scaling_fl.models.adapter_files import adapter_state, load_adapted, load_weights_, merge
+from scaling_fl.models.adapters import add_adapter, lora, turns
+from scaling_fl.models.flat import frozen_sha256, trained_weights
+from scaling_fl.training.loop import evaluate
+from scaling_fl.training.scores import score_classes
+
+peft = pytest.importorskip("peft")
+
+HEAD = {"classifier.weight", "classifier.bias"}
+
+
+def make_adapted(model: nn.Module | None = None, freeze_a: bool = False, **changes: Any) -> Any:
+    """A small BERT with LoRA."""
+    given = {**lora(**{"rank": 2, "dropout": 0.1, **changes}), "task_type": "SEQ_CLS"}
+    return add_adapter(model or make_bert(), given, full=HEAD, seed=5, freeze_a=freeze_a)
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Move the trained weights, of which B starts at 0."""
+    random = torch.Generator().manual_seed(seed)
+    for weight in trained_weights(model).values():
+        weight += 0.1 * torch.randn(weight.shape, generator=random)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**make_examples(9).batch()).logits
+
+
+def test_an_adapter_keeps_the_promises_of_a_whole_model(tmp_path: Path) -> None:
+    play = Play(make_model=make_adapted, site_ids=(0, 0, 0), num_examples=23)
+    alone = play.on_ranks(1)
+    assert len(set(alone[1])) == play.num_rounds + 1, "the weights must move"
+    stopping = play.but(checkpoints_dir=str(tmp_path))
+    history, hashes = stopping.but(num_rounds=1).on_ranks(2)
+    assert (history, hashes) == (alone[0][:-1], alone[1][:-1]), "where a site runs changes no bit"
+    history, hashes = stopping.on_ranks(1)
+    assert (history, hashes[-1]) == (alone[0], alone[1][-1]), "stopping changes no bit"
+    saved = torch.load(tmp_path / "round-2.pt")["server"]["weights"]
+    assert saved.keys() == trained_weights(make_adapted()).keys(), "a checkpoint holds the adapter only"
+
+
+def test_wrapping_draws_from_a_generator_of_its_own_and_keeps_the_mode() -> None:
+    model = make_bert().eval()
+    before = torch.random.get_rng_state()
+    first = make_adapted(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not any(module.training for module in first.modules())
+    assert all(module.training for module in make_adapted(make_bert().train()).modules())
+    torch.rand(7)
+    second = make_adapted()
+    assert all(map(torch.equal, adapter_state(first).values(), adapter_state(second).values()))
+    assert frozen_sha256(first) == frozen_sha256(second) != frozen_sha256(make_adapted(make_bert(seed=1)))
+
+
+def product(model: Any) -> Tensor:
+    """All products of B and A in one vector, times their scale."""
+    layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    return torch.cat([layer.get_delta_weight("default").detach().double().flatten() for layer in layers])
+
+
+@pytest.mark.parametrize("mean", ["ab", "freeze_a", "alternate"])
+def test_the_mean_of_the_products_is_the_product_of_the_mean_if_one_factor_stays(mean: str) -> None:
+    """Two rounds, so that both factors have had their turn and B is not 0."""
+    with world():
+        model = make_adapted(freeze_a=mean == "freeze_a")
+        groups = turns(model) if mean == "alternate" else ((),)
+        server, replica = GlobalModel(model, fedavg, turns=groups), Replica(model)
+        weights = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
+        for round_ in (1, 2):
+            before, dense = product(model), torch.zeros(())
+            server.start_round(round_)
+            others = set().union(*groups) - set(groups[(round_ - 1) % len(groups)])
+            for site, weight in enumerate(weights):
+                replica.reset(server)
+                random = torch.Generator().manual_seed(10 * round_ + site)
+                with torch.no_grad():
+                    for name, tensor in trained_weights(model).items():
+                        if name not in others:
+                            tensor += torch.randn(tensor.shape, generator=random) / 10
+                dense = dense + float(weight) * product(model)
+                replica.exchange(server, weight, check_first=True)
+            server.step()
+            replica.reset(server)
+            moved = (dense - before).norm()
+            error = (product(model) - dense).norm() / moved
+            assert moved > 0.01
+            assert error > 0.01 if mean == "ab" and round_ == 2 else error < 1e-5 or mean == "ab"
+
+
+def test_one_factor_is_half_of_the_bytes_and_all_of_them_are_of_the_adapter() -> None:
+    model = BertForSequenceClassification(make_bert().config)
+    sizes = {}
+    with world():
+        for mean in ("ab", "freeze_a", "alternate"):
+            adapted = make_adapted(freeze_a=mean == "freeze_a")
+            groups = turns(adapted) if mean == "alternate" else ((),)
+            sizes[mean] = GlobalModel(adapted, fedavg, turns=groups).num_moving
+    head = sum(weight.numel() for weight in model.classifier.parameters())
+    (both,) = sizes["ab"]
+    assert both - head == 4 * 2 * (32 + 32)  # four layers of rank 2, 32 wide
+    assert sizes["freeze_a"] == [head + (both - head) // 2]
+    assert sizes["alternate"] == sizes["freeze_a"] * 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"dora": True}, {"modules_to_save": ["LayerNorm"]}], ids=str)
+def test_each_trained_weight_has_a_gradient_and_no_frozen_one(changes: dict) -> None:
+    model = make_adapted(targets="all-linear", dropout=0.0, **changes)
+    shake(model)  # as the gradient of A is 0 as long as B is
+    model.train()(**make_examples(9).batch()).loss.backward()
+    moved = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert moved == trained_weights(model).keys()
+    assert len([name for name in moved if "lora_A" in name]) == 2 * 6 + 1, "all linear layers but the head"
+
+
+def test_dropout_is_off_in_evaluation_and_the_mode_stays() -> None:
+    model = make_adapted(dropout=0.9)
+    shake(model)
+    without = make_adapted(dropout=0.0)
+    shake(without)
+    scores = [
+        evaluate(each, [make_examples(9).batch()], score_classes).result() for each in (model.train(), model, without)
+    ]
+    assert scores[0] == scores[1] == scores[2]
+    assert not torch.equal(model.train()(**make_examples(9).batch()).logits, logits(model)), "else dropout is off"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_modules": ["query", "quary"]}, "lora_targets: expected modules of the model, such as "),
+        ({"modules_to_save": ["poller"]}, "lora_modules_to_save: expected modules of the model, such as "),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected one of True, False, gaussian, orthogonal"),
+        ({"rang": 2}, "adapter_config: expected the configuration of a peft_type of peft "),
+        ({"peft_type": "LARO"}, "adapter_config: expected the configuration of a peft_type of peft "),
+        ({"target_modules": ["LayerNorm"]}, "adapter: expected a configuration that fits the model, got "),
+    ],
+)
+def test_what_peft_would_ignore_or_refuse_in_its_own_words_is_a_sentence(changes: dict, says: str) -> None:
+    given = {**lora(), "task_type": "SEQ_CLS", **changes}
+    assert refusal(lambda: add_adapter(make_bert(), given, full=HEAD)).startswith(says)
+
+
+def test_a_tied_module_is_refused_as_a_copy_of_it_would_train() -> None:
+    model = make_bert()
+    model.classifier = nn.Linear(32, 50, bias=False)
+    model.classifier.weight = model.bert.embeddings.word_embeddings.weight
+    says = refusal(lambda: add_adapter(model, {**lora(modules_to_save=["word_embeddings"]), "task_type": "SEQ_CLS"}))
+    assert says.startswith("modules_to_save: expected modules with weights of their own, got bert.embeddings.word_emb")
+    assert "classifier.weight" in says
+
+
+@pytest.mark.parametrize("new", ["bert.pooler.dense", "bert.encoder.layer.1.output.LayerNorm"])
+def test_what_is_newly_initialised_trains_and_is_saved_whatever_its_name(new: str, tmp_path: Path) -> None:
+    full = {*HEAD, f"{new}.weight", f"{new}.bias"}
+    model = add_adapter(make_bert(), {**lora(), "task_type": "SEQ_CLS"}, full=full)
+    shake(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    base = make_bert()
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if name in full:
+                weight.normal_()
+    back = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_a_new_weight_beside_pretrained_ones_of_its_module_is_refused() -> None:
+    given = {**lora(), "task_type": "SEQ_CLS"}
+    says = refusal(lambda: add_adapter(make_bert(), given, full={*HEAD, "bert.pooler.dense.bias"}))
+    assert "got bert.pooler.dense.bias, which is newly initialised in a module with pretrained weights" in says
+    names = {name for name, _ in make_bert().named_parameters()}
+    assert "expected a model with pretrained weights" in refusal(lambda: add_adapter(make_bert(), given, full=names))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_are_not_those_of_the_adapter_are_refused(change: str) -> None:
+    model = make_adapted()
+    weights = dict(adapter_state(model))
+    name = min(weights)
+    if change == "missing":
+        del weights[name]
+    else:
+        weights[name if change == "shape" else f"{name}.more"] = torch.zeros(3)
+    assert name in refusal(lambda: load_weights_(model, weights, "mine"))
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_the_scale_is_that_of_the_paper_before_and_after_the_folder(rslora: bool, tmp_path: Path) -> None:
+    model = make_adapted(rank=16, alpha=16, rslora=rslora)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    for each in (model, peft.PeftModel.from_pretrained(make_bert(), tmp_path)):
+        scales = {layer.scaling["default"] for layer in each.modules() if hasattr(layer, "lora_A")}
+        assert scales == {4.0 if rslora else 1.0}
+
+
+def test_many_sites_and_rounds_leave_one_adapter_a_layer() -> None:
+    def watch(_: GlobalModel, federation: Any) -> tuple[int, int]:
+        model = federation.model
+        return len(list(model.modules())), sum(weight.numel() for weight in model.parameters())
+
+    play = Play(make_model=make_adapted, site_ids=(0,) * 16, num_rounds=4, num_examples=32, watch=watch)
+    assert len(set(play.play()[1])) == 1
+
+
+def test_the_merged_model_has_the_logits_of_the_adapter_and_the_class_of_the_base(tmp_path: Path) -> None:
+    model = make_adapted(targets="all-linear")
+    shake(model)
+    before = logits(model)
+    merged = merge(model)
+    assert torch.equal(logits(model), before), "the adapter stays"
+    merged.save_pretrained(tmp_path)
+    back = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert back.state_dict().keys() == make_bert().state_dict().keys()
+    assert (back.dtype, back.get_input_embeddings().weight.shape) == (torch.float32, (50, 32))
+    assert torch.allclose(logits(back), before, atol=1e-5)
+    assert not torch.allclose(before, logits(make_bert()), atol=1e-3)
+
+
+def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
+    command: Command, tiny_model: str, tmp_path: Path
+) -> None:
+    """With the mean that has most to get wrong, on one and two ranks."""
+    settings = {"adapter": "lora", "lora_rank": 2, "lora_mean": "alternate", "lora_dropout": 0.1, "num_rounds": 3}
+    whole = succeed(command(**settings, merge=True))
+    stopped = {**settings, "checkpoints_dir": tmp_path / "checkpoints"}
+    succeed(command(**{**stopped, "num_rounds": 1}))
+    assert weights_hash(succeed(command(**stopped, ranks=2))) == weights_hash(whole)
+    for other, says in [({"lora_rank": 3}, "lora_rank was 2 and is 3"), ({"seed": 2}, "frozen weights was '")]:
+        status, output = command(**{**stopped, **other})
+        assert (status, says in output) == (1, True), output
+    assert "lora_mean alternate: 611 weights (0.002 MB) trained and shared, of which 355 and 355 in turn" in whole
+
+    run = tmp_path / "runs" / "1"
+    info = json.loads((run / "info.json").read_text())
+    assert len(info["frozen_sha256"]) == 64
+    saved = torch.load(run / "final_model.pt")
+    assert saved.keys() == load_file(run / "model" / "adapter_model.safetensors").keys()
+    config = AutoConfig.from_pretrained(run / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, config=config, ignore_mismatched_sizes=True)
+    ours = load_adapted(str(run / "model"), AutoModelForSequenceClassification.from_pretrained)
+    theirs = peft.PeftModel.from_pretrained(base, run / "model")
+    merged = AutoModelForSequenceClassification.from_pretrained(run / "model_merged")
+    assert torch.equal(logits(ours), logits(theirs))
+    assert torch.allclose(logits(merged), logits(ours), atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(base), atol=1e-2)
+
+    goes_on = succeed(command(model=run / "model", num_rounds=0, lora_mean="freeze_a"))
+    assert "newly initialised: none" in goes_on
+    last = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])
+    rounds = {path.parent.name: path.read_text().splitlines() for path in (tmp_path / "runs").glob("*/rounds.jsonl")}
+    first = json.loads(rounds[max(rounds, key=int)][0])
+    assert first["validation.loss"] == last["validation.loss"]
