@@ -42,8 +42,9 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def logits(model: nn.Module) -> Tensor:
+    batch = make_examples(9).batch()
     with torch.no_grad():
-        return model.eval()(**make_examples(9).batch()).logits
+        return model.eval()(**batch | {"input_ids": batch["input_ids"] % 20}).logits  # fewer than any model has
 
 
 def test_an_adapter_keeps_the_promises_of_a_whole_model(tmp_path: Path) -> None:
@@ -141,7 +142,8 @@ def test_dropout_is_off_in_evaluation_and_the_mode_stays() -> None:
         evaluate(each, [make_examples(9).batch()], score_classes).result() for each in (model.train(), model, without)
     ]
     assert scores[0] == scores[1] == scores[2]
-    assert not torch.equal(model.train()(**make_examples(9).batch()).logits, logits(model)), "else dropout is off"
+    outputs = [model.train()(**make_examples(9).batch()).logits for _ in range(2)]
+    assert not torch.equal(*outputs), "else dropout is off"
 
 
 @pytest.mark.parametrize(
@@ -257,12 +259,13 @@ def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
     assert saved.keys() == load_file(run / "model" / "adapter_model.safetensors").keys()
     config = AutoConfig.from_pretrained(run / "model")
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, config=config, ignore_mismatched_sizes=True)
+    untrained = logits(base)  # before peft changes it
     ours = load_adapted(str(run / "model"), AutoModelForSequenceClassification.from_pretrained)
     theirs = peft.PeftModel.from_pretrained(base, run / "model")
     merged = AutoModelForSequenceClassification.from_pretrained(run / "model_merged")
     assert torch.equal(logits(ours), logits(theirs))
     assert torch.allclose(logits(merged), logits(ours), atol=1e-5)
-    assert not torch.allclose(logits(ours), logits(base), atol=1e-2)
+    assert not torch.allclose(logits(ours), untrained, atol=1e-3)
 
     goes_on = succeed(command(model=run / "model", num_rounds=0, lora_mean="freeze_a"))
     assert "newly initialised: none" in goes_on
