@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
+from test_invariants import train_plainly
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.adapting import FROZEN, identity_of_adapter
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.strategies import fedavg
@@ -273,3 +276,26 @@ def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
     rounds = {path.parent.name: path.read_text().splitlines() for path in (tmp_path / "runs").glob("*/rounds.jsonl")}
     first = json.loads(rounds[max(rounds, key=int)][0])
     assert first["validation.loss"] == last["validation.loss"]
+
+
+def test_a_federation_of_one_site_is_ordinary_training_of_the_adapter() -> None:
+    play = Play(site_ids=(0,), make_model=make_adapted, num_examples=19, watch=lambda _, federation: federation.model)
+    _, watched = play.play()
+    expected, found = train_plainly(play, make_adapted()), watched[-1]
+    largest = max((found.get_parameter(name) - weight).abs().max() for name, weight in expected.named_parameters())
+    assert largest < 1e-6
+    assert not torch.allclose(product(found), product(make_adapted()), atol=1e-3), "the weights must move"
+
+
+def test_ranks_and_resumed_runs_compare_what_peft_is_asked_for_and_frozen_weights() -> None:
+    def identity(changes: dict[str, Any], freeze_a: bool = False, seed: int = 0) -> dict[str, Any]:
+        given = {**lora(), "task_type": "SEQ_CLS", **changes}
+        model = add_adapter(make_bert(seed), given, full=HEAD, freeze_a=freeze_a)
+        return identity_of_adapter(Settings(adapter_config={"peft_type": "LORA"}), model)
+
+    first = identity({})
+    assert first["version of peft"] == peft.__version__
+    assert first == identity({"base_model_name_or_path": "elsewhere", "target_modules": ["value", "query"]})
+    for changes in ({"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"query": 3}}):
+        assert identity(changes)["adapter"] != first["adapter"]
+    assert identity({}, freeze_a=True)[FROZEN] != first[FROZEN] != identity({}, seed=1)[FROZEN]
