@@ -1,6 +1,7 @@
 """Adapters: what trains, what travels, what is saved, and that the mean of the sites is what its name says."""
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ from conftest import Command, Play, make_bert, make_examples, refusal, succeed, 
 from safetensors.torch import load_file
 from test_invariants import train_plainly
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
 from scaling_fl.distributed.world import world
-from scaling_fl.experiment.adapting import FROZEN, identity_of_adapter
+from scaling_fl.experiment.adapting import FROZEN, adapt, identity_of_adapter
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.strategies import fedavg
+from scaling_fl.federation.turns import InTurn
 from scaling_fl.models.adapter_files import adapter_state, load_adapted, load_weights_, merge
 from scaling_fl.models.adapters import add_adapter, lora, turns
+from scaling_fl.models.classifier import make_classifier
 from scaling_fl.models.flat import frozen_sha256, trained_weights
+from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.training.loop import evaluate
 from scaling_fl.training.scores import score_classes
 
@@ -64,15 +68,17 @@ def test_an_adapter_keeps_the_promises_of_a_whole_model(tmp_path: Path) -> None:
 
 
 def test_wrapping_draws_from_a_generator_of_its_own_and_keeps_the_mode() -> None:
-    model = make_bert().eval()
+    model, base = make_bert().eval(), make_bert()
     before = torch.random.get_rng_state()
     first = make_adapted(model)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not any(module.training for module in first.modules())
     assert all(module.training for module in make_adapted(make_bert().train()).modules())
     torch.rand(7)
-    second = make_adapted()
+    second = make_adapted(base)
     assert all(map(torch.equal, adapter_state(first).values(), adapter_state(second).values()))
+    other = add_adapter(make_bert(), {**lora(rank=2), "task_type": "SEQ_CLS"}, full=HEAD, seed=6)
+    assert not all(map(torch.equal, adapter_state(first).values(), adapter_state(other).values()))
     assert frozen_sha256(first) == frozen_sha256(second) != frozen_sha256(make_adapted(make_bert(seed=1)))
 
 
@@ -289,13 +295,52 @@ def test_a_federation_of_one_site_is_ordinary_training_of_the_adapter() -> None:
 
 def test_ranks_and_resumed_runs_compare_what_peft_is_asked_for_and_frozen_weights() -> None:
     def identity(changes: dict[str, Any], freeze_a: bool = False, seed: int = 0) -> dict[str, Any]:
-        given = {**lora(), "task_type": "SEQ_CLS", **changes}
-        model = add_adapter(make_bert(seed), given, full=HEAD, freeze_a=freeze_a)
+        given = {**lora(), "task_type": "SEQ_CLS"}
+        base = make_bert(seed)
+        base.name_or_path = str(changes.pop("place", "here"))
+        model = add_adapter(base, {**given, **changes}, full=HEAD, freeze_a=freeze_a)
         return identity_of_adapter(Settings(adapter_config={"peft_type": "LORA"}), model)
 
     first = identity({})
     assert first["version of peft"] == peft.__version__
-    assert first == identity({"base_model_name_or_path": "elsewhere", "target_modules": ["value", "query"]})
+    assert first == identity({"place": "elsewhere", "target_modules": ["value", "query"]})
     for changes in ({"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"query": 3}}):
         assert identity(changes)["adapter"] != first["adapter"]
     assert identity({}, freeze_a=True)[FROZEN] != first[FROZEN] != identity({}, seed=1)[FROZEN]
+
+
+def test_a_factor_is_frozen_in_the_round_of_the_other_and_only_then() -> None:
+    model, seen = make_adapted(), []
+    whole = trained_weights(model).keys()
+
+    def note(model: nn.Module, site: Any, round_: int) -> dict[str, Any]:
+        seen.append(trained_weights(model).keys())
+        if round_ == 3:
+            raise OSError("the disk of the site")
+        return {"num_examples": 0}
+
+    train_site = InTurn(note, turns(model))
+    for round_ in (1, 2):
+        train_site(model, None, round_)
+    with pytest.raises(OSError, match="disk"):
+        train_site(model, None, 3)
+    of_b, of_a = turns(model)
+    assert seen == [whole - of_a, whole - of_b, whole - of_a]
+    assert trained_weights(model).keys() == whole
+    assert not train_site.leaves_nothing
+
+
+def test_a_pooler_that_the_files_lack_trains_beside_the_adapter(tiny_model: str, tmp_path: Path) -> None:
+    """Which peft leaves frozen at random."""
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    BertForMaskedLM(AutoConfig.from_pretrained(tiny_model)).save_pretrained(tmp_path)
+    labels = ["food", "sport", "tech"]
+    pretrained = load_pretrained(str(tmp_path), 32)
+    classifier = make_classifier(pretrained, labels, seed=1, rows=None)
+    model = adapt(Settings(adapter="lora"), pretrained, classifier, labels).model
+    whole = {name for name in trained_weights(model) if "lora" not in name}
+    assert len(whole) == 4
+    assert {name for name in whole if "pooler" in name} == {
+        f"base_model.model.bert.pooler.modules_to_save.default.dense.{part}" for part in ("weight", "bias")
+    }
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path)

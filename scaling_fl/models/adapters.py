@@ -61,7 +61,7 @@ def add_adapter(
 ) -> Any:
     """Freeze a model and put an adapter beside it, which changes the model in place.
 
-    Random generators and the modes of the model's modules stay as they were.
+    Random generators and the mode of the model stay as they were.
 
     Args:
         model: in the mode that it is to have.
@@ -78,7 +78,7 @@ def add_adapter(
         ValueError: the configuration does not fit the model.
     """
     peft = import_peft()
-    modes = [(module, module.training) for module in model.modules()]
+    is_training = model.training
     wanted = set(full)
     config = _make_config(given, sorted({*_outermost(model, wanted), *(given.get("modules_to_save") or ())}))
     names = list(dict(model.named_modules(remove_duplicate=False)))
@@ -89,11 +89,7 @@ def add_adapter(
             adapted = peft.get_peft_model(model, config)
     except Exception as error:
         raise ValueError(f"adapter: expected a configuration that fits the model, got {one_line(error)}") from error
-    adapted.eval()
-    for module, mode in modes:
-        module.training = mode
-    if all(mode for _, mode in modes):
-        adapted.train()
+    adapted.train(is_training)
     if isinstance(getattr(config, "target_modules", None), set):  # which has another order in each process
         config.target_modules = sorted(config.target_modules)
     if config.modules_to_save:  # peft adds names that it guesses
