@@ -330,6 +330,16 @@ def test_a_factor_is_frozen_in_the_round_of_the_other_and_only_then() -> None:
     assert not train_site.leaves_nothing
 
 
+def test_a_site_that_moves_a_weight_out_of_turn_is_refused() -> None:
+    with world():
+        model = make_adapted()
+        server, replica = GlobalModel(model, fedavg, turns=turns(model)), Replica(model)
+        shake(model)
+        server.start_round(1)
+        says = refusal(lambda: replica.exchange(server, Fraction(1), check_first=False))
+    assert "lora_A.default.weight: expected to stay as it is in this round" in says
+
+
 def test_a_pooler_that_the_files_lack_trains_beside_the_adapter(tiny_model: str, tmp_path: Path) -> None:
     """Which peft leaves frozen at random."""
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)

@@ -51,6 +51,7 @@ class GlobalModel:
             _join(slot for slot in trained if slot.name in moving or slot.name not in of_turns) for moving in turns
         ]
         self._means = [make_mean(size, comm_dtype, self.weights.device) for size in self.num_moving]
+        self._resting = [[slot for slot in trained if slot.name in of_turns - {*moving}] for moving in turns]
         self._turn = 0
         self._buffers = BufferMean(self._slots[self._num_tensors :])
         self._is_in_round = False
@@ -106,9 +107,10 @@ class GlobalModel:
 
         Raises:
             FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
-            ValueError: a buffer is not finite any more.
+            ValueError: a buffer is not finite any more, or a weight has moved that does not in this round.
         """
         local = local_weights.to(self.weights.device)
+        self._check_resting(local)
         self._mean.check(self._moving(self.weights), self._moving(local))
         self._buffers.check(self.weights, local)
 
@@ -126,6 +128,7 @@ class GlobalModel:
             FloatingPointError, ValueError: as for `check`. The round cannot be finished then.
         """
         local = local_weights.to(self.weights.device)
+        self._check_resting(local)
         self._mean.add(self._moving(self.weights), self._moving(local), weight)
         self._buffers.add(self.weights, local, weight)
         if len(self._means) > 1:  # of which a copy was added
@@ -151,6 +154,14 @@ class GlobalModel:
         self._is_in_round = False
         if self.weights.device.type != "cpu":
             torch.accelerator.synchronize()  # so that a clock outside sees what this took
+
+    def _check_resting(self, local: Tensor) -> None:
+        for slot in self._resting[self._turn]:
+            if not torch.equal(slot.view(local), slot.view(self.weights)):
+                raise ValueError(
+                    f"weight {slot.name}: expected to stay as it is in this round, got another value. Train weights that "
+                    "require a gradient only"
+                )
 
     def _spread(self, drift: Tensor) -> Tensor:
         """Return the drift of all trained weights, 0 for those that do not move in this round."""
