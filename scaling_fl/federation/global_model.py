@@ -159,8 +159,8 @@ class GlobalModel:
         for slot in self._resting[self._turn]:
             if not torch.equal(slot.view(local), slot.view(self.weights)):
                 raise ValueError(
-                    f"weight {slot.name}: expected to stay as it is in this round, got another value. Train weights that "
-                    "require a gradient only"
+                    f"weight {slot.name}: expected to stay as it is in this round, got another value. Train weights "
+                    "that require a gradient only"
                 )
 
     def _spread(self, drift: Tensor) -> Tensor:
