@@ -256,6 +256,9 @@ def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
     stopped = {**settings, "checkpoints_dir": tmp_path / "checkpoints"}
     succeed(command(**{**stopped, "num_rounds": 1}))
     assert weights_hash(succeed(command(**stopped, ranks=2))) == weights_hash(whole)
+    lines = (tmp_path / "runs" / "3" / "rounds.jsonl").read_text().splitlines()
+    sent = {metrics["round"]: metrics.get("comm.expected_bytes") for metrics in map(json.loads, lines)}
+    assert (sent[2], sent[3]) == (2 * 8 * 355,) * 2, "of two ranks, in 64 bits: half of A and B, and the head"
     for other, says in [({"lora_rank": 3}, "lora_rank was 2 and is 3"), ({"seed": 2}, "frozen weights was '")]:
         status, output = command(**{**stopped, **other})
         assert (status, says in output) == (1, True), output
