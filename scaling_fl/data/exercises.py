@@ -21,16 +21,16 @@ UNITS = (
     *(("dozens", "pieces", 12), ("feet", "inches", 12), ("yards", "feet", 3), ("pounds", "ounces", 16)),
 )
 MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
-WORDS = (
+WORDS = (  # noqa: SIM905
     "anchor apple basket bottle butter candle carpet castle cherry circle cotton danger desert dragon engine falcon "
     "finger flower forest garden guitar hammer harbour island jacket jungle kitchen ladder lantern lemon market mirror "
     "monkey mountain needle ocean orange paper pepper pillow planet pocket rabbit ribbon river rocket saddle school "
     "silver spider station summer table ticket tiger tunnel valley velvet violin wagon window winter yellow zebra"
-).split()  # noqa: SIM905
-ONES = (
+).split()
+ONES = (  # noqa: SIM905
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()  # noqa: SIM905
+).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
 
 

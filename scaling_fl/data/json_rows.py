@@ -42,7 +42,7 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
     seen: dict[str, None] = {}
     number = 0
     with open_text(path) as file:
-        for number, row in enumerate(_values(file), start=1):
+        for number, row in enumerate(read_values(file), start=1):
             if row is None and number > 1:
                 row = {}
             if not isinstance(row, dict):
@@ -75,7 +75,7 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
         raise ValueError(f"row {number}: {key}={name!r}: expected texts or numbers, got lists or records") from None
 
 
-def _values(file: TextIO) -> Iterator[Any]:
+def read_values(file: TextIO) -> Iterator[Any]:
     """Yield the values of a list, or those that follow one another, with no more than a piece of the file in memory."""
     text, at, number = "", 0, 0
 
