@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from scaling_fl.errors import one_line
 from scaling_fl.hub import from_hub
+from scaling_fl.models.gguf import smollm2
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def _minilm() -> str:
 
 MODELS: dict[str, Nickname] = {
     "minilm": Nickname(_minilm, defaults={"optimiser": "adamw", "learning_rate": 2e-4}),
+    "smollm2": Nickname(smollm2),
     "albert": Nickname(lambda: "albert-base-v1"),
     "bert": Nickname(lambda: "bert-base-cased"),
     "distilbert": Nickname(lambda: "distilbert-base-cased"),
