@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 import runpy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,20 @@ def test_a_validation_file_is_taken_as_a_whole_and_stores_are_written(tmp_path: 
     assert files.cat_file("/prepared/train.jsonl") == files.cat_file("/prepared/test.jsonl") != b""
     assert [Path(name).name for name in files.ls("/prepared", detail=False)] == ["test.jsonl", "train.jsonl"]
     files.rm("/prepared", recursive=True)
+
+
+def test_the_command_of_the_page_prints_what_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/data_llm.md").read_text()
+    block = re.findall(r"```console\n\$ (.*?)```", page, re.DOTALL)[0].replace("\\\n", "")
+    command, _, output = block.partition("\n")
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("./run-local.sh", "scripts/prepare_data.py")
+    main(arguments)
+    assert capsys.readouterr().out == output
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
 
 
 def test_exercises_are_written_too(tmp_path: Path) -> None:
