@@ -30,8 +30,8 @@ def message(name: str, parent: str | None, text: str, rank: float | None = None,
 FLAT = [
     message("b", "a", "second best", 1.0),
     message("a", None, "How?"),
-    message("c", "a", "best", 0.0, message_tree_id="tree of a"),
     message("d", "a", "not ranked"),
+    message("c", "a", "best", 0.0, message_tree_id="tree of a"),
     message("e", "a", "removed", -1.0, deleted=True),
     message("f", "a", "am besten", -1.0, lang="de"),
     message("q", "c", "And then?"),
@@ -142,6 +142,7 @@ def test_the_script_writes_both_sides_and_replaces_files_only_when_told(
     assert sorted(row["response"] for row in found) == sorted(row["output"] for row in rows)
     assert (len(read_lines(train)), found[0]["prompt"][0]) == (30, "Ä")
     before = train.read_bytes()
+    assert "Ä".encode() in before  # a person can read it
     assert "got one that exists. Name another, or pass --overwrite" in fail(arguments)
     assert train.read_bytes() == before
     main([*arguments, "--overwrite"])
