@@ -12,6 +12,7 @@ Columns = tuple[str, ...]  # of the texts, of the labels, and perhaps of the nam
 NOT_UTF8 = "expected UTF-8, got an {}. Save the file as UTF-8"
 KEYS = ("text_column", "label_column", "site_column")  # the settings that name them
 NAMES = ("text", "label", "site")  # of the columns of rows as they are used
+LISTS = ("messages", "prompt", "completion")  # fields that may be lists of the turns of a conversation
 
 
 class ColumnError(ValueError):

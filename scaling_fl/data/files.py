@@ -1,6 +1,7 @@
 """Read rows from tables of any format and from folders of texts, from any fsspec URL."""
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from scaling_fl.data.csv_rows import read_csv
 from scaling_fl.data.json_rows import read_json
 from scaling_fl.data.parquet_rows import read_parquet
 from scaling_fl.errors import one_line
+from scaling_fl.hub import load_split
 from scaling_fl.storage import check_reachable
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
@@ -23,13 +25,17 @@ SHOWN = ".csv, .tsv, .jsonl, .json, .parquet"
 VERSION = 1  # of the rows that are read: another one ignores the rows in the cache
 
 
-def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = None) -> Dataset:
+def read_table(
+    path: str, names: Sequence[str] = (), columns: Columns | None = None, fields: Columns | None = None
+) -> Dataset:
     """Return the rows of a file, one column a field. All fields are strings.
 
     Args:
         path: a local path or fsspec URL whose ending is a key of FORMATS.
         names: the column names of a CSV without a header. A header with the columns to read is used where there is one.
         columns: of the texts and of the labels; others are ignored. None reads all.
+        fields: in place of `columns`, those to read as far as they exist, lists of turns as JSON. CSV has no lists, and
+            all of its fields are read.
 
     Raises:
         ValueError: the file is missing, empty, not readable, or of another kind, or lacks a column.
@@ -41,7 +47,7 @@ def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = N
     def rows() -> Iterator[Row]:
         if kind == "csv":
             return read_csv(path, columns, names)
-        return read_json(path, columns) if kind == "json" else read_parquet(path, columns)
+        return read_json(path, columns, fields) if kind == "json" else read_parquet(path, columns, fields)
 
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)
@@ -50,12 +56,41 @@ def read_table(path: str, names: Sequence[str] = (), columns: Columns | None = N
             raise ValueError("expected the path or fsspec URL of a file, got none (there is no such file)")
         if filesystem.size(inner) == 0:
             raise ValueError("expected rows, got an empty file")
-        return store(fsspec.utils.tokenize(VERSION, filesystem.info(inner), columns, list(names)), rows)
+        key = VERSION, filesystem.info(inner), columns, list(names), *([fields] if fields else [])
+        return store(fsspec.utils.tokenize(*key), rows)
     except ColumnError:
         raise
     except Exception as error:
         ours = "" if type(error) is ValueError else f"expected {kind}, got an error: "
         raise ValueError(f"{path!r}: {ours}{reason(error)}") from error
+
+
+def is_file(path: str) -> bool:
+    """Tell whether a path is that of a file, and not the name of a data set of the hub or a folder."""
+    return is_table(path) or "://" in path or os.path.isfile(path)
+
+
+def read_split(path: str, split: str, columns: Columns | None = None, fields: Columns | None = None) -> Dataset:
+    """Return the rows of a file, or all columns of a split of a data set of the hub.
+
+    Args:
+        path: of the file, or a name of the hub.
+        split: of the data set.
+        columns: as of `read_table`.
+        fields: as of `read_table`.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if is_file(path):
+        return read_table(path, columns=columns, fields=fields)
+    try:
+        return load_split(path, split)
+    except Exception as error:
+        raise ValueError(
+            f"{path!r}: expected a file that ends in {SHOWN}, or a data set of the hub with a split {split!r}, got an "
+            f"error: {reason(error)}"
+        ) from error
 
 
 def is_table(path: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from scaling_fl.data.cache import Row
-from scaling_fl.data.columns import KEYS, Columns, check_characters, find_columns, key_of, open_text
+from scaling_fl.data.columns import KEYS, LISTS, Columns, check_characters, find_columns, key_of, open_text
 from scaling_fl.data.labels import as_number, as_text
 
 CHUNK = 2**20  # characters that are read at once
@@ -31,12 +31,13 @@ def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_record, parse_int=Number, parse_float=Number, parse_constant=float)
 
 
-def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
+def read_json(path: str, columns: Columns | None, known: Columns | None = None) -> Iterator[Row]:
     """Yield the names of the columns to read, then the fields of each row, all as texts.
 
     Args:
         path: a local path or fsspec URL.
         columns: of the texts, which must be strings, and of the labels. None reads all fields of the first row.
+        known: the fields to read in place of these, None where a row lacks one, lists of turns as JSON.
     """
     used: tuple[str, ...] = ()
     seen: dict[str, None] = {}
@@ -48,10 +49,11 @@ def read_json(path: str, columns: Columns | None) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise ValueError(NO_OBJECT.format(number))
             if number == 1:
-                used = find_columns(columns, columns or tuple(row), path)
+                used = known or find_columns(columns, columns or tuple(row), path)
                 yield used
             seen |= dict.fromkeys(row)
-            fields = tuple(_field(row.get(name), name, number, columns) for name in used)
+            values = ((_as_json(row.get(name), name, number) if known else row.get(name), name) for name in used)
+            fields = tuple(_field(value, name, number, columns) for value, name in values)
             check_characters(fields, f"row {number}")
             yield fields
     if not seen:
@@ -73,6 +75,25 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
     except TypeError:
         key = key_of(name, columns)
         raise ValueError(f"row {number}: {key}={name!r}: expected texts or numbers, got lists or records") from None
+
+
+def _as_json(value: Any, name: str, number: int) -> Any:
+    """Return a list of turns as JSON, any other value as it is."""
+    if not isinstance(value, list | dict):
+        return value
+    if name not in LISTS or isinstance(value, dict):
+        raise ValueError(f"row {number}: {name!r}: expected a text, got {KINDS[type(value)]}")
+    return json.dumps(_plain(value, name, number), ensure_ascii=False)
+
+
+def _plain(value: Any, name: str, number: int) -> Any:
+    if value is TWICE:
+        raise ValueError(f"row {number}: expected each field of {name!r} once, got one twice")
+    if isinstance(value, dict):
+        return {key: _plain(item, name, number) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, name, number) for item in value]
+    return json.loads(value) if isinstance(value, Number) else value
 
 
 def read_values(file: TextIO) -> Iterator[Any]:

@@ -37,6 +37,11 @@ def label_name(value: object) -> str:
     return "0" if name == "-0" else name
 
 
+def name_site(value: str | None) -> str:
+    """Return the name of a site: all letters that are written, so 007 is not 7; "" is none."""
+    return unicodedata.normalize("NFC", value or "").strip()
+
+
 def check_alike(names: Iterable[str]) -> None:
     """Check that names of labels differ in more than joiners.
 

@@ -10,30 +10,34 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pyarrow import types
 
 from scaling_fl.data.cache import NUM_ROWS, Row
-from scaling_fl.data.columns import KEYS, Columns, find_columns, key_of
+from scaling_fl.data.columns import KEYS, LISTS, Columns, find_columns, key_of
 from scaling_fl.data.labels import as_text
 
 
-def read_parquet(path: str, columns: Columns | None) -> Iterator[Row]:
+def read_parquet(path: str, columns: Columns | None, known: Columns | None = None) -> Iterator[Row]:
     """Yield the names of the columns to read, then the fields of each row, all as texts.
 
     Args:
         path: a local path or fsspec URL.
         columns: of the texts, which must be strings, and of the labels. None reads all.
+        known: the columns to read in place of these, as far as they exist, lists of turns as JSON.
     """
     with fsspec.open(path, "rb") as file:
         table = pq.ParquetFile(file)
         if table.metadata.num_rows == 0:
             raise ValueError("expected a row, got none")
         schema = table.schema_arrow
-        used = find_columns(columns, schema.names, path)
+        used = find_columns(columns, [name for name in schema.names if known is None or name in known], path)
         if columns:
             check_texts(schema, columns[0])
         yield used
         classes = {name: _class_names(schema, name) for name in used}
-        keys = {name: f"{key_of(name, columns)}={name!r}" for name in used}
+        keys = {name: repr(name) if known else f"{key_of(name, columns)}={name!r}" for name in used}
         for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
-            yield from zip(*(_fields(batch.column(name), keys[name], classes[name]) for name in used), strict=True)
+            by_name = {name: batch.column(name) for name in used}
+            if known:
+                by_name |= {name: lists_as_json(by_name[name]) for name in set(LISTS) & set(used)}
+            yield from zip(*(_fields(by_name[name], keys[name], classes[name]) for name in used), strict=True)
 
 
 def _fields(column: pa.Array, place: str, classes: Sequence[str] | None) -> list[str | None]:
@@ -41,6 +45,15 @@ def _fields(column: pa.Array, place: str, classes: Sequence[str] | None) -> list
         return as_texts(column, classes)
     except TypeError:
         raise ValueError(f"{place}: expected texts or numbers, got {column.type!s:.80}") from None
+
+
+def lists_as_json(column: pa.Array) -> pa.Array:
+    """Return a column of lists as JSON, any other as it is."""
+    if not isinstance(_plain(column.type), pa.ListType | pa.LargeListType):
+        return column
+    values = column.cast(_plain(column.type)).to_pylist()
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
+    return pa.array(texts, pa.string())
 
 
 def check_texts(schema: pa.Schema, name: str) -> None:

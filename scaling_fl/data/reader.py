@@ -1,6 +1,5 @@
 """Read the labelled texts of a task: rows with a `text`, a `label` by its name, and perhaps the name of a `site`."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from fsspec.utils import tokenize
 
 from scaling_fl.data.cache import cached, mapped
 from scaling_fl.data.columns import KEYS, NAMES, ColumnError, Columns, find_columns
-from scaling_fl.data.labels import NUMBER, check_alike, label_name, settle_labels
+from scaling_fl.data.labels import NUMBER, check_alike, label_name, name_site, settle_labels
 from scaling_fl.data.parquet_rows import as_texts, check_texts
 from scaling_fl.data.tasks import find_task, name_labels
 from scaling_fl.data.tasks.task import Task
@@ -146,11 +145,6 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
         names = {label: known.get(name, name) for label, name in names.items()}
     rows = _replace(rows, "label", labels, [names[label] for label in labels], sorted(names.items()))
     return _replace(rows, "site", texts["site"], sites) if "site" in texts else rows
-
-
-def name_site(value: str | None) -> str:
-    """Return the name of a site: all letters that are written, so 007 is not 7; "" is none."""
-    return unicodedata.normalize("NFC", value or "").strip()
 
 
 def _as_texts(values: Any, rows: Dataset, name: str, column: str, place: str) -> list[str | None]:

@@ -1,0 +1,224 @@
+"""Rows of instructions, prompts or messages, read as conversations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from fsspec.utils import tokenize
+
+from scaling_fl.data.cache import mapped
+from scaling_fl.data.files import read_split
+from scaling_fl.data.labels import as_text, name_site
+from scaling_fl.errors import preview, printable
+
+VERSION = 1  # of the conversations: another one ignores those in the cache
+ROLES = ("system", "user", "assistant")
+# The columns of the prompt and of the answer, by kind of file. A list of messages has both.
+FORMATS = (("messages",), ("prompt", "completion"), ("prompt", "response"))
+FORMATS += (("instruction", "output"), ("instruction", "response"))
+CONTEXTS = ("input", "context")  # columns of what an instruction is about
+GROUPS = ("message_tree_id", "conversation_id", "document_id", "group")  # columns of what rows have in common
+FIELDS = tuple(dict.fromkeys([*(name for names in FORMATS for name in names), *CONTEXTS, *GROUPS]))
+CALLS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # parts of a turn that no template here writes
+DATASETS = {
+    "alpaca": "tatsu-lab/alpaca",
+    "alpaca_gpt4": "vicgalle/alpaca-gpt4",
+    "dolly": "databricks/databricks-dolly-15k",
+    "oasst1": "OpenAssistant/oasst1",
+    "fingpt-sentiment-train": "FinGPT/fingpt-sentiment-train",
+    "medical-meadow-flashcards": "medalpaca/medical_meadow_medical_flashcards",
+    "code-alpaca-20k": "lucasmccabe-lmi/CodeAlpaca-20k",
+}
+
+
+class Turn(NamedTuple):
+    """What one of the two said, or the system."""
+
+    role: str  # one of ROLES
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in their order.
+
+    Args:
+        turns: one or more, among them one of the assistant.
+        context: what the instruction, which is the first turn, is about; "" if it stands alone.
+        is_continued: the answer continues the prompt as it stands, without a line between them.
+    """
+
+    turns: tuple[Turn, ...]
+    context: str = ""
+    is_continued: bool = False
+
+    def to_json(self) -> str:
+        """Return it as it is kept in a column."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Conversation":
+        """Return what `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**fields | {"turns": tuple(Turn(*turn) for turn in fields["turns"])})
+
+
+def read_conversations(path: str, split: str = "train", site_column: str | None = None) -> Dataset:
+    """Read conversations from a file or a data set of the hub.
+
+    Args:
+        path: a local path or fsspec URL, an id of the hub, or a key of DATASETS.
+        split: of a data set of the hub.
+        site_column: of the names of sites; None if there is none.
+
+    Returns:
+        Rows of `conversation` (`Conversation.to_json`), `group` (what rows have in common that must not be on both sides
+        of a split; "" is nothing) and, if there is a column of it, `site`. As many as were read, in the same order.
+
+    Raises:
+        ValueError: the file is missing or has other columns, or a row is not a conversation.
+    """
+    wanted = FIELDS if site_column is None else tuple(dict.fromkeys([*FIELDS, site_column]))
+    table = read_split(DATASETS.get(path, path), split, fields=wanted)
+    if len(table) == 0:
+        raise ValueError(f"{path!r}: expected one row or more, got none")
+    if site_column is not None and site_column not in _filled(table):
+        raise ValueError(
+            f"site_column: expected a column of {path!r} ({preview(map(repr, _filled(table)))}), got {site_column!r}"
+        )
+    columns = find_format(path, _filled(table))
+    groups = [name for name in GROUPS if name in _filled(table)]
+
+    def convert(rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"conversation": [], "group": []} | ({"site": []} if site_column else {})
+        for position, index in enumerate(indices):
+            row = {name: values[position] for name, values in rows.items()}
+            try:
+                found["conversation"].append(read_row(row, columns).to_json())
+                if site_column:
+                    found["site"].append(_read_site(row, site_column))
+            except ValueError as error:
+                raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
+            found["group"].append(next((f"{name} {row[name]}" for name in groups if row[name]), ""))
+        return found
+
+    return mapped(
+        table,
+        convert,
+        batched=True,
+        with_indices=True,
+        remove_columns=table.column_names,
+        new_fingerprint=tokenize(VERSION, table._fingerprint, site_column),
+        desc=None,
+    )
+
+
+def find_format(path: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of the prompt and of the answer, or of the messages.
+
+    Raises:
+        ValueError: there are none, or several.
+    """
+    found = [columns for columns in FORMATS if set(columns) <= set(names)]
+    if len(found) != 1:
+        formats = ", or ".join(" and ".join(columns) for columns in FORMATS)
+        several = (
+            f"{' and '.join(map(str, found))}. Remove one" if found else preview(map(repr, names)) or "none of them"
+        )
+        raise ValueError(f"{path!r}: expected the columns {formats}, got {several}")
+    return found[0]
+
+
+def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
+    """Return the conversation of a row.
+
+    Args:
+        row: its fields: texts, numbers, None, or lists of turns (as JSON too).
+        columns: one of FORMATS.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if columns == ("messages",):
+        messages = _as_turns(row["messages"])
+        if messages is None:
+            raise ValueError("'messages': expected a list of turns with a role and a content, got another value")
+        return Conversation(_check(messages))
+    prompt, answer = (_as_turns(row[name]) for name in columns)
+    if prompt is not None and answer is not None:
+        return Conversation(_check(prompt + answer))
+    if prompt is not None or answer is not None:
+        raise ValueError(f"expected a text in both {' and '.join(columns)} or turns in both, got a text and turns")
+    texts = {name: _as_text(row[name], name) for name in columns}
+    contexts = {name: _as_text(row[name], name) for name in CONTEXTS if row.get(name)}
+    contexts = {name: context for name, context in contexts.items() if context.strip()}
+    is_instruction = columns[0] == "instruction"
+    if len(contexts) > is_instruction:
+        expected = "one of them" if is_instruction else "a prompt alone"
+        raise ValueError(f"{' and '.join(contexts)}: expected {expected}, got more. Join them in {columns[0]}")
+    turns = Turn("user", texts[columns[0]]), Turn("assistant", texts[columns[1]])
+    context = next(iter(contexts.values()), "")
+    return Conversation(_check(turns), context, is_continued=not is_instruction)
+
+
+def _check(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Refuse turns of which no template makes sense. Answers are looked at when they are tokenised."""
+    for number, turn in enumerate(turns, start=1):
+        if turn.role not in ROLES:
+            raise ValueError(f"turn {number}: expected a role out of {', '.join(ROLES)}, got {_show(turn.role)}")
+        if turn.role == "system" and number > 1:
+            raise ValueError(f"turn {number}: expected the system's turn first, got it later")
+        if turn.role == "user" and not turn.content.strip():
+            raise ValueError(f"turn {number}: expected a text, got none. Leave the row out")
+    if all(turn.role != "assistant" for turn in turns):
+        raise ValueError("expected a turn of the assistant, got none. Leave the row out")
+    return turns
+
+
+def _as_turns(value: Any) -> tuple[Turn, ...] | None:
+    """Return the turns of a list, or of a text that is one in JSON; None if it is something else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) and "role" in turn for turn in value):
+        return None
+    return tuple(_as_turn(turn, number) for number, turn in enumerate(value, start=1))
+
+
+def _as_turn(turn: Mapping[str, Any], number: int) -> Turn:
+    if not isinstance(turn.get("content"), str) or not isinstance(turn["role"], str):
+        raise ValueError(f"turn {number}: expected a role and a content that are texts, got another value")
+    calls = [name for name in CALLS if turn.get(name)]
+    if calls:
+        raise ValueError(f"turn {number}: expected a text alone, got also {', '.join(calls)}")
+    return Turn(turn["role"], turn["content"])
+
+
+def _as_text(value: Any, name: str) -> str:
+    try:
+        text = as_text(value)
+    except TypeError:
+        raise ValueError(f"{name!r}: expected a text, got a list or record") from None
+    if text is None:
+        raise ValueError(f"{name!r}: expected a text, got none. Leave the row out")
+    return text
+
+
+def _read_site(row: Mapping[str, Any], column: str) -> str:
+    site = name_site(as_text(row[column]))
+    if not site:
+        raise ValueError(f"expected a value in {column!r}, got none. Leave the row out")
+    return site
+
+
+def _filled(table: Dataset) -> list[str]:
+    """Return the columns that have a value: fields that a file of JSON lacks are columns without one."""
+    return [name for name in table.column_names if table.data.column(name).null_count < len(table)]
+
+
+def _show(role: str) -> str:
+    return repr(printable(role)[:40])
