@@ -74,8 +74,8 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
         site_column: of the names of sites; None if there is none.
 
     Returns:
-        Rows of `conversation` (`Conversation.to_json`), `group` (what rows have in common that must not be on both sides
-        of a split; "" is nothing) and, if there is a column of it, `site`. As many as were read, in the same order.
+        Rows of `conversation` (`Conversation.to_json`), `group` (what rows of one tree or document have in common; ""
+        is nothing) and, if there is a column of it, `site`. As many as were read, in the same order.
 
     Raises:
         ValueError: the file is missing or has other columns, or a row is not a conversation.
@@ -92,7 +92,9 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
     groups = [name for name in GROUPS if name in _filled(table)]
 
     def convert(rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {"conversation": [], "group": []} | ({"site": []} if site_column else {})
+        found: dict[str, list[str]] = {
+            name: [] for name in ("conversation", "group", "site")[: 3 if site_column else 2]
+        }
         for position, index in enumerate(indices):
             row = {name: values[position] for name, values in rows.items()}
             try:
@@ -124,10 +126,8 @@ def find_format(path: str, names: Sequence[str]) -> tuple[str, ...]:
     found = [columns for columns in FORMATS if set(columns) <= set(names)]
     if len(found) != 1:
         formats = ", or ".join(" and ".join(columns) for columns in FORMATS)
-        several = (
-            f"{' and '.join(map(str, found))}. Remove one" if found else preview(map(repr, names)) or "none of them"
-        )
-        raise ValueError(f"{path!r}: expected the columns {formats}, got {several}")
+        got = preview(map(repr, names)) or "none of them"
+        raise ValueError(f"{path!r}: expected the columns of one kind: {formats}, got {got}")
     return found[0]
 
 
