@@ -16,7 +16,7 @@ from scaling_fl.errors import preview, printable
 VERSION = 1  # of the conversations: another one ignores those in the cache
 ROLES = ("system", "user", "assistant")
 # The columns of the prompt and of the answer, by kind of file. A list of messages has both.
-FORMATS = (("messages",), ("prompt", "completion"), ("prompt", "response"))
+FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("prompt", "response"))
 FORMATS += (("instruction", "output"), ("instruction", "response"))
 CONTEXTS = ("input", "context")  # columns of what an instruction is about
 GROUPS = ("message_tree_id", "conversation_id", "document_id", "group")  # columns of what rows have in common
@@ -146,7 +146,8 @@ def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
         if messages is None:
             raise ValueError("'messages': expected a list of turns with a role and a content, got another value")
         return Conversation(_check(messages))
-    prompt, answer = (_as_turns(row[name]) for name in columns)
+    is_instruction = columns[0] == "instruction"
+    prompt, answer = (None if is_instruction else _as_turns(row[name]) for name in columns)
     if prompt is not None and answer is not None:
         return Conversation(_check(prompt + answer))
     if prompt is not None or answer is not None:
@@ -154,7 +155,6 @@ def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
     texts = {name: _as_text(row[name], name) for name in columns}
     contexts = {name: _as_text(row[name], name) for name in CONTEXTS if row.get(name)}
     contexts = {name: context for name, context in contexts.items() if context.strip()}
-    is_instruction = columns[0] == "instruction"
     if len(contexts) > is_instruction:
         expected = "one of them" if is_instruction else "a prompt alone"
         raise ValueError(f"{' and '.join(contexts)}: expected {expected}, got more. Join them in {columns[0]}")
