@@ -60,12 +60,12 @@ class TextEncoder:
             new_fingerprint=Hasher.hash((texts._fingerprint, self.fingerprint)),
             desc=None,
         )
-        ragged = {name: _column(tokens, name) for name in self.names}
+        ragged = {name: read_column(tokens, name) for name in self.names}
         lengths = ragged[self.names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
         self._check(texts, columns[self.names[0]], starts, lengths)
-        labels = _column(texts, "label").dictionary_encode()
+        labels = read_column(texts, "label").dictionary_encode()
         numbers = np.array([label_names.index(label) for label in labels.dictionary.to_pylist()], np.int64)
         return Examples(
             columns=columns,
@@ -104,16 +104,9 @@ class TextEncoder:
         """Check that the model takes all tokens. Errors name the row, never its text."""
         if (lengths == 0).any():
             raise ValueError(
-                f"{_row(texts, int(lengths.argmin()))}: expected a token or more, got none. Leave the row out"
+                f"{name_row(texts, int(lengths.argmin()))}: expected a token or more, got none. Leave the row out"
             )
-        if self.num_ids is not None and ids.max(initial=0) >= self.num_ids:
-            where = int(ids.argmax())
-            index = int(np.searchsorted(starts, where, side="right")) - 1  # of the text that has the token
-            raise ValueError(
-                f"{_row(texts, index)}: expected ids of tokens below {self.num_ids}, the number "
-                f"of the model's embeddings, got {ids[where]}. The tokenizer, or vocab_size in config.json, is "
-                "of another model"
-            )
+        check_ids(self.num_ids, texts, ids, starts)
         if self.end_id is not None:
             counts = np.add.reduceat(ids == self.end_id, starts, dtype=np.int64)
             usual = int(np.median(counts))
@@ -126,7 +119,7 @@ class TextEncoder:
             if (counts != usual).any():
                 index = int((counts != usual).argmax())
                 raise ValueError(
-                    f"{_row(texts, index)}: expected {usual} end token {token!r}, from which this model reads its "
+                    f"{name_row(texts, index)}: expected {usual} end token {token!r}, from which this model reads its "
                     f"answer, got {counts[index]}. Remove it from the text, or leave the row out"
                 )
 
@@ -136,12 +129,24 @@ class TextEncoder:
         return getattr(self.tokenizer, "pad_token_type_id", 0) if name == "token_type_ids" else 0
 
 
-def _row(texts: Dataset, index: int) -> str:
+def check_ids(num_ids: int | None, texts: Dataset, ids: np.ndarray, starts: np.ndarray) -> None:
+    """Check that a model has an embedding of each token, if it has a limit."""
+    if num_ids is not None and ids.max(initial=0) >= num_ids:
+        where = int(ids.argmax())
+        index = int(np.searchsorted(starts, where, side="right")) - 1  # of the text that has the token
+        raise ValueError(
+            f"{name_row(texts, index)}: expected ids of tokens below {num_ids}, the number of the model's embeddings, "
+            f"got {ids[where]}. The tokenizer, or vocab_size in config.json, is of another model"
+        )
+
+
+def name_row(texts: Dataset, index: int) -> str:
     """Return which text it is; of a sample also its row in the file."""
     place = f"text {index + 1} of the {len(texts)} in use"
     indices = texts._indices
     return place if indices is None else f"{place} (row {indices.column(0)[index].as_py() + 1} as read)"
 
 
-def _column(dataset: Dataset, name: str) -> Any:
+def read_column(dataset: Dataset, name: str) -> Any:
+    """Return a column as one array of Arrow."""
     return dataset.with_format("arrow")[:][name].combine_chunks()

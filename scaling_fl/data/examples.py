@@ -1,13 +1,15 @@
 """Tokenised texts, and the batches made of them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from scaling_fl.training.loop import Batch
+
+NOT_TRAINED = -100  # the label of a token that is not
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class SiteSize:
     num_examples: int
     num_tokens: int
     label_counts: tuple[int, ...]  # how many examples each class has
+    num_trained_tokens: int = 0  # of a language model: those that have a label, but for the first of each example
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Examples:
     padding: dict[str, int]  # a value for each column
     pad_left: bool = False
     width: int | None = None  # of all batches; None takes that of a batch's longest text
+    num_trained: np.ndarray | None = None  # (num_examples,) tokens that a language model is to predict
+    groups: np.ndarray | None = None  # (num_examples,) those of one number belong together; None: equal texts do
+    is_packed: bool = False  # lay the texts of a batch end to end
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,20 +50,45 @@ class Examples:
     def select(self, indices: np.ndarray) -> "Examples":
         """Return some of the examples, which share the columns with the others."""
         starts, lengths, labels = (array[indices] for array in (self.starts, self.lengths, self.labels))
-        return replace(self, starts=starts, lengths=lengths, labels=labels)
+        groups, num_trained = (None if array is None else array[indices] for array in (self.groups, self.num_trained))
+        return replace(self, starts=starts, lengths=lengths, labels=labels, groups=groups, num_trained=num_trained)
 
-    def text(self, index: int) -> bytes:
-        """Return the tokens of a text, by which it equals another."""
+    def group(self, index: int) -> bytes:
+        """Return what a text has in common with those that must be on its side of a split: its group, or its tokens."""
+        if self.groups is not None:
+            return self.groups[index].tobytes()
         start = self.starts[index]
         return next(iter(self.columns.values()))[start : start + self.lengths[index]].tobytes()
+
+    def with_groups(self, names: Sequence[str]) -> "Examples":
+        """Return the examples in groups: those of one name belong together, unless it is "", and equal texts."""
+        first: dict[object, int] = {}
+        above = list(range(len(self)))
+
+        def find(index: int) -> int:
+            while above[index] != index:
+                above[index] = index = above[above[index]]
+            return index
+
+        for index, name in enumerate(names):
+            for key in (self.group(index), name or None):
+                if key is not None:
+                    above[find(index)] = find(first.setdefault(key, index))
+        return replace(self, groups=np.array(list(map(find, range(len(self)))), np.int64))
 
     def size(self, num_labels: int) -> SiteSize:
         """Return how many examples, tokens and examples of each label there are."""
         counts = np.bincount(self.labels, minlength=num_labels)
-        return SiteSize(len(self), int(self.lengths.sum()), tuple(counts.tolist()))
+        num_trained = 0 if self.num_trained is None else int(self.num_trained.sum())
+        return SiteSize(len(self), int(self.lengths.sum()), tuple(counts.tolist()), num_trained)
 
     def batch(self) -> Batch:
-        """Return all examples as one batch, padded to `width` or the longest of them, attention mask included."""
+        """Return all examples as one batch, padded to `width` or the longest of them, attention mask included.
+
+        With `is_packed` it has one row, positions that begin anew with each text, and no attention mask.
+        """
+        if self.is_packed:
+            return self._packed_batch()
         lengths = self.lengths[:, None]
         width = self.width or lengths.max()
         position = np.arange(width)[None, :]
@@ -66,8 +97,16 @@ class Examples:
         is_token = (position >= 0) & (position < lengths)
         where = np.where(is_token, self.starts[:, None] + position, 0)
         arrays = {name: np.where(is_token, column[where], self.padding[name]) for name, column in self.columns.items()}
-        arrays |= {"attention_mask": is_token, "labels": self.labels}
+        arrays = arrays | {"attention_mask": is_token, "labels": arrays.get("labels", self.labels)}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+    def _packed_batch(self) -> Batch:
+        """Return all examples as one row. Models tell the texts apart by their positions if there is no mask."""
+        positions = np.concatenate([np.arange(length) for length in self.lengths])
+        where = np.repeat(self.starts, self.lengths) + positions
+        arrays = {name: column[where] for name, column in self.columns.items()} | {"position_ids": positions}
+        arrays["labels"] = np.where(positions == 0, NOT_TRAINED, arrays["labels"])  # no text predicts the next
+        return {name: torch.from_numpy(array.astype(np.int64))[None] for name, array in arrays.items()}
 
     def shuffled_batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yield one epoch in the order of `seed`, but for the first `start` batches; the last batch may be smaller."""

@@ -31,8 +31,8 @@ class HoldOut:
     def cut(self, examples: Examples, site: int, *, has_test: bool) -> dict[str, np.ndarray]:
         """Return the indices of a site's examples to train on, for validation and, unless it has others, for the test.
 
-        Equal texts are on one side of a cut, and one text or more is left to train on: a site of few texts may have
-        nothing held out. Indices are in the order of the examples.
+        Equal texts, and those of a group, are on one side of a cut, and one text or more is left to train on: a site of
+        few texts may have nothing held out. Indices are in the order of the examples.
         """
         left = np.arange(len(examples))
         test_fraction = None if has_test else self.test_fraction
@@ -61,7 +61,7 @@ class HoldOut:
         random = np.random.default_rng(derive_seed(self.seed, purpose, site))
         groups: dict[bytes, list[int]] = {}
         for index in random.permutation(among).tolist():
-            groups.setdefault(examples.text(index), []).append(index)
+            groups.setdefault(examples.group(index), []).append(index)
         held: list[int] = []
         for group in groups.values():
             if len(held) + len(group) <= room:

@@ -1,0 +1,235 @@
+"""How conversations become tokens, and which of these a model is to learn."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from scaling_fl.data.backend import find_start_ids, make_backend
+from scaling_fl.data.cache import mapped
+from scaling_fl.data.conversations import Conversation, Turn
+from scaling_fl.data.encoder import check_ids, name_row, read_column
+from scaling_fl.data.examples import NOT_TRAINED, Examples
+from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
+
+VERSION = 1  # of how conversations are tokenised: another one ignores the tokens in the cache
+PROBE = Conversation((Turn("user", "Name an animal."), Turn("assistant", "A dog.")))
+
+
+class UnusableError(ValueError):
+    """A row is a conversation, but there is nothing to learn from it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised conversations, and what was lost of them."""
+
+    examples: Examples
+    kept: np.ndarray  # (num_examples,) the index of each example among the rows
+    num_left_out: int  # rows without a token to train
+    num_prompts_cut: int  # whose beginning was cut off
+    num_answers_cut: int  # whose end was cut off
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """How conversations become the numbers that a model takes.
+
+    Args:
+        tokenizer: a fast one, which knows the place of each token in its text.
+        template: a key of TEMPLATES.
+        max_seq_len: longer conversations are cut to so many tokens.
+        num_ids: ids of tokens are below it; None if the model has no such limit.
+        width: what all batches are padded to; None pads to the longest text of a batch.
+        train_on_prompt: train all tokens, those of prompts too.
+
+    Raises:
+        ValueError: the tokenizer is not fast, or does not fit the template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_seq_len: int
+    num_ids: int | None = None
+    width: int | None = None
+    train_on_prompt: bool = False
+    fingerprint: str = field(init=False)  # of what tokens depend on
+    backend: Tokenizer = field(init=False)  # finds control tokens where a template has them, and not in contents
+    stand_ins: dict[str, str] = field(init=False)  # for control tokens, in texts for the backend
+    ids: dict[int | None, int] = field(init=False)  # of the tokenizer, by those of the backend where they differ
+    start_ids: list[int] = field(init=False)  # that the tokenizer puts before a text
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError("model: expected a fast tokenizer (tokenizer.json), got one that is not")
+        chosen = VERSION, self.tokenizer, self.tokenizer.chat_template, self.template, self.max_seq_len
+        object.__setattr__(self, "fingerprint", Hasher.hash((*chosen, self.train_on_prompt)))
+        backend, stand_ins, ids = make_backend(self.tokenizer)
+        object.__setattr__(self, "backend", backend)
+        object.__setattr__(self, "stand_ins", stand_ins)
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "start_ids", find_start_ids(self.tokenizer))
+        try:
+            self.tokenise(PROBE)
+        except ValueError as error:
+            raise ValueError(f"template={self.template!r}: {error}") from None
+
+    def encode(self, rows: Dataset, *, skip_long: bool = False) -> Encoded:
+        """Tokenise conversations once (datasets caches the result on disk).
+
+        Args:
+            rows: of `conversation` and `group`.
+            skip_long: leave out rows without a token to train, and count them.
+
+        Raises:
+            ValueError: a row is no conversation that the template takes, or has no token to train, or one that the
+                model does not take.
+        """
+        tokens = mapped(
+            rows,
+            self._tokenise_rows,
+            batched=True,
+            remove_columns=rows.column_names,
+            new_fingerprint=Hasher.hash((rows._fingerprint, self.fingerprint)),
+            desc=None,
+        )
+        for problem, advice in (("error", ""), ("unusable", ", or use skip_long=True, which counts such rows")):
+            found = np.array([text != "" for text in tokens[problem][:]], bool)
+            if found.any() and not (skip_long and advice):
+                index = int(found.argmax())
+                raise ValueError(f"{name_row(rows, index)}: {tokens[problem][index]}{advice}")
+        kept = np.flatnonzero(~found)
+        if len(kept) == 0:
+            raise ValueError("expected a row with a token to train, got none")
+        ids, labels = (read_column(tokens, name) for name in ("input_ids", "labels"))
+        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        columns = {
+            "input_ids": ids.flatten().to_numpy(zero_copy_only=False),
+            "labels": labels.flatten().to_numpy(zero_copy_only=False),
+        }
+        check_ids(self.num_ids, rows, columns["input_ids"], starts)
+        sums = np.cumsum(columns["labels"] != NOT_TRAINED)
+        examples = Examples(
+            columns,
+            starts,
+            lengths,
+            np.zeros(len(rows), np.int64),
+            padding={"input_ids": self._padding(), "labels": NOT_TRAINED},
+            width=self.width,
+            num_trained=sums[starts + lengths - 1] - sums[starts],  # nothing predicts the first token
+        )
+        examples = examples.select(kept).with_groups(np.array(rows["group"][:], object)[kept].tolist())
+        cut = [read_column(tokens, name).to_numpy(zero_copy_only=False)[kept] for name in ("prompt_cut", "answer_cut")]
+        return Encoded(examples, kept, int(found.sum()), *(int(of_rows.sum()) for of_rows in cut))
+
+    def tokenise(self, conversation: Conversation) -> tuple[list[int], list[int], int]:
+        """Return the tokens of a whole conversation and their labels, and how many come before the first answer.
+
+        Raises:
+            UnusableError: there is no answer.
+            ValueError: the template does not take the conversation.
+        """
+        given = [turn.content.strip() for turn in conversation.turns if turn.role == "assistant"]
+        if not given or not all(given):
+            raise UnusableError("expected an answer, got none. Leave the row out")
+        if RESERVED.search("".join(turn.content for turn in conversation.turns) + conversation.context):
+            raise ValueError("expected characters of Unicode up to U+10FFEF, got others")
+        pieces = TEMPLATES[self.template](conversation, self.tokenizer)
+        text, contents, answers = self._join(pieces)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ids = [self.ids.get(id_, id_) for id_ in encoding.ids]
+        places = np.array([start for start, _ in encoding.offsets])
+        firsts = np.searchsorted(places, [start for start, _ in answers])
+        self._check(ids, places, contents)
+        for first, (start, _) in zip(firsts.tolist(), answers, strict=True):
+            if self._ids_of(text[:start]) != ids[:first]:
+                raise ValueError(
+                    "expected an answer whose first token begins where the prompt ends, got one that the tokenizer "
+                    f"joins with the end of the prompt ({text[:start][-8:]!r}). Use another template, or leave out the "
+                    "space between them"
+                )
+        is_answer = np.logical_or.reduce([(start <= places) & (places < end) for start, end in answers])
+        if self.train_on_prompt:
+            is_answer = np.arange(len(ids)) <= np.flatnonzero(is_answer).max(initial=-1)
+        starts = [] if ids[: len(self.start_ids)] == self.start_ids else self.start_ids
+        labels = np.where(is_answer, ids, NOT_TRAINED).tolist()
+        return starts + ids, [NOT_TRAINED] * len(starts) + labels, len(starts) + int(firsts[0])
+
+    def tokenise_prompt(self, conversation: Conversation) -> list[int]:
+        """Return the tokens after which a model is to answer a conversation, the last turn of which is the user's."""
+        asked = Conversation((*conversation.turns, *PROBE.turns[1:]), conversation.context, conversation.is_continued)
+        pieces = TEMPLATES[self.template](asked, self.tokenizer)
+        text, _, answers = self._join(pieces)
+        ids = self._ids_of(text[: answers[-1][0]])
+        return ids if ids[: len(self.start_ids)] == self.start_ids else self.start_ids + ids
+
+    def _join(self, pieces: list[Piece]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the text for the backend, and where its contents and its answers are."""
+        controls = re.compile("|".join(map(re.escape, self.stand_ins)) or "(?!)")
+        text = ""
+        contents: list[tuple[int, int]] = []
+        answers: list[tuple[int, int]] = []
+        for piece in pieces:
+            start = len(text)
+            text += piece.text if piece.is_content else controls.sub(lambda found: self.stand_ins[found[0]], piece.text)
+            if piece.is_content:
+                contents.append((start, len(text)))
+            if piece.is_answer:
+                begins_before = answers and answers[-1][1] == start
+                answers.append((answers.pop()[0] if begins_before else start, len(text)))
+        return text, contents, answers
+
+    def _ids_of(self, text: str) -> list[int]:
+        return [self.ids.get(id_, id_) for id_ in self.backend.encode(text, add_special_tokens=False).ids]
+
+    def _check(self, ids: list[int], places: np.ndarray, contents: list[tuple[int, int]]) -> None:
+        """Refuse a text that the tokenizer takes for a control token."""
+        known = {self.tokenizer.convert_tokens_to_ids(token) for token in self.stand_ins} - {
+            self.tokenizer.unk_token_id
+        }
+        is_control = np.isin(ids, list(known))
+        if any((is_control & (start <= places) & (places < end)).any() for start, end in contents):
+            raise ValueError("expected texts that are no control tokens of the tokenizer, got one. Leave the row out")
+
+    def _tokenise_rows(self, rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        found = [self._tokenise_row(text) for text in rows["conversation"]]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    def _tokenise_row(self, text: str) -> dict[str, Any]:
+        """Return the tokens of a row, cut to `max_seq_len`, or why there are none."""
+        row = {"input_ids": [0], "labels": [NOT_TRAINED], "prompt_cut": False, "answer_cut": False}
+        row |= {"error": "", "unusable": ""}
+        try:
+            ids, labels, num_before = self.tokenise(Conversation.from_json(text))
+            ids, labels, num_prompt, num_answer = self._cut(ids, labels, num_before)
+            if all(label == NOT_TRAINED for label in labels[1:]):
+                raise UnusableError("expected a token to train after the first token, got none. Leave the row out")
+        except UnusableError as error:
+            return row | {"unusable": str(error)}
+        except ValueError as error:
+            return row | {"error": str(error)}
+        return row | {"input_ids": ids, "labels": labels, "prompt_cut": num_prompt > 0, "answer_cut": num_answer > 0}
+
+    def _cut(self, ids: list[int], labels: list[int], num_before: int) -> tuple[list[int], list[int], int, int]:
+        """Cut a long prompt from the left, but for the start token, and what follows from the right.
+
+        The prompt keeps half of the tokens if it needs them, and all that the answers leave.
+        """
+        num_after = len(ids) - num_before
+        answers_cut = max(0, num_after + min(num_before, self.max_seq_len // 2) - self.max_seq_len)
+        prompt_cut = max(0, num_before + num_after - answers_cut - self.max_seq_len)
+        head = len(self.start_ids) if ids[: len(self.start_ids)] == self.start_ids else 0
+        head = min(head, num_before - prompt_cut)
+        kept = [*range(head), *range(head + prompt_cut, len(ids) - answers_cut)]
+        return [ids[at] for at in kept], [labels[at] for at in kept], prompt_cut, answers_cut
+
+    def _padding(self) -> int:
+        """Return an id that the model takes: attention masks and labels leave padding out, whichever token it is."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(id_ for id_ in candidates if id_ is not None and (self.num_ids is None or id_ < self.num_ids))
