@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from scaling_fl.training.loop import Batch
-
-NOT_TRAINED = -100  # the label of a token that is not
+from scaling_fl.training.loop import NOT_TRAINED, Batch
 
 
 @dataclass(frozen=True)

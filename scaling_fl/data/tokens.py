@@ -14,8 +14,9 @@ from scaling_fl.data.backend import find_start_ids, make_backend
 from scaling_fl.data.cache import mapped
 from scaling_fl.data.conversations import Conversation, Turn
 from scaling_fl.data.encoder import check_ids, name_row, read_column
-from scaling_fl.data.examples import NOT_TRAINED, Examples
+from scaling_fl.data.examples import Examples
 from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
+from scaling_fl.training.loop import NOT_TRAINED
 
 VERSION = 1  # of how conversations are tokenised: another one ignores the tokens in the cache
 PROBE = Conversation((Turn("user", "Name an animal."), Turn("assistant", "A dog.")))

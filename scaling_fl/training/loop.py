@@ -16,6 +16,7 @@ from scaling_fl.training.metrics import Means
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]  # the model's keyword arguments, labels included
+NOT_TRAINED = -100  # the label of a token that a language model is not to predict
 Score = Callable[[Any, Batch, Means], None]  # adds a batch's output to the means
 
 

@@ -20,12 +20,12 @@ class Means:
     def __init__(self) -> None:
         self._sums: defaultdict[str, Fraction] = defaultdict(Fraction)
         self._counts: defaultdict[str, int] = defaultdict(int)
-        self._pending: list[tuple[str, Tensor, int]] = []
+        self._pending: list[tuple[str, Tensor, int | Tensor]] = []
 
-    def add(self, name: str, total: Tensor, count: int) -> None:
+    def add(self, name: str, total: Tensor, count: int | Tensor) -> None:
         """Add `total`, a scalar tensor that is a sum over `count` things.
 
-        The tensor is read by `settle`, so that not every batch waits for an accelerator.
+        Tensors are read by `settle`, so that not every batch waits for an accelerator.
         """
         self._pending.append((name, total.detach(), count))
 
@@ -40,7 +40,7 @@ class Means:
             if total - total != 0:
                 raise FloatingPointError(f"{name}: expected a finite number, got {total}")
             self._sums[name] += Fraction(total)
-            self._counts[name] += count
+            self._counts[name] += int(count)
         self._pending.clear()
         return self
 

@@ -1,5 +1,6 @@
 """What a model's output scores, and what the confusions of all its answers score."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -8,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaling_fl.training.loop import Batch, evaluate
+from scaling_fl.training.loop import NOT_TRAINED, Batch, evaluate
 from scaling_fl.training.metrics import Means
 
 Totals = dict[str, tuple[Fraction, int]]  # name of a score -> sum, count
 CONFUSION = "confusion"
+PACKING_TOLERANCE = 1e-4  # between the losses of a batch packed and unpacked
 
 
 def score_classes(output: Any, batch: Batch, means: Means) -> None:
@@ -20,6 +22,52 @@ def score_classes(output: Any, batch: Batch, means: Means) -> None:
     count = len(batch["labels"])
     means.add("loss", output.loss.detach().double() * count, count)
     means.add("accuracy", (output.logits.argmax(-1) == batch["labels"]).sum(), count)
+
+
+def score_tokens(output: Any, batch: Batch, means: Means) -> None:
+    """Add the loss of a language model (cross-entropy, summed over its trained tokens) and its number of right tokens.
+
+    The first token of a text has no prediction. A batch without a trained token adds nothing.
+    """
+    labels = batch["labels"][:, 1:]
+    is_trained = labels != NOT_TRAINED
+    count = is_trained.sum()
+    right = (output.logits[:, :-1].argmax(-1) == labels) & is_trained
+    loss = output.loss.detach().double()
+    means.add("loss", torch.where(count > 0, loss * count, torch.zeros_like(loss)), count)
+    means.add("accuracy", right.sum(), count)
+
+
+def summarise_tokens(totals: Mapping[str, tuple[Fraction, int]]) -> dict[str, Any]:
+    """Return each mean by name, and `perplexity`, the exponential of the mean loss of a token."""
+    means: dict[str, Any] = dict(Means.of(totals).result())
+    if "loss" not in means:
+        return means
+    try:
+        return means | {"perplexity": math.exp(means["loss"])}
+    except OverflowError:
+        return means | {"perplexity": math.inf}
+
+
+def check_packing(model: nn.Module, batch: Batch, packed: Batch) -> None:
+    """Check that a model tells the texts of a packed batch apart.
+
+    Args:
+        model: is left in the mode that it had.
+        batch: texts, one a row.
+        packed: the same in one row, with their positions.
+
+    Raises:
+        ValueError: the losses differ.
+    """
+    was_training = model.training
+    losses = [evaluate(model, [of], score_tokens).result()["loss"] for of in (batch, packed)]
+    model.train(was_training)
+    if not abs(losses[0] - losses[1]) <= PACKING_TOLERANCE:
+        raise ValueError(
+            f"pack: expected a model that tells texts in a row apart by their positions, got a loss of {losses[1]:.6f} "
+            f"in place of {losses[0]:.6f}. Use pack=False"
+        )
 
 
 def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> Totals:
