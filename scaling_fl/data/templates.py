@@ -158,7 +158,7 @@ def _merge_context(conversation: Conversation) -> tuple[Turn, ...]:
 def _apply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, asks: bool = False) -> str:
     """Render the tokenizer's chat template, and ask for an answer."""
     if not tokenizer.chat_template:
-        raise ValueError("template='chat': expected a tokenizer with a chat template, got none")
+        raise ValueError("expected a tokenizer with a chat template, got none")
     messages = [turn._asdict() for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))

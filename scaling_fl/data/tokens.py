@@ -63,7 +63,9 @@ class ConversationEncoder:
     backend: Tokenizer = field(init=False)  # finds control tokens where a template has them, and not in contents
     stand_ins: dict[str, str] = field(init=False)  # for control tokens, in texts for the backend
     ids: dict[int | None, int] = field(init=False)  # of the tokenizer, by those of the backend where they differ
+    control_ids: set[int] = field(init=False)  # which no text has
     start_ids: list[int] = field(init=False)  # that the tokenizer puts before a text
+    end_id: int | None = field(init=False)  # of the control token after each answer, which ends a generated one
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -74,11 +76,15 @@ class ConversationEncoder:
         object.__setattr__(self, "backend", backend)
         object.__setattr__(self, "stand_ins", stand_ins)
         object.__setattr__(self, "ids", ids)
+        control_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in stand_ins}
+        object.__setattr__(self, "control_ids", control_ids - {self.tokenizer.unk_token_id})
         object.__setattr__(self, "start_ids", find_start_ids(self.tokenizer))
         try:
-            self.tokenise(PROBE)
+            labels = self.tokenise(PROBE)[1]
         except ValueError as error:
             raise ValueError(f"template={self.template!r}: {error}") from None
+        last = next(label for label in reversed(labels) if label != NOT_TRAINED)
+        object.__setattr__(self, "end_id", last if last in self.control_ids else None)
 
     def encode(self, rows: Dataset, *, skip_long: bool = False) -> Encoded:
         """Tokenise conversations once (datasets caches the result on disk).
@@ -191,10 +197,7 @@ class ConversationEncoder:
 
     def _check(self, ids: list[int], places: np.ndarray, contents: list[tuple[int, int]]) -> None:
         """Refuse a text that the tokenizer takes for a control token."""
-        known = {self.tokenizer.convert_tokens_to_ids(token) for token in self.stand_ins} - {
-            self.tokenizer.unk_token_id
-        }
-        is_control = np.isin(ids, list(known))
+        is_control = np.isin(ids, list(self.control_ids))
         if any((is_control & (start <= places) & (places < end)).any() for start, end in contents):
             raise ValueError("expected texts that are no control tokens of the tokenizer, got one. Leave the row out")
 
