@@ -15,6 +15,7 @@ SENTENCES = [
     "system\nYou are helpful.\nuser\nWhich?\nassistant\nRed.\nassistant\nA dog ran.\n\n\nReds",
     "### Response: Red ### Response: Red ### Response: A ### Response: A dog ### Response: A dog",
 ]
+LINES = [line for text in SENTENCES for line in text.split("\n")]
 CONTROLS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 KINDS = ("bytes", "bytes with a start token", "pieces", "old pieces", "unigram")
 
@@ -41,19 +42,27 @@ def make_tokenizer(kind: str = "bytes", chat_template: str = "chatml") -> PreTra
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
         tokenizer.train_from_iterator(
-            SENTENCES * 3,
-            UnigramTrainer(vocab_size=150, special_tokens=CONTROLS, unk_token="<unk>", show_progress=False),
+            LINES * 3,
+            UnigramTrainer(
+                vocab_size=150,
+                special_tokens=CONTROLS,
+                unk_token="<unk>",
+                initial_alphabet=["\n"],
+                show_progress=False,
+            ),
         )
     else:
         tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # learns pieces of words
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = BpeTrainer(vocab_size=600, special_tokens=CONTROLS + bytes_, max_token_length=6, show_progress=False)
+        tokenizer.train_from_iterator(LINES, trainer)
+        tokenizer = _without_added(tokenizer, bytes_)  # bytes are pieces, and no control tokens
         if kind == "pieces":
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         else:
+            tokenizer.pre_tokenizer = None
             tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = BpeTrainer(vocab_size=600, special_tokens=CONTROLS + bytes_, max_token_length=6, show_progress=False)
-        tokenizer.train_from_iterator((line for text in SENTENCES for line in text.split("\n")), trainer)
-        tokenizer = _without_added(tokenizer, bytes_)  # bytes are pieces, and no control tokens
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
