@@ -34,8 +34,9 @@ def score_tokens(output: Any, batch: Batch, means: Means) -> None:
     count = is_trained.sum()
     right = (output.logits[:, :-1].argmax(-1) == labels) & is_trained
     loss = output.loss.detach().double()
-    means.add("loss", torch.where(count > 0, loss * count, torch.zeros_like(loss)), count)
-    means.add("accuracy", right.sum(), count)
+    scores = {"loss": torch.where(count > 0, loss * count, torch.zeros_like(loss)), "accuracy": right.sum()}
+    for name, total in scores.items():
+        means.add(name, total, count)
 
 
 def summarise_tokens(totals: Mapping[str, tuple[Fraction, int]]) -> dict[str, Any]:
