@@ -20,9 +20,13 @@ CONTROLS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/I
 KINDS = ("bytes", "bytes with a start token", "pieces", "old pieces", "unigram")
 
 
-@cache
 def make_tokenizer(kind: str = "bytes", chat_template: str = "chatml") -> PreTrainedTokenizerFast:
     """Return a tokenizer as of GPT-2, Llama 3, Mistral, Llama 2 or T5, whose end token is its padding token."""
+    return _make(kind, chat_template)  # to a cache, arguments by default are others
+
+
+@cache
+def _make(kind: str, chat_template: str) -> PreTrainedTokenizerFast:
     if kind.startswith("bytes"):
         tokenizer = Tokenizer(BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,7 +51,7 @@ def make_tokenizer(kind: str = "bytes", chat_template: str = "chatml") -> PreTra
                 vocab_size=150,
                 special_tokens=CONTROLS,
                 unk_token="<unk>",
-                initial_alphabet=["\n"],
+                initial_alphabet=list("\n<>/|_"),
                 show_progress=False,
             ),
         )

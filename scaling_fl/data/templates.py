@@ -125,9 +125,8 @@ TEMPLATES: dict[str, Template] = {
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the tokens that structure texts and are none of their words, the longest first."""
-    added = tokenizer.added_tokens_decoder.values()
-    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    tokens = {token.content for token in added if token.special} | {token for token in named if token}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = (special - {tokenizer.unk_token}) | ({tokenizer.bos_token, tokenizer.eos_token} - {None})
     return sorted(tokens, key=lambda token: (-len(token), token))
 
 

@@ -1,16 +1,14 @@
 """How conversations become tokens, and which of these a model is to learn."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from scaling_fl.data.backend import find_start_ids, make_backend
+from scaling_fl.data.backend import Backend, find_start_ids, make_backend
 from scaling_fl.data.cache import mapped
 from scaling_fl.data.conversations import Conversation, Turn
 from scaling_fl.data.encoder import check_ids, name_row, read_column
@@ -60,10 +58,7 @@ class ConversationEncoder:
     width: int | None = None
     train_on_prompt: bool = False
     fingerprint: str = field(init=False)  # of what tokens depend on
-    backend: Tokenizer = field(init=False)  # finds control tokens where a template has them, and not in contents
-    stand_ins: dict[str, str] = field(init=False)  # for control tokens, in texts for the backend
-    ids: dict[int | None, int] = field(init=False)  # of the tokenizer, by those of the backend where they differ
-    control_ids: set[int] = field(init=False)  # which no text has
+    backend: Backend = field(init=False)  # finds control tokens where a template has them, and not in contents
     start_ids: list[int] = field(init=False)  # that the tokenizer puts before a text
     end_id: int | None = field(init=False)  # of the control token after each answer, which ends a generated one
 
@@ -72,19 +67,14 @@ class ConversationEncoder:
             raise ValueError("model: expected a fast tokenizer (tokenizer.json), got one that is not")
         chosen = VERSION, self.tokenizer, self.tokenizer.chat_template, self.template, self.max_seq_len
         object.__setattr__(self, "fingerprint", Hasher.hash((*chosen, self.train_on_prompt)))
-        backend, stand_ins, ids = make_backend(self.tokenizer)
-        object.__setattr__(self, "backend", backend)
-        object.__setattr__(self, "stand_ins", stand_ins)
-        object.__setattr__(self, "ids", ids)
-        control_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in stand_ins}
-        object.__setattr__(self, "control_ids", control_ids - {self.tokenizer.unk_token_id})
+        object.__setattr__(self, "backend", make_backend(self.tokenizer))
         object.__setattr__(self, "start_ids", find_start_ids(self.tokenizer))
         try:
             labels = self.tokenise(PROBE)[1]
         except ValueError as error:
             raise ValueError(f"template={self.template!r}: {error}") from None
         last = next(label for label in reversed(labels) if label != NOT_TRAINED)
-        object.__setattr__(self, "end_id", last if last in self.control_ids else None)
+        object.__setattr__(self, "end_id", last if last in self.backend.control_ids else None)
 
     def encode(self, rows: Dataset, *, skip_long: bool = False) -> Encoded:
         """Tokenise conversations once (datasets caches the result on disk).
@@ -148,14 +138,11 @@ class ConversationEncoder:
         if RESERVED.search("".join(turn.content for turn in conversation.turns) + conversation.context):
             raise ValueError("expected characters of Unicode up to U+10FFEF, got others")
         pieces = TEMPLATES[self.template](conversation, self.tokenizer)
-        text, contents, answers = self._join(pieces)
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        ids = [self.ids.get(id_, id_) for id_ in encoding.ids]
-        places = np.array([start for start, _ in encoding.offsets])
+        text, answers = self._join(pieces)
+        ids, places = self.backend.encode(text)
         firsts = np.searchsorted(places, [start for start, _ in answers])
-        self._check(ids, places, contents)
         for first, (start, _) in zip(firsts.tolist(), answers, strict=True):
-            if self._ids_of(text[:start]) != ids[:first]:
+            if self.backend.encode(text[:start])[0] != ids[:first]:
                 raise ValueError(
                     "expected an answer whose first token begins where the prompt ends, got one that the tokenizer "
                     f"joins with the end of the prompt ({text[:start][-8:]!r}). Use another template, or leave out the "
@@ -172,34 +159,20 @@ class ConversationEncoder:
         """Return the tokens after which a model is to answer a conversation, the last turn of which is the user's."""
         asked = Conversation((*conversation.turns, *PROBE.turns[1:]), conversation.context, conversation.is_continued)
         pieces = TEMPLATES[self.template](asked, self.tokenizer)
-        text, _, answers = self._join(pieces)
-        ids = self._ids_of(text[: answers[-1][0]])
+        text, answers = self._join(pieces)
+        ids, _ = self.backend.encode(text[: answers[-1][0]])
         return ids if ids[: len(self.start_ids)] == self.start_ids else self.start_ids + ids
 
-    def _join(self, pieces: list[Piece]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return the text for the backend, and where its contents and its answers are."""
-        controls = re.compile("|".join(map(re.escape, self.stand_ins)) or "(?!)")
-        text = ""
-        contents: list[tuple[int, int]] = []
-        answers: list[tuple[int, int]] = []
+    def _join(self, pieces: list[Piece]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text for the backend, and where its answers are."""
+        text, answers = "", list[tuple[int, int]]()
         for piece in pieces:
             start = len(text)
-            text += piece.text if piece.is_content else controls.sub(lambda found: self.stand_ins[found[0]], piece.text)
-            if piece.is_content:
-                contents.append((start, len(text)))
+            text += piece.text if piece.is_content else self.backend.rename(piece.text)
             if piece.is_answer:
                 begins_before = answers and answers[-1][1] == start
                 answers.append((answers.pop()[0] if begins_before else start, len(text)))
-        return text, contents, answers
-
-    def _ids_of(self, text: str) -> list[int]:
-        return [self.ids.get(id_, id_) for id_ in self.backend.encode(text, add_special_tokens=False).ids]
-
-    def _check(self, ids: list[int], places: np.ndarray, contents: list[tuple[int, int]]) -> None:
-        """Refuse a text that the tokenizer takes for a control token."""
-        is_control = np.isin(ids, list(self.control_ids))
-        if any((is_control & (start <= places) & (places < end)).any() for start, end in contents):
-            raise ValueError("expected texts that are no control tokens of the tokenizer, got one. Leave the row out")
+        return text, answers
 
     def _tokenise_rows(self, rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         found = [self._tokenise_row(text) for text in rows["conversation"]]
