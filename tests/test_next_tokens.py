@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,16 @@ from datasets import Dataset
 from test_instruct_tokens import rows_of, say
 from tiny_tokenizers import make_tokenizer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from scaling_fl.data.conversations import read_conversations
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.training.loop import evaluate, train, try_step
@@ -209,6 +218,23 @@ def test_absolute_positions_need_padding_on_the_right() -> None:
     model = GPT2LMHeadModel(config).eval()
     total, _, count = sums_by_hand(model, examples)
     assert model(**examples.batch()).loss.item() == pytest.approx(total.item() / count, abs=1e-5)
+
+
+def test_a_real_model_learns_from_real_rows_packed_or_not(shared: Path) -> None:
+    folder = str(shared / "models" / "stories260K")
+    encoder = ConversationEncoder(AutoTokenizer.from_pretrained(folder), "alpaca", 256)
+    given = read_conversations(str(shared / "data" / "instruct" / "alpaca_original_100.json")).select(range(12))
+    examples, losses = encoder.encode(given).examples, []
+    for is_packed in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False)
+        of = replace(examples, is_packed=is_packed)
+        check_packing(model, examples.batch(), replace(of, is_packed=True).batch())
+        optimiser = OPTIMISERS["adamw"](model.parameters(), lr=1e-3)
+        losses.append(
+            [train(model, of.shuffled_batches(4, seed), optimiser, score_tokens).result()["loss"] for seed in range(2)]
+        )
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0][1] < losses[0][0] - 0.1
 
 
 def test_the_longest_batch_can_be_tried() -> None:

@@ -145,8 +145,7 @@ class ConversationEncoder:
             if self.backend.encode(text[:start])[0] != ids[:first]:
                 raise ValueError(
                     "expected an answer whose first token begins where the prompt ends, got one that the tokenizer "
-                    f"joins with the end of the prompt ({text[:start][-8:]!r}). Use another template, or leave out the "
-                    "space between them"
+                    "joins with the end of the prompt. Use another template, or remove the space between them"
                 )
         is_answer = np.logical_or.reduce([(start <= places) & (places < end) for start, end in answers])
         if self.train_on_prompt:
