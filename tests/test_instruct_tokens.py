@@ -341,10 +341,18 @@ def test_rows_without_an_answer_are_an_error_or_counted() -> None:
 
 
 def test_an_answer_that_joins_with_its_prompt_is_an_error_with_its_row() -> None:
-    message = refusal(lambda: encode(say("A", "Red"), say("The sky is ", "red", is_continued=True)))
+    rows = say("A", "Red"), say("The sky is ", "red", is_continued=True)
+    message = refusal(lambda: encode(*rows))
     assert message.startswith(
         "text 2 of the 2 in use: expected an answer whose first token begins where the prompt ends"
     )
+    encoded = encode(*rows, skip_long=True)
+    assert (encoded.kept.tolist(), encoded.num_left_out) == ([0], 1)
+
+
+def test_a_row_that_the_template_does_not_take_is_never_left_out() -> None:
+    message = refusal(lambda: encode(say("A", "Red"), say("A", "B", "C", "D"), skip_long=True))
+    assert message.startswith("text 2 of the 2 in use: expected a turn of the user and one of the assistant")
 
 
 def test_training_on_prompts_trains_all_up_to_the_last_end_token() -> None:
@@ -353,6 +361,11 @@ def test_training_on_prompts_trains_all_up_to_the_last_end_token() -> None:
     ids, labels, _ = encoder.tokenise(say("Which?", "Red."))
     assert labels == [*ids[:-1], -100]
     assert tokenizer.decode(ids[-2:]) == "<|im_end|>\n"
+    encoder = ConversationEncoder(make_tokenizer("bytes", "none"), "plain", 128, train_on_prompt=True)
+    examples = encoder.encode(rows_of(say("A dog", "Red"), say("Blue", "A"))).examples
+    assert (examples.columns["labels"] != -100).all()
+    assert examples.num_trained is not None
+    assert examples.num_trained.tolist() == (examples.lengths - 1).tolist(), "nothing predicts the first token"
 
 
 def test_rows_of_a_tree_and_equal_texts_are_on_one_side_of_a_split() -> None:

@@ -30,7 +30,7 @@ class Encoded:
 
     examples: Examples
     kept: np.ndarray  # (num_examples,) the index of each example among the rows
-    num_left_out: int  # rows without a token to train
+    num_left_out: int  # rows without an answer of tokens of its own
     num_prompts_cut: int  # whose beginning was cut off
     num_answers_cut: int  # whose end was cut off
 
@@ -81,7 +81,7 @@ class ConversationEncoder:
 
         Args:
             rows: of `conversation` and `group`.
-            skip_long: leave out rows without a token to train, and count them.
+            skip_long: leave out rows without an answer, or whose answer has no tokens of its own, and count them.
 
         Raises:
             ValueError: a row is no conversation that the template takes, or has no token to train, or one that the
@@ -129,7 +129,7 @@ class ConversationEncoder:
         """Return the tokens of a whole conversation and their labels, and how many come before the first answer.
 
         Raises:
-            UnusableError: there is no answer.
+            UnusableError: there is no answer, or the tokenizer joins it with its prompt.
             ValueError: the template does not take the conversation.
         """
         given = [turn.content.strip() for turn in conversation.turns if turn.role == "assistant"]
@@ -143,9 +143,9 @@ class ConversationEncoder:
         firsts = np.searchsorted(places, [start for start, _ in answers])
         for first, (start, _) in zip(firsts.tolist(), answers, strict=True):
             if self.backend.encode(text[:start])[0] != ids[:first]:
-                raise ValueError(
+                raise UnusableError(
                     "expected an answer whose first token begins where the prompt ends, got one that the tokenizer "
-                    "joins with the end of the prompt. Use another template, or remove the space between them"
+                    "joins with the end of the prompt. Remove the space between them"
                 )
         is_answer = np.logical_or.reduce([(start <= places) & (places < end) for start, end in answers])
         if self.train_on_prompt:
