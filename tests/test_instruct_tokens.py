@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_tokenizers import KINDS, make_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scaling_fl.data.backend import CLOSE, OPEN, make_backend
 from scaling_fl.data.conversations import Conversation, Turn, read_conversations
 from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.templates import TEMPLATES
@@ -231,7 +233,7 @@ def test_control_tokens_spelled_in_the_data_stay_text(kind: str) -> None:
     assert trained.count(tokenizer.eos_token_id) == 1
 
 
-@pytest.mark.parametrize("flag", ["normalized", "lstrip", "rstrip"])
+@pytest.mark.parametrize("flag", ["normalized", "single_word", "lstrip", "rstrip"])
 @pytest.mark.parametrize("kind", ["pieces", "old pieces"])
 def test_control_tokens_are_found_however_the_tokenizer_has_them(kind: str, flag: str) -> None:
     """With normalisation, Llama 2 takes `Red.</s>` for other tokens, and its end token would be no part of the row."""
@@ -241,15 +243,18 @@ def test_control_tokens_are_found_however_the_tokenizer_has_them(kind: str, flag
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
-    ids, labels, _ = ConversationEncoder(tokenizer, "vicuna", 512).tokenise(say("Which?", "Red.", "And?", "Red."))
+    ids, labels, _ = ConversationEncoder(tokenizer, "vicuna", 512).tokenise(say("Which?", "Red", "And?", "Red"))
     assert [id_ for id_ in ids if id_ < 3] == [1, 2, 2]
     assert [label for label in labels if label in (1, 2)] == [2, 2]
+    backend = replace(make_backend(tokenizer), names={"<end>": f"{OPEN}99{CLOSE}"})
+    assert "finds its control tokens" in refusal(lambda: backend.encode(backend.rename("Red<end>")))
 
 
 @pytest.mark.parametrize(
     ("chat", "reason"),
     [
         ("space", "joins with the end of the prompt"),
+        ("rewrites", "turn 2: expected a chat template that writes the turns before it as it does when it asks"),
         ("never asks", "asks for an answer (add_generation_prompt)"),
         ("never ends", "ends answers with a control token"),
         ("none", "template='chat': expected a tokenizer with a chat template, got none"),

@@ -123,5 +123,7 @@ CHATS = {
     "{% for m in messages %}" + CHATML_TURN + "{% endfor %}" + ASKS,
     "space": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}",
+    "rewrites": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{{ ' /think' if loop.last and m['role'] == 'user' else '' }}{{ '<|im_end|>' }}{% endfor %}" + ASKS,
     "none": None,
 }

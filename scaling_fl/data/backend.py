@@ -63,7 +63,7 @@ def make_backend(tokenizer: PreTrainedTokenizerBase) -> Backend:
     of_copy = [(token["id"], names.get(token["content"], token["content"])) for token in spec["added_tokens"]]
     for token in spec["added_tokens"]:
         if token["content"] in names:
-            token |= {"content": names[token["content"]], "normalized": False}
+            token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
     if isinstance(spec["model"]["vocab"], list):  # in which Unigram finds any text
         hidden = names | {tokenizer.unk_token: OPEN + CLOSE}
         spec["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in spec["model"]["vocab"]]
