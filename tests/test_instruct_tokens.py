@@ -14,7 +14,7 @@ from conftest import refusal
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import KINDS, make_tokenizer
+from tiny_llm import KINDS, make_tokenizer, rows_of, say
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -33,13 +33,6 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
 )
-
-
-def say(*contents: str, system: str | None = None, context: str = "", is_continued: bool = False) -> Conversation:
-    """A conversation of the user and the assistant in turn."""
-    turns = [Turn(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
-    first = [Turn("system", system)] if system is not None else []
-    return Conversation((*first, *turns), context, is_continued)
 
 
 # Template, conversation, chat template, and the text in parts: every second is trained.
@@ -290,11 +283,6 @@ def test_a_last_question_is_read_but_not_trained() -> None:
     text = make_tokenizer("bytes").decode(ids)
     assert text.endswith("Blue?<|im_end|>\n")
     assert make_tokenizer("bytes").decode([label for label in labels if label != -100]) == "Red<|im_end|>"
-
-
-def rows_of(*conversations: Conversation, groups: Sequence[str] = ()) -> Dataset:
-    given = list(groups) or [""] * len(conversations)
-    return Dataset.from_dict({"conversation": [row.to_json() for row in conversations], "group": given})
 
 
 def encode(*conversations: Conversation, max_seq_len: int = 4096, kind: str = "bytes", **options: Any) -> Encoded:

@@ -11,16 +11,13 @@ import pytest
 import torch
 from conftest import refusal
 from datasets import Dataset
-from test_instruct_tokens import rows_of, say
-from tiny_tokenizers import make_tokenizer
+from tiny_llm import make_llama, make_tokenizer, rows_of, say
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from scaling_fl.data.conversations import read_conversations
@@ -47,24 +44,6 @@ def rows() -> Dataset:
 
 def make_examples(template: str = "plain", **options: bool) -> Examples:
     return replace(ConversationEncoder(make_tokenizer(), template, 64).encode(rows()).examples, **options)
-
-
-def make_llama(dropout: float = 0.0) -> LlamaForCausalLM:
-    """A random Llama of one layer, 16 wide."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=400,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            attention_dropout=dropout,
-            initializer_range=0.3,
-            use_cache=False,
-        )
-    )
 
 
 def sums_by_hand(model: nn.Module, examples: Examples) -> tuple[Tensor, int, int]:

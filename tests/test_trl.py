@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_instruct_tokens import rows_of, say
-from test_next_tokens import make_llama
-from tiny_tokenizers import CHATS, KINDS, make_tokenizer
+from tiny_llm import CHATS, KINDS, make_llama, make_tokenizer, rows_of, say
 from transformers import PreTrainedTokenizerFast
 
 from scaling_fl.data.conversations import Conversation

@@ -1,12 +1,17 @@
-"""Small tokenizers of the kinds that causal language models have, and chat templates of theirs, made in a moment."""
+"""Small tokenizers of the kinds that causal language models have, chat templates, a small model, and conversations."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 
+import torch
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scaling_fl.data.conversations import Conversation, Turn
 
 SENTENCES = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
@@ -127,3 +132,33 @@ CHATS = {
     "{{ ' /think' if loop.last and m['role'] == 'user' else '' }}{{ '<|im_end|>' }}{% endfor %}" + ASKS,
     "none": None,
 }
+
+
+def make_llama(dropout: float = 0.0) -> LlamaForCausalLM:
+    """A random Llama of one layer, 16 wide."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=400,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=dropout,
+            initializer_range=0.3,
+            use_cache=False,
+        )
+    )
+
+
+def say(*contents: str, system: str | None = None, context: str = "", is_continued: bool = False) -> Conversation:
+    """A conversation of the user and the assistant in turn."""
+    turns = [Turn(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
+    first = [Turn("system", system)] if system is not None else []
+    return Conversation((*first, *turns), context, is_continued)
+
+
+def rows_of(*conversations: Conversation, groups: Sequence[str] = ()) -> Dataset:
+    given = list(groups) or [""] * len(conversations)
+    return Dataset.from_dict({"conversation": [row.to_json() for row in conversations], "group": given})
