@@ -25,8 +25,8 @@ from transformers import (
 
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.labels import find_rows
-from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
-from scaling_fl.models.pretrained import Pretrained, load_pretrained
+from scaling_fl.models.classifier import labels_of, make_classifier
+from scaling_fl.models.pretrained import LoadedModel, Pretrained, load_pretrained
 
 TEXTS = ["once upon a time", "the end", "there was a time there was the end", "time"]
 # One of each way to find positions, to mask, and to read a text's result.
@@ -37,7 +37,7 @@ FAMILIES = [
 ]
 
 
-def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1) -> Classifier:
+def classify(model: str, labels: Sequence[str] = ("a", "b", "c"), seed: int = 1) -> LoadedModel:
     pretrained = load_pretrained(model, 8)
     return make_classifier(pretrained, labels, seed, find_rows(labels, labels_of(pretrained.config)))
 

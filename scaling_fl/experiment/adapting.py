@@ -17,18 +17,18 @@ from scaling_fl.models.adapter_files import (
     read_weights,
 )
 from scaling_fl.models.adapters import MEANS, add_adapter, has_lora, import_peft, turns
-from scaling_fl.models.classifier import Classifier, find_head, labels_of
+from scaling_fl.models.classifier import find_head, labels_of
 from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
 from scaling_fl.models.memory import state_bytes
-from scaling_fl.models.pretrained import Pretrained
+from scaling_fl.models.pretrained import LoadedModel, Pretrained
 from scaling_fl.storage import host_path
 from scaling_fl.training.seeds import derive_seed
 
 FROZEN = "SHA-256 of the frozen weights"
 
 
-def adapt(settings: Settings, pretrained: Pretrained, classifier: Classifier, labels: Sequence[str]) -> Classifier:
+def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, labels: Sequence[str]) -> LoadedModel:
     """Put the adapter of a run beside its model, if it has one.
 
     Raises:
@@ -37,7 +37,7 @@ def adapt(settings: Settings, pretrained: Pretrained, classifier: Classifier, la
     folder = path_of(pretrained.name) if is_adapter(path_of(pretrained.name)) else None
     given = _find_config(settings, folder)
     if given is None:
-        return classifier
+        return loaded
     if folder is not None and (of_head := labels_of(pretrained.config)) != list(labels):
         raise ValueError(
             f"model={settings.model!r}: expected an adapter with the labels {', '.join(labels)}, got one with "
@@ -45,11 +45,11 @@ def adapt(settings: Settings, pretrained: Pretrained, classifier: Classifier, la
         )
     given |= {"task_type": "SEQ_CLS"}
     base = path_of(pretrained.base)
-    classifier.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    loaded.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     model = add_adapter(
-        classifier.model,
+        loaded.model,
         given,
-        full={*classifier.new, *find_head(pretrained, classifier.model)},
+        full={*loaded.new, *find_head(pretrained, loaded.model)},
         seed=derive_seed(settings.seed, "adapter"),
         freeze_a=settings.lora_mean == "freeze_a",
     )
@@ -58,9 +58,9 @@ def adapt(settings: Settings, pretrained: Pretrained, classifier: Classifier, la
     if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
     if folder is None:
-        return replace(classifier, model=model)
+        return replace(loaded, model=model)
     load_weights_(model, read_weights(folder), settings.model)
-    return replace(classifier, model=model, new=[])
+    return replace(loaded, model=model, new=[])
 
 
 def _find_config(settings: Settings, folder: str | None) -> dict[str, Any] | None:

@@ -30,8 +30,8 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
 from scaling_fl.federation.turns import InTurn
-from scaling_fl.models.classifier import Classifier, labels_of, make_classifier
-from scaling_fl.models.pretrained import load_pretrained
+from scaling_fl.models.classifier import labels_of, make_classifier
+from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
 from scaling_fl.storage import host_path
@@ -53,7 +53,7 @@ class Job:
     topology: Topology
     schedule: Schedule
     tokenizer: PreTrainedTokenizerBase
-    classifier: Classifier
+    loaded: LoadedModel
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
@@ -84,14 +84,14 @@ def build(settings: Settings) -> Job:
     check_held_out(settings, data)
     schedule = make_schedule(settings, data, topology)
     of_head = find_rows(data.label_names, labels_of(pretrained.config))
-    classifier = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
-    classifier = adapt(settings, pretrained, classifier, data.label_names)
+    loaded = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
+    loaded = adapt(settings, pretrained, loaded, data.label_names)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
-    identity |= identity_of_adapter(settings, classifier.model)
+    identity |= identity_of_adapter(settings, loaded.model)
     check_equal(identity)
     device = topology.devices[0]
-    turns = find_turns(settings, classifier.model)
-    global_model = GlobalModel(classifier.model, server_optimiser(settings), settings.comm_dtype, device, turns)
+    turns = find_turns(settings, loaded.model)
+    global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, device, turns)
     history: checkpoint.History = []
     if (state := checkpoint.restore(checkpoints_dir, identity)) is not None:
         global_model.load_state_dict(state["server"])
@@ -103,7 +103,7 @@ def build(settings: Settings) -> Job:
         topology,
         schedule,
         pretrained.tokenizer,
-        classifier,
+        loaded,
         global_model,
         history,
         identity,
@@ -132,12 +132,12 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     )
     if settings.trainer != "default":
         train_site = TRAINERS[settings.trainer]
-    if len(turns := find_turns(settings, job.classifier.model)) > 1:
+    if len(turns := find_turns(settings, job.loaded.model)) > 1:
         train_site = InTurn(train_site, turns)
     federation = Federation(
         job.topology,
         job.schedule.train,
-        job.classifier.model,
+        job.loaded.model,
         job.global_model,
         train_site=train_site,
         evaluate_device=evaluation.evaluate_device if job.data.common else None,

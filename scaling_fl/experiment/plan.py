@@ -51,7 +51,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     planned: dict[str, Any] = {
         "labels": list(labels),
         "num_test": job.data.num_test,
-        "newly_initialised": list(job.classifier.new),
+        "newly_initialised": list(job.loaded.new),
         "weights": job.global_model.weights.numel(),
         "bytes": job.global_model.bytes_a_round,
         "sites": [
@@ -92,7 +92,7 @@ def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int |
     training = largest_training_batch(settings, job, device)
     testing = find_largest(part.batch() for part in job.data.test_on(device, job.topology))
     try:
-        num_bytes = estimate_bytes(job.classifier.model, training, testing, local_optimiser(settings))
+        num_bytes = estimate_bytes(job.loaded.model, training, testing, local_optimiser(settings))
     except Exception:  # some models look at the values of their tensors, and there are none
         return None
     if device == job.topology.devices[0]:
@@ -120,7 +120,7 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
         )
         needs += [replace(need, purpose="best.pt") for need in of_best]
     num_copies = 2 + keeps_best * (1 if job.checkpoints_dir else 2)  # model/, final_model.pt, best/ and best.pt
-    model = job.classifier.model
+    model = job.loaded.model
     # Layers may share a weight, which is saved once.
     sizes = [
         sum({tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}.values())
@@ -132,11 +132,11 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
 
 def describe(settings: Settings, job: Job) -> list[str]:
     """Return lines on what is about to run."""
-    classifier, topology = job.classifier, job.topology
-    weights = trained_weights(classifier.model)
+    loaded, topology = job.loaded, job.topology
+    weights = trained_weights(loaded.model)
     num_trained = sum(weight.numel() for weight in weights.values())
-    num_weights = sum(weight.numel() for weight in classifier.model.parameters())
-    new = "all" if weights.keys() <= set(classifier.new) else ", ".join(classifier.new) or "none"
+    num_weights = sum(weight.numel() for weight in loaded.model.parameters())
+    new = "all" if weights.keys() <= set(loaded.new) else ", ".join(loaded.new) or "none"
     parameters = ", ".join(f"{key} {value:g}" for key, value in find_arguments("strategy", vars(settings)).items())
     sizes = [size.num_examples for size in job.data.sizes]
     how = settings.partition if settings.site_paths is None else "of their own"
@@ -144,7 +144,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
     where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
-        f"newly initialised: {new}" + f" ({classifier.note})" * bool(classifier.note),
+        f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
@@ -158,7 +158,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
 
 def describe_adapter(settings: Settings, job: Job, num_trained: int, num_weights: int) -> list[str]:
     """Return a line on the adapter, if there is one."""
-    model = job.classifier.model
+    model = job.loaded.model
     if not is_adapted(model):
         return []
     kind = model.peft_config["default"].peft_type.value

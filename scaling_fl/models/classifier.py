@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from scaling_fl.models.loading import load
-from scaling_fl.models.pretrained import Pretrained
+from scaling_fl.models.pretrained import LoadedModel, Pretrained
 
 # Prefixes that tools add to the names of weights.
 WRAPPERS = {
@@ -22,21 +21,6 @@ WRAPPERS = {
 }
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A model with a head for the labels.
-
-    Args:
-        model: in float32, unchanged since it was made from its configuration.
-        new: the names of the newly initialised weights.
-        note: a remark about the weights for the user; may be empty.
-    """
-
-    model: PreTrainedModel
-    new: list[str]
-    note: str = ""
-
-
 def labels_of(config: PreTrainedConfig) -> list[str]:
     """Return the labels of a pretrained head. LABEL_3, transformers' name of a label without one, becomes 3."""
     names = config.id2label or {}
@@ -45,7 +29,7 @@ def labels_of(config: PreTrainedConfig) -> list[str]:
 
 def make_classifier(
     pretrained: Pretrained, label_names: Sequence[str], seed: int, rows: Sequence[int] | None
-) -> Classifier:
+) -> LoadedModel:
     """Load a pretrained model in float32, with a head for the labels.
 
     The weights that the model does not have are newly initialised.
@@ -68,7 +52,7 @@ def make_classifier(
     torch.manual_seed(seed)
     if not pretrained.has_weights:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        return Classifier(model, [name for name, _ in model.named_parameters()])
+        return LoadedModel(model, [name for name, _ in model.named_parameters()])
     model, info = load(
         pretrained.base,
         AutoModelForSequenceClassification.from_pretrained,
@@ -82,17 +66,17 @@ def make_classifier(
     unused = _unused_layers(model, info)
     output_layer = _output_layer(config)
     if new & output_layer.keys():
-        return Classifier(model, sorted(new), unused)
+        return LoadedModel(model, sorted(new), unused)
     if rows is not None:
         _order_rows_(model, output_layer, torch.tensor(rows))
-        return Classifier(model, sorted(new), unused)
+        return LoadedModel(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
     model, info = type(model).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     names = labels_of(pretrained.config)
     reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
-    return Classifier(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
+    return LoadedModel(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
 
 
 def find_head(pretrained: Pretrained, model: PreTrainedModel) -> set[str]:

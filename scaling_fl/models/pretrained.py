@@ -49,6 +49,21 @@ class Pretrained:
     has_weights: bool = True
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is to be trained.
+
+    Args:
+        model: in float32.
+        new: the names of the newly initialised weights.
+        note: a remark about the weights for the user; may be empty.
+    """
+
+    model: PreTrainedModel
+    new: list[str]
+    note: str = ""
+
+
 def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     """Load a model's configuration and its tokenizer.
 
