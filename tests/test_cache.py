@@ -56,7 +56,7 @@ def corpus_of(tmp_path: Path) -> Callable[[], Corpus]:
 def digests(corpus: Corpus, model: str) -> list[str]:
     encoder = TextEncoder(load_pretrained(model, 8).tokenizer, 8)
     rows, names = corpus
-    return [encoder.encode(of_split, names).sha256() for of_split in rows]
+    return [encoder.encode(of_split, names).examples.sha256() for of_split in rows]
 
 
 @contextmanager

@@ -221,7 +221,9 @@ def assert_padding_changes_nothing_here_and_in_transformers(model: str, texts: l
     classifier = make_classifier(pretrained, ["a", "b"], 1, rows=None).model
     for weight in classifier.parameters():
         weight.data += 0.2 * (weight.dim() > 1) * torch.randn_like(weight)  # so that what differs is seen
-    examples = encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": ["0"] * len(texts)}), ["0"])
+    examples = (
+        encoder_of(pretrained).encode(Dataset.from_dict({"text": texts, "label": ["0"] * len(texts)}), ["0"]).examples
+    )
     together = logits(classifier, examples.batch())
     assert len({tuple(row.tolist()) for row in together}) == len(texts)
     classifier.save_pretrained(folder)

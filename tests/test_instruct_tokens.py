@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scaling_fl.data.backend import CLOSE, OPEN, make_backend
 from scaling_fl.data.conversations import Conversation, Turn, read_conversations
+from scaling_fl.data.examples import Encoded
 from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.templates import TEMPLATES
-from scaling_fl.data.tokens import ConversationEncoder, Encoded
+from scaling_fl.data.tokens import ConversationEncoder
 
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TASK_WITH_INPUT = (
@@ -286,8 +287,8 @@ def test_a_last_question_is_read_but_not_trained() -> None:
 
 
 def encode(*conversations: Conversation, max_seq_len: int = 4096, kind: str = "bytes", **options: Any) -> Encoded:
-    encoder = encoder_of(kind, "plain", "none", max_seq_len)
-    return encoder.encode(rows_of(*conversations), **options)
+    encoder = replace(encoder_of(kind, "plain", "none", max_seq_len), **options)
+    return encoder.encode(rows_of(*conversations))
 
 
 def example(encoded: Encoded, index: int) -> tuple[str, str]:
@@ -309,7 +310,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_an_answer_from_the_right() -> No
         ("J\nK</s>", "K</s>"),
     ]
     assert encoded.examples.lengths.tolist() == [12, 12, 12, 4]
-    assert (encoded.num_prompts_cut, encoded.num_answers_cut, encoded.num_left_out) == (2, 2, 0)
+    assert encoded.lost == {"rows_left_out": 0, "prompts_cut": 2, "answers_cut": 2}
     assert encoded.examples.num_trained.tolist() == [5, 7, 6, 2]
     assert encoded.examples.size(1).num_trained_tokens == 20
 
@@ -327,7 +328,7 @@ def test_rows_without_an_answer_are_an_error_or_counted() -> None:
     assert "skip_long=True" in message
     encoded = encode(*rows, skip_long=True)
     assert encoded.kept.tolist() == [0, 2, 3]
-    assert encoded.num_left_out == 1
+    assert encoded.lost["rows_left_out"] == 1
     assert [example(encoded, index)[1] for index in range(3)] == ["Red</s>", "\nRed</s>", "Blue</s>"]
     assert (encoded.examples.num_trained > 0).all()
     assert "expected a row with a token to train" in refusal(lambda: encode(say("A", ""), skip_long=True))
@@ -340,7 +341,7 @@ def test_an_answer_that_joins_with_its_prompt_is_an_error_with_its_row() -> None
         "text 2 of the 2 in use: expected an answer whose first token begins where the prompt ends"
     )
     encoded = encode(*rows, skip_long=True)
-    assert (encoded.kept.tolist(), encoded.num_left_out) == ([0], 1)
+    assert (encoded.kept.tolist(), encoded.lost["rows_left_out"]) == ([0], 1)
 
 
 def test_a_row_that_the_template_does_not_take_is_never_left_out() -> None:

@@ -369,7 +369,7 @@ def typed_tokenizer(tiny_model: str, padding_side: str) -> PreTrainedTokenizerBa
 @pytest.mark.parametrize("indices", [[0], [3, 1], [5, 4, 3, 2, 1, 0], [2, 2, 0]])
 def test_a_batch_equals_that_of_the_tokenizer(padding_side: str, indices: list[int], tiny_model: str) -> None:
     tokenizer = typed_tokenizer(tiny_model, padding_side)
-    examples = TextEncoder(tokenizer, 64).encode(make_texts(), CLASSES)
+    examples = TextEncoder(tokenizer, 64).encode(make_texts(), CLASSES).examples
     chosen = np.array(indices)
     batch = examples.select(chosen).batch()
     expected = tokenizer.pad([tokenizer(TEXTS[i]) for i in indices], return_tensors="pt")
@@ -386,7 +386,7 @@ def test_a_batch_equals_that_of_the_tokenizer(padding_side: str, indices: list[i
 @pytest.mark.parametrize("max_seq_len", [3, 5, 64])
 def test_only_long_texts_are_truncated(max_seq_len: int, tiny_model: str) -> None:
     tokenizer = load_pretrained(tiny_model, max_seq_len).tokenizer
-    examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts(), CLASSES)
+    examples = TextEncoder(tokenizer, max_seq_len).encode(make_texts(), CLASSES).examples
     whole = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert examples.lengths.tolist() == [min(len(tokens), max_seq_len) for tokens in whole]
     for i, tokens in enumerate(whole):
@@ -544,7 +544,7 @@ path, model = sys.argv[1:]
 encoder = TextEncoder(load_pretrained(model, 6).tokenizer, 6)
 rows, names = read_task("text", path, path)
 counts = {"train": 4, "test": None}
-print([encoder.encode(sample(rows[split], counts[split], seed=1), names).sha256() for split in SPLITS])
+print([encoder.encode(sample(rows[split], counts[split], seed=1), names).examples.sha256() for split in SPLITS])
 """
 
 

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.cache import mapped
-from scaling_fl.data.examples import Examples
+from scaling_fl.data.examples import Encoded, Examples
 
 VERSION = 1  # of how texts are tokenised: another one ignores the tokens in the cache
 LONG = 32  # a text with more characters for each of max_seq_len is long
@@ -42,7 +42,7 @@ class TextEncoder:
         returned = self.tokenizer("").keys() - {"attention_mask"}  # model_input_names may name more
         object.__setattr__(self, "names", [name for name in self.tokenizer.model_input_names if name in returned])
 
-    def encode(self, texts: Dataset, label_names: Sequence[str]) -> Examples:
+    def encode(self, texts: Dataset, label_names: Sequence[str]) -> Encoded:
         """Tokenise texts once (datasets caches the result on disk), and number their labels.
 
         Args:
@@ -67,7 +67,7 @@ class TextEncoder:
         self._check(texts, columns[self.names[0]], starts, lengths)
         labels = read_column(texts, "label").dictionary_encode()
         numbers = np.array([label_names.index(label) for label in labels.dictionary.to_pylist()], np.int64)
-        return Examples(
+        examples = Examples(
             columns=columns,
             starts=starts,
             lengths=lengths,
@@ -76,6 +76,7 @@ class TextEncoder:
             pad_left=self.tokenizer.padding_side == "left",
             width=self.width,
         )
+        return Encoded(examples, np.arange(len(texts)), {})
 
     def _tokenise(self, rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [self._cut(text) for text in rows["text"]]

@@ -1,11 +1,12 @@
 """Tokenised texts, and the batches made of them."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from scaling_fl.training.loop import NOT_TRAINED, Batch
 
@@ -78,7 +79,7 @@ class Examples:
         """Return how many examples, tokens and examples of each label there are."""
         counts = np.bincount(self.labels, minlength=num_labels)
         num_trained = 0 if self.num_trained is None else int(self.num_trained.sum())
-        return SiteSize(len(self), int(self.lengths.sum()), tuple(counts.tolist()), num_trained)
+        return SiteSize(len(self), int(self.lengths.sum()), tuple(counts.tolist()[:num_labels]), num_trained)
 
     def batch(self) -> Batch:
         """Return all examples as one batch, padded to `width` or the longest of them, attention mask included.
@@ -108,9 +109,14 @@ class Examples:
 
     def shuffled_batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yield one epoch in the order of `seed`, but for the first `start` batches; the last batch may be smaller."""
+        for examples in self.shuffled(batch_size, seed, start):
+            yield examples.batch()
+
+    def shuffled(self, batch_size: int, seed: int, start: int = 0) -> Iterator["Examples"]:
+        """Yield the examples of each of these batches."""
         order = np.random.default_rng(seed).permutation(len(self))
         for first in range(start * batch_size, len(order), batch_size):
-            yield self.select(order[first : first + batch_size]).batch()
+            yield self.select(order[first : first + batch_size])
 
     def fixed_batches(self, batch_size: int) -> list["Examples"]:
         """Return the examples of batches of even sizes up to `batch_size`, the longest first."""
@@ -122,3 +128,15 @@ class Examples:
 
     def _longest_first(self) -> np.ndarray:
         return np.argsort(-self.lengths, kind="stable")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows, and what was lost of them."""
+
+    examples: Examples
+    kept: np.ndarray  # (num_examples,) the index of each example among the rows
+    lost: dict[str, int]  # how many rows were left out, and of how many a part was cut off
+
+
+Encode = Callable[[Dataset, Sequence[str]], Encoded]  # takes rows and the names of the labels

@@ -178,3 +178,6 @@ def _count_owners(counts: np.ndarray, num_sites: int, labels_per_site: int, rand
     while (missing := total - owners.sum()) > 0:
         owners[random.permutation(np.flatnonzero(owners < most))[:missing]] += 1
     return owners
+
+
+BY_LABELS = (by_label, shards, few_labels, dirichlet, dirichlet_sites)

@@ -9,6 +9,7 @@ from fsspec.utils import tokenize
 
 from scaling_fl.data.cache import cached, mapped
 from scaling_fl.data.columns import KEYS, NAMES, ColumnError, Columns, find_columns
+from scaling_fl.data.conversations import read_conversations
 from scaling_fl.data.labels import NUMBER, check_alike, label_name, name_site, settle_labels
 from scaling_fl.data.parquet_rows import as_texts, check_texts
 from scaling_fl.data.tasks import find_task, name_labels
@@ -39,6 +40,8 @@ def read_file(
         ValueError: the task takes no files, or the file is missing or not as it should be.
     """
     task = find_task(task_name)
+    if task.is_generative:
+        return read_conversations(path, split, *columns[2:] if split == "train" else ())
     if task.read is None:
         raise ValueError(f"task_name: expected a task that takes files, got {task_name!r}, which brings its own texts")
     wanted = _columns(task, columns, split)
@@ -71,7 +74,7 @@ def read_task(
     """
     task, known = find_task(task_name), name_labels(task_name, labels)
     paths = {"train_path": train_path, "test_path": test_path}
-    if task.read is None:
+    if task.read is None and not task.is_generative:
         for key, value in [*paths.items(), *zip(KEYS, columns[:2], strict=False)]:
             if value is not None:
                 raise ValueError(f"{key}: expected None, as task_name={task_name!r} has its own texts, got {value!r}")
@@ -87,12 +90,17 @@ def read_task(
             del paths["test_path"]
         missing = [key for key, path in paths.items() if path is None]
         if missing:
-            raise ValueError(f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None")
+            hint = ". validation_fraction holds out a part of the training data" * (missing == ["test_path"])
+            raise ValueError(
+                f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None{hint}"
+            )
         rows = [
             read_file(task_name, str(path), split, columns, known)
             for split, path in zip(SPLITS, paths.values(), strict=False)
         ]
     by_split = dict(zip(SPLITS, rows, strict=False))
+    if task.is_generative:
+        return by_split, ()
     found = [(split, split, of_split.unique("label")) for split, of_split in by_split.items()]
     return by_split, settle_labels(found, known, may_lack=labels is not None)
 

@@ -8,19 +8,18 @@ from typing import TypeVar
 
 from datasets import Dataset
 
-from scaling_fl.data.examples import Examples, SiteSize
+from scaling_fl.data.examples import Encode, Encoded, Examples, SiteSize
 from scaling_fl.data.holdout import NOTHING, HoldOut
 from scaling_fl.data.labels import settle_labels
 from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
-from scaling_fl.data.sites import Held, SiteData, hold, merge
-from scaling_fl.data.tasks import name_labels
+from scaling_fl.data.sites import Held, SiteData, add_counts, hold, merge
+from scaling_fl.data.tasks import find_task, name_labels
 from scaling_fl.distributed.collectives import all_gather, is_one_node, rank
 from scaling_fl.distributed.heartbeat import hide_from_peers
 from scaling_fl.distributed.placement import Topology
 
 V = TypeVar("V")
 W = TypeVar("W")
-Encode = Callable[[Dataset, Sequence[str]], Examples]
 MAX_LABELS = 1_000  # of a file whose labels other ranks see: the column of labels may be that of texts
 ROW = re.compile(r"(?:: )?((?:row|line|text) [0-9]+)\b")  # how errors of files begin
 SitePaths = Sequence[str | Sequence[str]]  # an entry a site: its training file, or that and its test file
@@ -83,7 +82,8 @@ def read_site_files(
     paths = {site: zip(SPLITS, files_of(site_paths[entry]), strict=False) for site, entry in topology.entries.items()}
     files = {site: {split: SiteFile(names[site], split, path) for split, path in paths[site]} for site in paths}
     rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
-    found = _each(lambda of: of[0].use(labels_to_send, of[1], known), rows)
+    has_labels = not find_task(task_name).is_generative
+    found = _each(lambda of: of[0].use(labels_to_send, of[1], known) if has_labels else [], rows)
     all_found = merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
     holds_out = hold_out.test_fraction is not None or hold_out.validation_fraction is not None
     if not holds_out and not any("test" in of_site for of_site in all_found.values()):
@@ -92,19 +92,20 @@ def read_site_files(
             "holds out a part of each site's training file"
         )
     by_file = [(site, split, of_file) for site, of_site in all_found.items() for split, of_file in of_site.items()]
-    label_names = settle_labels(by_file, known, may_lack=labels is not None)
-    examples = _each(lambda of: of[0].use(encode, of[1], label_names), rows)
-    return _number_sites(examples, label_names, topology, val_batch_size, hold_out)
+    label_names = settle_labels(by_file, known, may_lack=labels is not None) if has_labels else ()
+    encoded = _each(lambda of: of[0].use(encode, of[1], label_names), rows)
+    return _number_sites(encoded, label_names, topology, val_batch_size, hold_out)
 
 
 def _number_sites(
-    examples: dict[int, dict[str, Examples]],
+    encoded: dict[int, dict[str, Encoded]],
     label_names: tuple[str, ...],
     topology: Topology,
     val_batch_size: int,
     hold_out: HoldOut,
 ) -> tuple[SiteData, Topology]:
-    all_sums = merge(all_gather(_each(lambda encoded: (encoded.sha256(), len(encoded)), examples)))
+    examples = _each(lambda of: of.examples, encoded)
+    all_sums = merge(all_gather(_each(lambda of: (of.sha256(), len(of)), examples)))
     order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
     numbers = {site: number for number, site in enumerate(order)}
     cut = {numbers[site]: _cut_files(of_site, numbers[site], hold_out) for site, of_site in examples.items()}
@@ -119,6 +120,7 @@ def _number_sites(
         sha256={"the sites' data (SHA-256)": hashlib.sha256(everything.encode()).hexdigest()},
         test=held["test"],
         validation=held["validation"],
+        lost=add_counts(all_gather(add_counts(of.lost for of_site in encoded.values() for of in of_site.values()))),
     )
     return data, topology.renumber(numbers)
 

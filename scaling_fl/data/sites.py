@@ -1,5 +1,6 @@
 """The data of the sites, and how one data set becomes that: it is partitioned, and some is held out."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ class SiteData:
     names: tuple[str, ...] = ()  # of the sites of the federation, if they have any
     common: dict[torch.device, list[Examples]] = field(default_factory=dict)  # batches of a common test set
     num_common: int = 0  # examples in it
+    lost: dict[str, int] = field(default_factory=dict)  # rows of all sites that were left out or cut
     test: Held = Held()
     validation: Held = Held()
 
@@ -71,6 +73,7 @@ class SiteData:
                 "device": places[site][1],
                 "examples": size.num_examples,
                 "tokens": size.num_tokens,
+                **({"trained_tokens": size.num_trained_tokens} if size.num_trained_tokens else {}),
                 "test_examples": self.test.counts.get(site, 0),
                 "labels": list(size.label_counts),
             }
@@ -123,7 +126,8 @@ def partition_examples(
         names=name_sites(owners, indices) if owners is not None else (),
         common={device: batches[topology.slice_of(device)] for device in topology.devices} if batches else {},
         num_common=len(test) if test is not None and is_central else 0,
-        **{split: hold(by_site, topology.hosted, val_batch_size) for split, by_site in held.items()},
+        test=hold(held["test"], topology.hosted, val_batch_size),
+        validation=hold(held["validation"], topology.hosted, val_batch_size),
     )
 
 
@@ -147,6 +151,14 @@ def hold(by_site: Mapping[int, Examples], hosted: Collection[int], val_batch_siz
     """Return the examples of each site that has some, and the batches of the sites of this rank."""
     counts = {site: len(examples) for site, examples in sorted(by_site.items()) if len(examples)}
     return Held({site: by_site[site].fixed_batches(val_batch_size) for site in counts if site in hosted}, counts)
+
+
+def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sum of each count."""
+    total: Counter[str] = Counter()
+    for of in counts:
+        total.update(of)
+    return dict(total)
 
 
 def merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:

@@ -1,5 +1,6 @@
 """How conversations become tokens, and which of these a model is to learn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from scaling_fl.data.backend import Backend, find_start_ids, make_backend
 from scaling_fl.data.cache import mapped
 from scaling_fl.data.conversations import Conversation, Turn
 from scaling_fl.data.encoder import check_ids, name_row, read_column
-from scaling_fl.data.examples import Examples
+from scaling_fl.data.examples import Encoded, Examples
 from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
 from scaling_fl.training.loop import NOT_TRAINED
 
@@ -22,17 +23,6 @@ PROBE = Conversation((Turn("user", "Name an animal."), Turn("assistant", "A dog.
 
 class UnusableError(ValueError):
     """A row is a conversation, but there is nothing to learn from it."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised conversations, and what was lost of them."""
-
-    examples: Examples
-    kept: np.ndarray  # (num_examples,) the index of each example among the rows
-    num_left_out: int  # rows without an answer of tokens of its own
-    num_prompts_cut: int  # whose beginning was cut off
-    num_answers_cut: int  # whose end was cut off
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,7 @@ class ConversationEncoder:
         num_ids: ids of tokens are below it; None if the model has no such limit.
         width: what all batches are padded to; None pads to the longest text of a batch.
         train_on_prompt: train all tokens, those of prompts too.
+        skip_long: leave out rows without an answer, or whose answer has no tokens of its own, and count them.
 
     Raises:
         ValueError: the tokenizer is not fast, or does not fit the template.
@@ -57,6 +48,7 @@ class ConversationEncoder:
     num_ids: int | None = None
     width: int | None = None
     train_on_prompt: bool = False
+    skip_long: bool = False
     fingerprint: str = field(init=False)  # of what tokens depend on
     backend: Backend = field(init=False)  # finds control tokens where a template has them, and not in contents
     start_ids: list[int] = field(init=False)  # that the tokenizer puts before a text
@@ -76,12 +68,12 @@ class ConversationEncoder:
         last = next(label for label in reversed(labels) if label != NOT_TRAINED)
         object.__setattr__(self, "end_id", last if last in self.backend.control_ids else None)
 
-    def encode(self, rows: Dataset, *, skip_long: bool = False) -> Encoded:
+    def encode(self, rows: Dataset, label_names: Sequence[str] = ()) -> Encoded:
         """Tokenise conversations once (datasets caches the result on disk).
 
         Args:
             rows: of `conversation` and `group`.
-            skip_long: leave out rows without an answer, or whose answer has no tokens of its own, and count them.
+            label_names: are not used, as there are none.
 
         Raises:
             ValueError: a row is no conversation that the template takes, or has no token to train, or one that the
@@ -97,7 +89,7 @@ class ConversationEncoder:
         )
         for problem, advice in (("error", ""), ("unusable", ", or use skip_long=True, which counts such rows")):
             found = np.array([text != "" for text in tokens[problem][:]], bool)
-            if found.any() and not (skip_long and advice):
+            if found.any() and not (self.skip_long and advice):
                 index = int(found.argmax())
                 raise ValueError(f"{name_row(rows, index)}: {tokens[problem][index]}{advice}")
         kept = np.flatnonzero(~found)
@@ -123,7 +115,8 @@ class ConversationEncoder:
         )
         examples = examples.select(kept).with_groups(np.array(rows["group"][:], object)[kept].tolist())
         cut = [read_column(tokens, name).to_numpy(zero_copy_only=False)[kept] for name in ("prompt_cut", "answer_cut")]
-        return Encoded(examples, kept, int(found.sum()), *(int(of_rows.sum()) for of_rows in cut))
+        lost = {"rows_left_out": found, "prompts_cut": cut[0], "answers_cut": cut[1]}
+        return Encoded(examples, kept, {name: int(of_rows.sum()) for name, of_rows in lost.items()})
 
     def tokenise(self, conversation: Conversation) -> tuple[list[int], list[int], int]:
         """Return the tokens of a whole conversation and their labels, and how many come before the first answer.

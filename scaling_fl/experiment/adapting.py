@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from scaling_fl.experiment.objectives import LABELS, find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.strategies import STRATEGIES
@@ -38,18 +39,19 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
     given = _find_config(settings, folder)
     if given is None:
         return loaded
-    if folder is not None and (of_head := labels_of(pretrained.config)) != list(labels):
+    objective = find_objective(settings)
+    if objective is LABELS and folder is not None and (of_head := labels_of(pretrained.config)) != list(labels):
         raise ValueError(
             f"model={settings.model!r}: expected an adapter with the labels {', '.join(labels)}, got one with "
             f"{', '.join(of_head)}. A merged model (merge=True) can be trained on other labels"
         )
-    given |= {"task_type": "SEQ_CLS"}
+    given |= {"task_type": objective.peft_task}
     base = path_of(pretrained.base)
     loaded.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     model = add_adapter(
         loaded.model,
         given,
-        full={*loaded.new, *find_head(pretrained, loaded.model)},
+        full={*loaded.new, *(find_head(pretrained, loaded.model) if objective is LABELS else ())},
         seed=derive_seed(settings.seed, "adapter"),
         freeze_a=settings.lora_mean == "freeze_a",
     )

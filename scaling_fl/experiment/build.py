@@ -1,25 +1,25 @@
 """Data, model, global model and sites, built out of the settings."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from scaling_fl.data.encoder import TextEncoder
-from scaling_fl.data.labels import find_rows
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import FROZEN, adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
+from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.reading import read_data, read_rows
@@ -30,18 +30,17 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
 from scaling_fl.federation.turns import InTurn
-from scaling_fl.models.classifier import labels_of, make_classifier
 from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
 from scaling_fl.storage import host_path
 from scaling_fl.training.loop import Batch
 from scaling_fl.training.optimisers import OPTIMISERS
-from scaling_fl.training.scores import score_classes
+from scaling_fl.training.scores import check_packing
 
 OF_ALL_RANKS: tuple[str, ...] = (  # what a resumed run may change, but all ranks have alike
     *("num_rounds", "checkpoints_dir", "on_site_failure", "min_sites", "val_batch_size", "evaluation_sites"),
-    *("evaluate_local", "evaluate_every", "best_metric", "early_stopping_rounds"),
+    *("evaluate_local", "evaluate_every", "best_metric", "early_stopping_rounds", "score_by", "sample_questions"),
 )
 
 
@@ -77,14 +76,15 @@ def build(settings: Settings) -> Job:
     last = max(settings.site_settings or {}, default=0)
     if last >= topology.num_sites:
         raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
-    pretrained = local_first(partial(load_pretrained, host_path(settings.model), settings.max_seq_len))
-    limits = pretrained.num_ids, pretrained.width, pretrained.end_id
-    encoder = TextEncoder(pretrained.tokenizer, settings.max_seq_len, *limits)
-    data, topology = read_data(settings, topology, encoder, rows)
+    generates = find_objective(settings) is ANSWERS
+    pretrained = local_first(
+        partial(load_pretrained, host_path(settings.model), settings.max_seq_len, generates=generates)
+    )
+    encoder = make_encoder(settings, pretrained)
+    data, topology = read_data(settings, topology, encoder.encode, rows)
     check_held_out(settings, data)
     schedule = make_schedule(settings, data, topology)
-    of_head = find_rows(data.label_names, labels_of(pretrained.config))
-    loaded = local_first(partial(make_classifier, pretrained, data.label_names, settings.seed, of_head))
+    loaded = local_first(partial(make_model, settings, pretrained, data.label_names, encoder.end_id))
     loaded = adapt(settings, pretrained, loaded, data.label_names)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
     identity |= identity_of_adapter(settings, loaded.model)
@@ -112,6 +112,11 @@ def build(settings: Settings) -> Job:
     )
 
 
+def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluation:
+    """Return what evaluates the model of a run, and shows how far it is."""
+    return Evaluation(job.data, find_objective(settings), testing)
+
+
 def make_federation(settings: Settings, job: Job, training: Progress, evaluation: Evaluation) -> Federation:
     """Bind the data to the sites of this rank, and try the model on the largest batch of each device.
 
@@ -125,7 +130,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     train_site: SiteFunction = LocalTraining(
         local_optimiser(settings),
         site_batches,
-        score_classes,
+        find_objective(settings).score,
         settings.seed,
         proximal_mu=settings.proximal_mu,
         deadline_s=settings.site_deadline_s,
@@ -149,10 +154,24 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     )
     largest = {device: largest_training_batch(settings, job, device) for device in job.topology.devices}
     try:
+        if settings.pack and job.data.train:
+            check_packed(settings, job, federation)
         federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
     except ValueError as error:
         raise ValueError(f"model={settings.model!r}: {error}") from error
     return federation
+
+
+def check_packed(settings: Settings, job: Job, federation: Federation) -> None:
+    """Check on one batch that the model tells texts in a row apart.
+
+    Raises:
+        ValueError: it does not.
+    """
+    examples = next(iter(job.data.train.values()))
+    part = examples.select(np.arange(min(settings.batch_size, len(examples), 4)))
+    padded, packed = (replace(part, is_packed=is_packed).batch() for is_packed in (False, True))
+    check_packing(federation.model, padded, packed)
 
 
 def local_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:
@@ -174,7 +193,7 @@ def largest_training_batch(settings: Settings, job: Job, device: torch.device) -
 
 def find_largest(batches: Iterable[Batch]) -> Batch | None:
     """Return the batch with the most tokens, padding included; None if there is none."""
-    return max(batches, key=lambda batch: batch["attention_mask"].numel(), default=None)
+    return max(batches, key=lambda batch: batch["input_ids"].numel(), default=None)
 
 
 def identity_of_settings(settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
-from scaling_fl.data.tasks import name_labels
+from scaling_fl.data.label_skew import BY_LABELS
+from scaling_fl.data.partition import PARTITIONERS
+from scaling_fl.data.tasks import find_task, name_labels
 from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters
@@ -17,6 +19,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_schedule(settings),
             lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
+            lambda: _check_objective(settings),
             lambda: check_parameters(vars(settings)),
             lambda: check_adapter(settings),
             lambda: check_trackers(settings.trackers, with_sites=settings.track_sites),
@@ -70,6 +73,34 @@ def _check_schedule(settings: Settings) -> None:
             raise ValueError(
                 f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
                 f"{given['num_local_epochs']}"
+            )
+
+
+def _check_objective(settings: Settings) -> None:
+    of_task = f"task_name={settings.task_name!r}"
+    if find_task(settings.task_name).is_generative:
+        for name in ("text_column", "label_column"):
+            if getattr(settings, name) is not None:
+                raise ValueError(
+                    f"{name}: expected None, as {of_task} finds the columns of conversations itself, got "
+                    f"{getattr(settings, name)!r}"
+                )
+        if PARTITIONERS[settings.partition] in BY_LABELS:
+            raise ValueError(
+                f"partition: expected one without labels, as {of_task} has none, got {settings.partition!r}"
+            )
+        if settings.score_by is not None and settings.train_on_prompt:
+            raise ValueError(
+                "score_by: expected None, as with train_on_prompt=True no row tells where its answer begins, got "
+                f"{settings.score_by!r}"
+            )
+        return
+    if settings.weight_by == "tokens":
+        raise ValueError(f"weight_by: expected examples or sites, as {of_task} predicts labels, got 'tokens'")
+    for name, of in FIELDS.items():
+        if of["page"] == "instruct" and getattr(settings, name) not in (None, False):
+            raise ValueError(
+                f"{name}: expected {of['default']}, as {of_task} has no conversations, got {getattr(settings, name)!r}"
             )
 
 

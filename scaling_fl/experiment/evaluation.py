@@ -1,6 +1,6 @@
 """What is evaluated, by whom, and what its scores are called."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,12 +9,16 @@ from torch import nn
 
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.sites import Held, SiteData
+from scaling_fl.experiment.objectives import Objective
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.evaluation import Scores, describe_sites, name_scores
 from scaling_fl.federation.site import Site
 from scaling_fl.records.console import Progress
 from scaling_fl.training.metrics import Means, Metrics, spread
-from scaling_fl.training.scores import Totals, evaluate_classes, summarise_classes
+from scaling_fl.training.scores import Totals
+
+ScoreAnswers = Callable[[nn.Module, Examples], Totals]
+ScoreParts = Callable[[nn.Module, Sequence[Examples]], Totals]
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,11 @@ class SiteEvaluation:
 
     Args:
         held: examples of all sites, by the prefix of their scores. The first are what the site evaluates on.
-        progress: is shown how far it is.
+        score: returns the scores of a model on parts of these.
     """
 
     held: Mapping[str, Held]
-    progress: Progress
+    score: ScoreParts
     leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
@@ -35,7 +39,7 @@ class SiteEvaluation:
         totals = {
             f"{prefix}{score}": total
             for prefix, of in self.held.items()
-            for score, total in _score(model, of.batches.get(site.number, ()), self.progress).items()
+            for score, total in self.score(model, of.batches.get(site.number, ())).items()
         }
         return {"num_examples": next(iter(self.held.values())).counts.get(site.number, 0), **totals}
 
@@ -45,30 +49,37 @@ class Evaluation:
 
     Args:
         data: of the run.
+        objective: how a model is scored.
         testing: is shown how far the evaluation of the global weights is.
+        score_answers: scores what a model generates, if that is asked for.
     """
 
-    def __init__(self, data: SiteData, testing: Progress) -> None:
-        self.data, self._testing = data, testing
-        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, testing)
+    def __init__(
+        self, data: SiteData, objective: Objective, testing: Progress, score_answers: ScoreAnswers | None = None
+    ) -> None:
+        self.data, self._objective, self._score_answers = data, objective, score_answers
+        self._score = self._score_with(testing)
+        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, self._score)
 
     def evaluate_local(self, sites: Iterable[int]) -> SiteEvaluation:
         """Return what evaluates the models that sites have trained, of the sites that are evaluated."""
         batches = {site: self.data.test.batches[site] for site in sites if site in self.data.test.batches}
-        return SiteEvaluation({"": Held(batches, self.data.test.counts)}, Progress())  # amid the training of others
+        score = self._score_with(Progress())  # amid the training of others
+        return SiteEvaluation({"": Held(batches, self.data.test.counts)}, score)
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
         """Return the scores of a device's part of the common test set."""
-        return _score(model, self.data.common[device], self._testing)
+        return self._score(model, self.data.common[device])
 
     def name(self, scores: Scores) -> Metrics:
         """Return the metrics of a round: docs/records.md has their table."""
+        summarise = self._objective.summarise
         test = scores.common.totals() if self.data.common else _select(scores, "test")
         if not self.data.validation.counts:
-            metrics = name_scores("validation", summarise_classes(test))
+            metrics = name_scores("validation", summarise(test))
         else:
-            metrics = name_scores("validation", summarise_classes(_select(scores, "validation")))
-            metrics |= name_scores("test", summarise_classes(test))
+            metrics = name_scores("validation", summarise(_select(scores, "validation")))
+            metrics |= name_scores("test", summarise(test))
         by_site = {
             site: {name.removeprefix("test."): value for name, value in of_site.items() if "validation." not in name}
             for site, of_site in scores.by_site.items()
@@ -80,9 +91,17 @@ class Evaluation:
         metrics |= describe_sites(by_site)
         return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
 
+    def _score_with(self, progress: Progress) -> ScoreParts:
+        """Return what scores a model on parts of the data, and shows how far it is."""
 
-def _score(model: nn.Module, parts: Sequence[Examples], progress: Progress) -> Totals:
-    return evaluate_classes(model, progress.watch(part.batch() for part in parts))
+        def score(model: nn.Module, parts: Sequence[Examples]) -> Totals:
+            totals = self._objective.evaluate(model, progress.watch(part.batch() for part in parts))
+            if self._score_answers is None:
+                return totals
+            of_answers = (Means.of(self._score_answers(model, part)) for part in parts)
+            return Means.of(totals).merge(of_answers).totals()
+
+        return score
 
 
 def _select(scores: Scores, prefix: str) -> Totals:

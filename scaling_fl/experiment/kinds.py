@@ -79,6 +79,7 @@ TARGETS = Kind(
     "all-linear, or a list of names of modules such as ['query','value']",
 )
 NAMES = Kind(lambda value: _is_list(value, 1, TEXT.accepts), "a list of names of modules such as ['pooler']")
+QUESTIONS = Kind(lambda value: _is_list(value, 1, TEXT.accepts), "a list of texts such as ['What is a dog?']")
 PEFT_CONFIG = Kind(
     lambda value: TEXT.accepts(value) or (isinstance(value, Mapping) and "peft_type" in value),
     "the path of an adapter_config.json, or its contents such as {'peft_type':'IA3'}",

@@ -12,10 +12,11 @@ from scaling_fl.experiment.build import (
     find_largest,
     largest_training_batch,
     local_optimiser,
+    make_evaluation,
     make_federation,
     server_optimiser,
 )
-from scaling_fl.experiment.evaluation import Evaluation, describe_evaluation
+from scaling_fl.experiment.evaluation import describe_evaluation
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.schedule import count_batches
 from scaling_fl.experiment.settings import Settings, of_site
@@ -46,7 +47,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, console.Progress(), Evaluation(job.data, console.Progress()))  # tries the model
+    make_federation(settings, job, console.Progress(), make_evaluation(settings, job, console.Progress()))  # tries it
     labels = job.data.label_names
     planned: dict[str, Any] = {
         "labels": list(labels),

@@ -1,15 +1,15 @@
 """The data of a run, out of the settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from datasets import Dataset
 
-from scaling_fl.data.encoder import TextEncoder
+from scaling_fl.data.examples import Encode
 from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.reader import read_task, sample
 from scaling_fl.data.site_files import files_of, read_site_files
-from scaling_fl.data.sites import SiteData, partition_examples
+from scaling_fl.data.sites import SiteData, add_counts, partition_examples
 from scaling_fl.distributed.collectives import local_first
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.experiment.parameters import bind
@@ -49,15 +49,21 @@ def read_rows(settings: Settings) -> Rows:
     return Rows(used, names, owners)
 
 
-def read_data(
-    settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows | None
-) -> tuple[SiteData, Topology]:
+def read_data(settings: Settings, topology: Topology, encode: Encode, rows: Rows | None) -> tuple[SiteData, Topology]:
     """Read the data of the sites: of one data set that is partitioned, or of files of each site, without `rows`.
 
     The topology returned numbers the sites as the data does.
     """
     if rows is not None:
-        return local_first(partial(partition_rows, settings, topology, encoder, rows)), topology
+        data = local_first(partial(partition_rows, settings, topology, encode, rows))
+    else:
+        data, topology = read_files(settings, topology, encode)
+    train = {site: replace(examples, is_packed=settings.pack) for site, examples in data.train.items()}
+    return replace(data, train=train), topology
+
+
+def read_files(settings: Settings, topology: Topology, encode: Encode) -> tuple[SiteData, Topology]:
+    """Read the files of the sites of this rank."""
     if settings.num_sites not in (None, topology.num_entries):
         raise ValueError(
             f"num_sites: expected {topology.num_entries}, the number of sites in the site_paths of all nodes, got "
@@ -71,7 +77,7 @@ def read_data(
         columns,
         settings.labels,
         topology,
-        encoder.encode,
+        encode,
         settings.val_batch_size,
         make_hold_out(settings),
     )
@@ -80,25 +86,27 @@ def read_data(
     return data, topology
 
 
-def partition_rows(settings: Settings, topology: Topology, encoder: TextEncoder, rows: Rows) -> SiteData:
+def partition_rows(settings: Settings, topology: Topology, encode: Encode, rows: Rows) -> SiteData:
     """Tokenise the rows, and partition them over the sites."""
-    encoded = {split: encoder.encode(of_split, rows.label_names) for split, of_split in rows.used.items()}
+    encoded = {split: encode(of_split, rows.label_names) for split, of_split in rows.used.items()}
     partitioner = bind("partition", vars(settings))
-    if rows.owners is not None:
-        partitioner = partial(partitioner, owners=rows.owners)
-    return partition_examples(
-        encoded["train"],
-        encoded.get("test"),
+    owners = None if rows.owners is None else [rows.owners[index] for index in encoded["train"].kept]
+    if owners is not None:
+        partitioner = partial(partitioner, owners=owners)
+    data = partition_examples(
+        encoded["train"].examples,
+        encoded["test"].examples if "test" in encoded else None,
         rows.label_names,
         topology,
         partitioner,
         settings.data_seed,
         settings.val_batch_size,
         settings.min_examples,
-        rows.owners,
+        owners,
         make_hold_out(settings),
         is_central=settings.central_evaluation,
     )
+    return replace(data, lost=add_counts(of.lost for of in encoded.values()))
 
 
 def make_hold_out(settings: Settings) -> HoldOut:

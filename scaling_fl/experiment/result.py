@@ -98,7 +98,7 @@ class Run:
         Raises:
             ValueError: the run did not reach its end.
         """
-        return _load_model(self._folder_of(MODEL_FOLDER, "a model"))
+        return self._load_model(MODEL_FOLDER, "a model")
 
     @cached_property
     def best_model(self) -> Any:
@@ -110,7 +110,7 @@ class Run:
         if self.status == "COMPLETED" and not os.path.isdir(os.path.join(self.folder, BEST_FOLDER)):
             why = "best_metric=None" if self.settings.best_metric is None else "one whose weights are not kept any more"
             raise ValueError(f"{self.folder}: expected a run with a best model, got {why}")
-        return _load_model(self._folder_of(BEST_FOLDER, "a best model"))
+        return self._load_model(BEST_FOLDER, "a best model")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -136,6 +136,21 @@ class Run:
 
         return report.write([self.folder], os.fspath(output))
 
+    def _load_model(self, name: str, what: str) -> Any:
+        from transformers.utils import logging
+
+        from scaling_fl.experiment.objectives import find_objective
+        from scaling_fl.models.adapter_files import is_adapter, load_adapted
+
+        folder, loader = self._folder_of(name, what), find_objective(self.settings).auto_class.from_pretrained
+        had_bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            return load_adapted(folder, loader) if is_adapter(folder) else loader(folder)
+        finally:
+            if had_bar:
+                logging.enable_progress_bar()
+
     def _folder_of(self, name: str, what: str) -> str:
         folder = os.path.join(self.folder, name)
         return folder if os.path.isdir(folder) else self._miss(what)
@@ -152,22 +167,6 @@ class Run:
             return {}
         with open(os.path.join(self.folder, name), encoding="utf-8") as file:
             return json.load(file)
-
-
-def _load_model(folder: str) -> Any:
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    from scaling_fl.models.adapter_files import is_adapter, load_adapted
-
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loader = AutoModelForSequenceClassification.from_pretrained
-        return load_adapted(folder, loader) if is_adapter(folder) else loader(folder)
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
 
 
 def sites_as_numbers(metrics: Metrics) -> Metrics:

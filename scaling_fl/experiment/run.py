@@ -6,8 +6,9 @@ from typing import Any
 
 from scaling_fl.data.site_files import files_of
 from scaling_fl.distributed.collectives import all_gather, rank
-from scaling_fl.experiment.build import Job, build, make_federation
-from scaling_fl.experiment.evaluation import Evaluation, describe_validation, find_gains, find_judged, is_evaluated
+from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
+from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
+from scaling_fl.experiment.objectives import ANSWERS, find_objective
 from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
@@ -65,7 +66,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
     """Train, average, evaluate, record and save, round by round, and save the model."""
     history, global_model = job.history, job.global_model
     training, testing = console.Progress(), console.Progress()
-    evaluation = Evaluation(job.data, testing)
+    evaluation = make_evaluation(settings, job, testing)
     choice = Choice(settings.best_metric, settings.evaluate_every, settings.early_stopping_rounds)
     best_dir = job.checkpoints_dir or record.folder
     with clock("setup"):
@@ -123,6 +124,8 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
     best_is = {"round": best, "metric": choice.metric}
     record.add_info({"sha256": sha256, "best": best_is, "stopped_early": is_over(history, choice)})
     if record.folder is not None:
+        if find_objective(settings) is ANSWERS:
+            job.loaded.model.config.use_cache = True  # of whoever generates with the saved model
         saved = save_models(settings, job, record.folder, federation.model, MODEL_FOLDER)
         save_state_dict(record.folder, saved_weights(federation.model))
         if weights is not None:

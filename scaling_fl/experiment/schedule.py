@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from scaling_fl.data.examples import Examples
 from scaling_fl.data.reader import name_site
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
-from scaling_fl.federation.site import Site
+from scaling_fl.federation.site import Site, order_seed
 
 MANY_SITES = 100  # of more, only the sampled ones are evaluated by default
 
@@ -67,15 +68,29 @@ class Schedule:
 
     def _site(self, number: int, device: torch.device, round_: int) -> Site:
         own = of_site(self.settings, number)
-        num_examples, start = self.data.sizes[number].num_examples, (0, 0)
+        size, start = self.data.sizes[number], (0, 0)
+        num_examples, num_tokens = size.num_examples, size.num_trained_tokens
         if own["local_steps"] is not None:
             first = own["local_steps"] * self.cohorts.count_rounds_before(number, round_)
             start = divmod(first, count_batches(num_examples, own))
             end = count_until(first + own["local_steps"], num_examples, own)
-            num_examples = min(num_examples, end - count_until(first, num_examples, own))
-        return Site(
-            number, device, num_examples, self.data.train[number], self.data.name_of(number), settings=own, start=start
-        )
+            num_seen = end - count_until(first, num_examples, own)
+            if num_tokens and num_seen < num_examples:
+                num_tokens = min(num_tokens, self._count_tokens(number, start, own))
+            num_examples = min(num_examples, num_seen)
+        data, name = self.data.train[number], self.data.name_of(number)
+        return Site(number, device, num_examples, data, name, own, start, num_tokens)
+
+    def _count_tokens(self, number: int, start: tuple[int, int], own: dict[str, Any]) -> int:
+        """Return how many tokens a site learns to predict in the steps from a batch of an epoch on."""
+        examples = self.data.train[number]
+        epoch, batch = start
+        batches: list[Examples] = []
+        while len(batches) < own["local_steps"]:
+            seed = order_seed(self.settings.seed, number, epoch)
+            batches += examples.shuffled(own["batch_size"], seed, batch)
+            epoch, batch = epoch + 1, 0
+        return sum(of.size(0).num_trained_tokens for of in batches[: own["local_steps"]])
 
 
 def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Schedule:

@@ -7,6 +7,7 @@ from typing import Any
 
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import TASKS, task_defaults
+from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.experiment.kinds import (
     COUNT_OR_FRACTION,
     DEVICE_IDS,
@@ -17,6 +18,7 @@ from scaling_fl.experiment.kinds import (
     NAME,
     NAMES,
     PEFT_CONFIG,
+    QUESTIONS,
     SITE_PATHS,
     SITE_SETTINGS,
     SITES,
@@ -50,7 +52,14 @@ EXTENSIBLE = {
     **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
 }
 OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size")  # what `site_settings` may name
-RESOLVED_FIRST = ("plugins", "task_name", "model", "iid_split")  # as the defaults of others depend on them
+RESOLVED_FIRST = (
+    "plugins",
+    "task_name",
+    "model",
+    "train_path",
+    "iid_split",
+)  # as the defaults of others depend on them
+OF_TASKS = ("model", "train_path")  # of the names above, those of which a task may have its own default
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 
 
@@ -86,7 +95,7 @@ class Settings:
     evaluate_every: int = setting(1, whole_number(1), "evaluate before training, after every so many-th round, and after the last one", may_change=True)
     best_metric: str | None = setting("validation.loss", optional(one_of(DIRECTIONS)), "by which the best round is chosen, whose model is kept in `best/`. None: keep none", may_change=True)
     early_stopping_rounds: int | None = setting(None, optional(whole_number(1)), "end the run when so many evaluated rounds have come after the best one. None: do not", may_change=True)
-    weight_by: str = setting("examples", one_of(WEIGHTS), "the weight of a site in the mean: the number of `examples` that it trained on, or the same for all `sites`")
+    weight_by: str = setting("examples", one_of(WEIGHTS), "the weight of a site in the mean: the number of `examples` that it trained on, of `tokens` that a language model learned to predict, or the same for all `sites`")
     num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
     local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round. Its weight is the examples of these steps, at most all it has")
     site_deadline_s: float | None = setting(None, optional(number(above=0)), "stop the training of a site at the end of a batch after so many seconds; its weight is what it trained on. Gives up promises 1 and 2")
@@ -108,7 +117,7 @@ class Settings:
     min_sites: int = setting(1, whole_number(0), "the fewest sites of a round, if `sites_per_round` is a fraction; with `on_site_failure=skip` a run ends if fewer are left in a round, or less than 1/65536 of its examples. 0: a round of which no site is left is recorded, and moves nothing", may_change=True)
     task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](tasks.md)")
     site_paths: list | None = setting(None, optional(SITE_PATHS), "the files of each of this node's `site_ids`, for sites with data of their own, in place of `train_path` and `test_path`", may_change=True)
-    train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL", may_change=True)
+    train_path: str | None = setting(None, optional(TEXT), "the training file: a local path or any [fsspec](https://filesystem-spec.readthedocs.io) URL; of `instruct` also a nickname or hub id", may_change=True)
     test_path: str | None = setting(None, optional(TEXT), "the test file, of the common test set", may_change=True)
     text_column: str | None = setting(None, optional(TEXT), "the column of the texts; None: the task's own")
     label_column: str | None = setting(None, optional(TEXT), "the column of the labels; None: the task's own")
@@ -119,6 +128,12 @@ class Settings:
     max_test_examples_per_site: int | None = setting(None, optional(whole_number(1)), "each site is evaluated on a random sample of so many of its test examples, or of the common test set if it has none of its own; None: on all of its own")
     iid_split: bool = setting(True, FLAG, "False is another way to write `partition=by_label`", may_change=True)
     partition: str = setting("iid", one_of(PARTITIONERS), "how the data is partitioned; see [Partitions](partitions.md). It takes precedence over `iid_split`")
+    template: str | None = setting(None, optional(one_of(TEMPLATES)), "of `instruct`: how a conversation is written as one text: `alpaca`, `vicuna`, `flowertune`, `plain`, or `chat`, the tokenizer's own", page="instruct")
+    train_on_prompt: bool = setting(False, FLAG, "of `instruct`: learn to predict prompts, too", page="instruct")
+    skip_long: bool = setting(False, FLAG, "of `instruct`: leave out rows without an answer that has tokens of its own, and count them; False: refuse them", page="instruct")
+    pack: bool = setting(False, FLAG, "of `instruct`: lay the texts of a training batch in one row, without padding", page="instruct")
+    score_by: str | None = setting(None, optional(one_of(("exact_match",))), "of `instruct`: `exact_match` also lets the model answer, and compares its answers with those of the data", may_change=True, page="instruct")
+    sample_questions: list | None = setting(None, optional(QUESTIONS), "of `instruct`: questions that the model answers after each evaluation; the answers are printed and on the record", may_change=True, page="instruct")
     min_examples: int = setting(1, whole_number(1), "the fewest training examples that a site may have")
     dirichlet_alpha: float | None = setting(None, optional(number(above=0)), "of `dirichlet` and `dirichlet_sites`: the smaller, the more the sites differ; None: 0.5")
     shards_per_site: int | None = setting(None, optional(whole_number(1)), "of `partition=shards`; None: 2")
@@ -159,7 +174,10 @@ class Settings:
             object.__setattr__(self, name, plain(value if given is NOT_GIVEN else given))
 
         for name in RESOLVED_FIRST:
-            resolve(name, default(name))
+            of_task = task_defaults(str(self.task_name)) if name in OF_TASKS else {}
+            if name == "train_path" and self.site_paths not in (NOT_GIVEN, None):
+                of_task = {}
+            resolve(name, of_task.get(name, default(name)))
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))

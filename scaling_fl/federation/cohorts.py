@@ -16,7 +16,7 @@ from scaling_fl.training.metrics import Metrics
 from scaling_fl.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-WEIGHTS = ("examples", "sites")  # of which the mean is
+WEIGHTS = ("examples", "tokens", "sites")  # of which the mean is
 
 
 def count_sites(sites_per_round: float | None, num_eligible: int, min_sites: int) -> int:
@@ -122,26 +122,34 @@ class Cohort:
 
     Args:
         sites: of this rank.
-        weight_by: the weight of a site: "examples" that it trained on, or "sites" for the same weight each.
+        weight_by: the weight of a site: "examples" that it trained on, "tokens" that its model learned to predict in
+            them, or "sites" for the same weight each.
 
     Raises:
-        ValueError: `weight_by` is something else.
+        ValueError: `weight_by` is something else, or no site has tokens.
     """
 
     def __init__(self, sites: Sequence[Site], weight_by: str) -> None:
         if weight_by not in WEIGHTS:
             raise ValueError(f"weight_by: expected one of {', '.join(WEIGHTS)}, got {weight_by!r}")
         self.sites, self._weight_by = sites, weight_by
-        gathered = all_gather([(site.number, site.name, site.num_examples) for site in sites])
+        gathered = all_gather([(site.number, site.name, self._plan(site)) for site in sites])
         self._ranks = {site: number for number, of_rank in enumerate(gathered) for site, _, _ in of_rank}
         self._names = {site: name for of_rank in gathered for site, name, _ in of_rank if name}
-        self._num_examples = sum(num_examples for of_rank in gathered for _, _, num_examples in of_rank)
+        self._total = sum(planned for of_rank in gathered for _, _, planned in of_rank)
         self.num_sites = len(self._ranks)
+        if weight_by == "tokens" and self.num_sites and not self._total:
+            raise ValueError("weight_by: expected sites with tokens that their model learns to predict, got none")
 
-    def weigh(self, num_examples: int) -> Fraction:
-        """Return the weight of a site that trained on so many examples; those of all add up to 1 at most."""
-        by_examples = self._weight_by == "examples"
-        return Fraction(num_examples, self._num_examples) if by_examples else Fraction(1, self.num_sites)
+    def weigh(self, site: Site, num_examples: int) -> Fraction:
+        """Return the weight of a site that trained on so many of its examples; those of all add up to 1 at most."""
+        if self._weight_by == "sites":
+            return Fraction(1, self._total)
+        return Fraction(num_examples, site.num_examples) * Fraction(self._plan(site), self._total)
+
+    def _plan(self, site: Site) -> int:
+        """Return in proportion to what a site is weighted if it trains on all of its examples."""
+        return {"examples": site.num_examples, "tokens": site.num_tokens, "sites": 1}[self._weight_by]
 
     def count_failures(self, failures: Mapping[int, str], min_sites: int, round_: int) -> Metrics:
         """Return how many sites failed on all ranks, and log which.

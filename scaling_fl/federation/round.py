@@ -35,7 +35,7 @@ class Federation:
         evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
             each (sum, count).
         seed: of all randomness in training.
-        weight_by: the weight of a site in the mean: "examples" that it trained on, or "sites" for the same weight each.
+        weight_by: the weight of a site in the mean: see `Cohort`.
         min_sites: a round goes on without sites that fail while at least so many are left; None: any failure is an
             error.
     """
@@ -78,7 +78,7 @@ class Federation:
         """
         for device, batch in batches.items():
             replica = self._devices.load(device)
-            size = "{} texts of {} tokens".format(*batch["attention_mask"].shape)
+            size = "{} texts of {} tokens".format(*batch["input_ids"].shape)
             try:
                 # A trainer of a plugin is not tried out, and so may not fail at its kernels later.
                 is_tried = device.type != "cpu" and leaves_nothing(self._train_site)
@@ -145,7 +145,7 @@ class Federation:
                 with replica.unchanged(), torch.no_grad():
                     _, local = read_scores(self._devices.call(evaluate_local, replica.model.eval(), site, round_))
             if num_examples:
-                weight = self._cohort.weigh(num_examples)
+                weight = self._cohort.weigh(site, num_examples)
                 replica.exchange(self.global_model, weight, check_first=self._min_sites is not None)
         except Exception as error:
             if self._min_sites is not None:

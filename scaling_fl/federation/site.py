@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from scaling_fl.errors import printable
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.training.loop import Batch, Score, stop_after, train
+from scaling_fl.training.loop import Batch, Score, count_texts, stop_after, train
 from scaling_fl.training.metrics import Means
 from scaling_fl.training.optimisers import add_proximal_term
 from scaling_fl.training.seeds import derive_seed
@@ -31,12 +31,13 @@ class Site:
     Args:
         number: of the site in the federation.
         device: where it trains.
-        num_examples: that it trains on: its weight in the mean of a round.
+        num_examples: that it trains on.
         data: what the functions that train and evaluate it get; the federation does not look at it.
         name: for logs and people.
         settings: in which it differs from the others. `LocalTraining` reads `learning_rate`, `num_local_epochs` and
             `local_steps`.
         start: the epoch and the batch in it where it goes on, if it trains for a number of steps.
+        num_tokens: that its model learns to predict in these examples, if it is a language model.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Site:
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: tuple[int, int] = (0, 0)
+    num_tokens: int = 0
 
     def __str__(self) -> str:
         return f"site {self.number}" + (f" ({printable(self.name)})" if self.name else "")
@@ -113,7 +115,7 @@ class LocalTraining:
         def counted() -> Iterator[Batch]:
             nonlocal num_seen
             for batch in stop_after(self.deadline_s, site.device, self._batches(site, round_)):
-                num_seen += len(next(iter(batch.values())))
+                num_seen += count_texts(batch)
                 yield batch
 
         scores = train(model, counted(), optimiser, self.score).totals()
@@ -127,10 +129,15 @@ class LocalTraining:
             return
         first, batch = site.start
         epochs = (
-            self.batches(site, derive_seed(self.seed, "order", site.number, epoch), batch if epoch == first else 0)
+            self.batches(site, order_seed(self.seed, site.number, epoch), batch if epoch == first else 0)
             for epoch in itertools.count(first)
         )
         yield from itertools.islice(itertools.chain.from_iterable(epochs), num_steps)
+
+
+def order_seed(seed: int, site: int, epoch: int) -> int:
+    """Return the seed of the order of batches of a site that trains for steps, which go on in the next round."""
+    return derive_seed(seed, "order", site, epoch)
 
 
 def leaves_nothing(function: SiteFunction) -> bool:

@@ -64,8 +64,13 @@ class LoadedModel:
     note: str = ""
 
 
-def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
+def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) -> Pretrained:
     """Load a model's configuration and its tokenizer.
+
+    Args:
+        model: the setting.
+        max_seq_len: the setting.
+        generates: it is a language model, which needs no padding token, and whose tokenizer pads as it did.
 
     Raises:
         ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
@@ -73,22 +78,15 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     made = make_parts(model)
     base = base_of(path_of(model)) if is_adapter(path_of(model)) else model
     is_complete = base == model or find_file(path_of(model), "config.json", local_files_only=True)
-    config, tokenizer = made or _load_parts(model if is_complete else base)
+    config, tokenizer = made or _load_parts(model if is_complete else base, generates=generates)
     _check_tokenizer(model, tokenizer)
     text_config = config.get_text_config()
     num_ids = getattr(text_config, "vocab_size", None)
-    if num_ids is not None and tokenizer.pad_token_id >= num_ids:
-        raise ValueError(
-            f"model={model!r}: expected a padding token with an id below {num_ids}, the vocab_size of its config.json, "
-            f"got {tokenizer.pad_token!r} with id {tokenizer.pad_token_id}. Its tokenizer has more tokens than it has "
-            "embeddings"
-        )
-    pad_id = getattr(text_config, "pad_token_id", None)
-    if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
-        text_config.pad_token_id = tokenizer.pad_token_id
+    if not generates:
+        _settle_padding(model, tokenizer, text_config, num_ids)
     model_without_head = _make_empty(config) if made else load(base, lambda *_, **__: _make_empty(config))
     num_positions, padding = _find_positions(model_without_head)
-    if padding is None:
+    if padding is None and not generates:
         # Other models find the end of a text by it. Models like RoBERTa count positions from it: theirs stays.
         text_config.pad_token_id = tokenizer.pad_token_id
     limits = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), num_positions
@@ -112,11 +110,11 @@ def load_pretrained(model: str, max_seq_len: int) -> Pretrained:
     )
 
 
-def _load_parts(model: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def _load_parts(model: str, *, generates: bool) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     config = load_config(model)
-    side = "left" if config.model_type in PADDED_LEFT else "right"
+    side = {} if generates else {"padding_side": "left" if config.model_type in PADDED_LEFT else "right"}
     try:
-        return config, load(model, AutoTokenizer.from_pretrained, config=config, padding_side=side)
+        return config, load(model, AutoTokenizer.from_pretrained, config=config, **side)
     except ValueError as error:
         _check_sentencepiece(model)
         raise error from error.__cause__
@@ -127,12 +125,31 @@ def _check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         _check_sentencepiece(model)
         raise ValueError(f"model={model!r}: expected a tokenizer with a vocabulary, got none. Add its tokenizer.json")
+
+
+def _settle_padding(
+    model: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, num_ids: int | None
+) -> None:
+    """Give a tokenizer and a configuration the same padding token.
+
+    Raises:
+        ValueError: there is none, or the model has no embedding of it.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(
             f"model={model!r}: expected a padding token, got none. Set pad_token in its tokenizer_config.json"
         )
+    if num_ids is not None and tokenizer.pad_token_id >= num_ids:
+        raise ValueError(
+            f"model={model!r}: expected a padding token with an id below {num_ids}, the vocab_size of its config.json, "
+            f"got {tokenizer.pad_token!r} with id {tokenizer.pad_token_id}. Its tokenizer has more tokens than it has "
+            "embeddings"
+        )
+    pad_id = getattr(config, "pad_token_id", None)
+    if pad_id is None or pad_id < 0 or (num_ids is not None and pad_id >= num_ids):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _check_sentencepiece(model: str) -> None:

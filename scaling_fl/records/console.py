@@ -19,7 +19,7 @@ from scaling_fl.records.best import Choice, find_best, is_over
 from scaling_fl.records.checkpoint import History
 from scaling_fl.records.rounds import METRICS
 from scaling_fl.storage import naming_place
-from scaling_fl.training.loop import Batch
+from scaling_fl.training.loop import Batch, count_texts
 from scaling_fl.training.metrics import Metrics
 
 
@@ -174,12 +174,14 @@ class Progress:
         """Yield the batches, count them and move the bar, until a signal asks this process to end."""
         for batch in batches:
             check_interrupt()
+            num_texts = count_texts(batch)
+            num_tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
             with self._lock:  # before the batch, as who takes the last may not come back
-                self._seen += np.array([len(batch["labels"]), int(batch["attention_mask"].sum())])
+                self._seen += np.array([num_texts, num_tokens])
             yield batch
             if self._bar is not None:
                 with self._lock:
-                    self._bar.update(len(batch["labels"]))
+                    self._bar.update(num_texts)
 
     def take_counts(self) -> tuple[int, int]:
         """Return how many examples and tokens were seen since this was called before."""

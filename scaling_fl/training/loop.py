@@ -45,6 +45,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], score: Score) -> Means:
     return means.settle()
 
 
+def count_texts(batch: Batch) -> int:
+    """Return how many texts a batch has, those in a packed row too."""
+    is_packed = "position_ids" in batch and "attention_mask" not in batch
+    return int((batch["position_ids"] == 0).sum()) if is_packed else len(next(iter(batch.values())))
+
+
 def stop_after(seconds: float | None, device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield batches until the first that ends so many seconds from now, and at least one; None: all."""
     end = math.inf if seconds is None else time.monotonic() + seconds

@@ -32,11 +32,17 @@ def score_tokens(output: Any, batch: Batch, means: Means) -> None:
     labels = batch["labels"][:, 1:]
     is_trained = labels != NOT_TRAINED
     count = is_trained.sum()
-    right = (output.logits[:, :-1].argmax(-1) == labels) & is_trained
+    logits = output.logits[:, -batch["labels"].shape[1] :]  # after those of virtual tokens
+    right = (logits[:, :-1].argmax(-1) == labels) & is_trained
     loss = output.loss.detach().double()
     scores = {"loss": torch.where(count > 0, loss * count, torch.zeros_like(loss)), "accuracy": right.sum()}
     for name, total in scores.items():
         means.add(name, total, count)
+
+
+def evaluate_tokens(model: nn.Module, batches: Iterable[Batch]) -> Totals:
+    """Return the loss and accuracy of the trained tokens of the batches, without dropout: sums and counts."""
+    return evaluate(model, batches, score_tokens).totals()
 
 
 def summarise_tokens(totals: Mapping[str, tuple[Fraction, int]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scaling_fl.data.labels import label_name
-from scaling_fl.data.tasks import bbcnews, crepe, imdb, spooky_author, text
+from scaling_fl.data.tasks import bbcnews, crepe, imdb, instruct, spooky_author, text
 from scaling_fl.data.tasks.task import Task
 
 TASKS: dict[str, Task] = {
@@ -14,6 +14,7 @@ TASKS: dict[str, Task] = {
     "yelp": crepe.YELP,
     "spooky_author": spooky_author.TASK,
     "text": text.TASK,
+    "instruct": instruct.TASK,
 }
 
 
@@ -43,9 +44,12 @@ def name_labels(task_name: str, labels: Sequence[object] | None) -> Mapping[str,
     Raises:
         ValueError: the task has labels itself, or two of the labels are the same one, or one is empty.
     """
-    known = find_task(task_name).labels
+    task = find_task(task_name)
+    known = task.labels
     if labels is None:
         return known
+    if task.is_generative:
+        raise ValueError(f"labels: expected None, as task_name={task_name!r} has no labels, got {list(labels)!r}")
     if known is not None:
         own = ", ".join(dict.fromkeys(known.values()))
         raise ValueError(f"labels: expected None, as task_name={task_name!r} has its own ({own}), got {list(labels)!r}")

@@ -25,6 +25,8 @@ class Task:
         clean: changes a batch of texts.
         is_whole: tells whether a path stands for both, train and test.
         defaults: of settings.
+        is_generative: a row is a conversation, of which a language model learns the answers. Then the task has neither
+            columns nor labels, and `read` is not used.
     """
 
     read: Read | None = None
@@ -34,6 +36,7 @@ class Task:
     clean: Callable[[dict[str, list]], dict[str, list]] | None = None
     is_whole: Callable[[str], bool] = lambda path: False
     defaults: dict[str, Any] = field(default_factory=dict)
+    is_generative: bool = False
 
 
 def from_table(*header: str) -> Read:
