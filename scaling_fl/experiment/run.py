@@ -124,12 +124,12 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
     best_is = {"round": best, "metric": choice.metric}
     record.add_info({"sha256": sha256, "best": best_is, "stopped_early": is_over(history, choice)})
     if record.folder is not None:
+        model: Any = federation.model
         if find_objective(settings) is ANSWERS:
-            job.loaded.model.config.use_cache = True  # of whoever generates with the saved model
-        saved = save_models(settings, job, record.folder, federation.model, MODEL_FOLDER)
-        save_state_dict(record.folder, saved_weights(federation.model))
+            model.config.use_cache = True  # for those who generate with the saved model
+        saved = save_models(settings, job, record.folder, model, MODEL_FOLDER)
+        save_state_dict(record.folder, saved_weights(model))
         if weights is not None:
-            model = federation.model
             model.load_state_dict(weights, strict=False)  # a weight that layers share has one name there
             saved |= save_models(settings, job, record.folder, model, BEST_FOLDER)
             if job.checkpoints_dir is None:

@@ -66,7 +66,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
 
 
 def load_adapted(folder: str, loader: Callable[..., Any]) -> Any:
-    """Return the model of a folder with an adapter and the configuration of its base, in evaluation mode.
+    """Return the model of a folder with an adapter, and of a classifier also its configuration, in evaluation mode.
 
     Args:
         folder: as a run leaves it.
@@ -75,7 +75,8 @@ def load_adapted(folder: str, loader: Callable[..., Any]) -> Any:
     Raises:
         ValueError: the weights are not those of the adapter.
     """
-    config = AutoConfig.from_pretrained(folder)
+    has_config = os.path.isfile(os.path.join(folder, "config.json"))
+    config = AutoConfig.from_pretrained(folder if has_config else base_of(folder))
     model = loader(base_of(folder), config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     adapted = add_adapter(model, read_config(folder))
     load_weights_(adapted, read_weights(folder), folder)

@@ -162,9 +162,10 @@ def save_model(
         if hasattr(model, "peft_config"):  # it writes a card to be filled in, but no configuration of the model
             model.save_pretrained(part, save_embedding_layers=False)
             os.remove(os.path.join(part, "README.md"))
-            model.config.save_pretrained(part)
-            if model.can_generate():
+            if model.can_generate():  # transformers takes a folder with config.json for a whole model
                 model.generation_config.save_pretrained(part)
+            else:
+                model.config.save_pretrained(part)  # it has the labels
         else:
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
