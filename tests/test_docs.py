@@ -59,7 +59,7 @@ def test_readme_leads_to_every_page() -> None:
 def test_the_tables_are_those_of_the_code() -> None:
     assert checks.table() in (ROOT / "docs/settings.md").read_text()
     assert checks.table("adapters") in (ROOT / "docs/adapters.md").read_text()
-    assert rounds.table() in (ROOT / "docs/records.md").read_text()
+    assert rounds.table() in (ROOT / "docs/metrics.md").read_text()
     used = {name: ", ".join(f"`{other}`" for other in sorted(others)) for name, others in MAY_IMPORT.items()}
     imports = "\n".join(f"| `{name}` | {others or 'nothing of ours'} |" for name, others in used.items())
     assert imports in (ROOT / "docs/architecture.md").read_text(), imports

@@ -72,7 +72,7 @@ class Evaluation:
         return self._score(model, self.data.common[device])
 
     def name(self, scores: Scores) -> Metrics:
-        """Return the metrics of a round: docs/records.md has their table."""
+        """Return the metrics of a round: docs/metrics.md has their table."""
         summarise = self._objective.summarise
         test = scores.common.totals() if self.data.common else _select(scores, "test")
         if not self.data.validation.counts:

@@ -53,7 +53,7 @@ class Run:
 
     @cached_property
     def history(self) -> list[Metrics]:
-        """The metrics of each round from round 0, with its number as `round`; see docs/records.md."""
+        """The metrics of each round from round 0, with its number as `round`; see docs/metrics.md."""
         path = os.path.join(self.folder, ROUNDS)
         if not os.path.exists(path):
             return []

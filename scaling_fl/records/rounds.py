@@ -123,7 +123,7 @@ METRICS |= {
 
 
 def table() -> str:
-    """Return the table of metrics in Markdown, as docs/records.md has it."""
+    """Return the table of metrics in Markdown, as docs/metrics.md has it."""
     rows = [f"| `{name}` | {of.unit} | {of.meaning} |" for name, of in METRICS.items() if not is_spread(name)]
     rows += [f"| `sites.<name>.{of}` | | {meaning.format('<name>')} |" for of, meaning in SPREAD.items()]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
