@@ -11,6 +11,7 @@ from test_layers import MAY_IMPORT, MODULES
 
 from scaling_fl.experiment import checks
 from scaling_fl.experiment.parameters import PARAMETERS, find_defaults
+from scaling_fl.experiment.settings import FIELDS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.records import rounds
 
@@ -57,8 +58,8 @@ def test_readme_leads_to_every_page() -> None:
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    assert checks.table() in (ROOT / "docs/settings.md").read_text()
-    assert checks.table("adapters") in (ROOT / "docs/adapters.md").read_text()
+    for page in {of["page"] for of in FIELDS.values()}:
+        assert checks.table(page) in (ROOT / f"docs/{page}.md").read_text()
     assert rounds.table() in (ROOT / "docs/metrics.md").read_text()
     used = {name: ", ".join(f"`{other}`" for other in sorted(others)) for name, others in MAY_IMPORT.items()}
     imports = "\n".join(f"| `{name}` | {others or 'nothing of ours'} |" for name, others in used.items())

@@ -8,6 +8,10 @@ from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
+from scaling_fl.records.best import DIRECTIONS
+
+EXACT_MATCH = "validation.exact_match"
+OF_LABELS, OF_ANSWERS = ("validation.macro_f1", "validation.balanced_accuracy"), ("validation.perplexity", EXACT_MATCH)
 
 
 def find_contradictions(settings: Settings) -> list[str]:
@@ -118,6 +122,12 @@ def _check_evaluation(settings: Settings) -> None:
             "max_test_examples: expected None, as central_evaluation=False leaves out the common test set, got "
             f"{settings.max_test_examples}"
         )
+    is_generative = find_task(settings.task_name).is_generative
+    others = {*(OF_LABELS if is_generative else OF_ANSWERS), *([EXACT_MATCH] if settings.score_by is None else [])}
+    if settings.best_metric in others:
+        known = ", ".join(name for name in DIRECTIONS if name not in others)
+        hint = f". {EXACT_MATCH} needs score_by=exact_match" * is_generative
+        raise ValueError(f"best_metric: expected one of {known}, got {settings.best_metric!r}{hint}")
     if settings.best_metric is None and settings.early_stopping_rounds is not None:
         raise ValueError(
             "early_stopping_rounds: expected None, as best_metric=None chooses no best round, got "

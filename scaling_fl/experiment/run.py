@@ -73,7 +73,11 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         federation = make_federation(settings, job, training, evaluation)
         cohorts = job.schedule.cohorts
         of_sites = len(cohorts.eligible) if cohorts.are_sampled else None
-        table = console.Table(of_sites, with_failures=settings.on_site_failure == "skip")
+        table = console.Table(
+            of_sites,
+            with_failures=settings.on_site_failure == "skip",
+            with_answers=settings.score_by == "exact_match",
+        )
         for round_, metrics in enumerate(history):
             table.print_round(round_, metrics)
             record.add_round(round_, metrics)

@@ -21,6 +21,8 @@ BEST = "best.pt"
 DIRECTIONS = {  # 1: more is better
     "validation.loss": -1,
     "validation.accuracy": 1,
+    "validation.perplexity": -1,
+    "validation.exact_match": 1,
     "validation.macro_f1": 1,
     "validation.balanced_accuracy": 1,
 }

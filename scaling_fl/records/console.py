@@ -40,11 +40,13 @@ class Table:
     Args:
         num_sites: from which those of a round are sampled; None if all take part.
         with_failures: show how many sites failed.
+        with_answers: show how many generated answers match.
     """
 
-    def __init__(self, num_sites: int | None, *, with_failures: bool) -> None:
+    def __init__(self, num_sites: int | None, *, with_failures: bool, with_answers: bool = False) -> None:
         hidden = {"sites.cohort"} if num_sites is None else set()
         hidden |= set() if with_failures else {"sites.failed"}
+        hidden |= set() if with_answers else {"validation.exact_match"}
         self._columns = {name: metric for name, metric in METRICS.items() if metric.title and name not in hidden}
         if num_sites is not None:
             title = f"sites of {num_sites:,}"
@@ -125,6 +127,7 @@ def _describe_scores(metrics: Metrics) -> str:
     """Return the scores of a round in words."""
     return ", ".join(
         f"{kind} accuracy {metrics[f'{kind}.accuracy']:.4f}, loss {metrics[f'{kind}.loss']:.4f}"
+        + (f", exact match {metrics[f'{kind}.exact_match']:.4f}" if f"{kind}.exact_match" in metrics else "")
         for kind in ("validation", "test")
         if f"{kind}.loss" in metrics
     )

@@ -37,9 +37,12 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "round": Metric("", "0 is the model before training, and has no `train.*`, `site*` and `speed.*`"),
     "train.loss": Metric(
-        "nats", "mean over all examples that the sites trained on, while the weights change, with dropout", "train loss"
+        "nats",
+        "mean over all examples (of `instruct`: the tokens of all answers) that the sites trained on, while the weights "
+        "change, with dropout",
+        "train loss",
     ),
-    "train.accuracy": Metric("fraction", "the same, of right answers", "accuracy"),
+    "train.accuracy": Metric("fraction", "the same, of right answers (of `instruct`: of right tokens)", "accuracy"),
     "validation.loss": Metric(
         "nats",
         "of the global model, mean over the examples by which the best round is chosen ([Evaluation](evaluation.md)), "
@@ -47,6 +50,12 @@ METRICS: dict[str, Metric] = {
         "validation loss",
     ),
     "validation.accuracy": Metric("fraction", "the same, of right answers", "accuracy "),
+    "validation.perplexity": Metric("", "of `instruct`: the exponential of `validation.loss`"),
+    "validation.exact_match": Metric(
+        "fraction",
+        "the same, of generated answers that are those of the data (`score_by=exact_match`)",
+        "exact match",
+    ),
     "validation.macro_f1": Metric("fraction", "the mean F1 of the labels that occur, as answers too"),
     "validation.balanced_accuracy": Metric("fraction", "the mean recall of the labels that occur"),
     "validation.confusion": Metric(
@@ -54,6 +63,8 @@ METRICS: dict[str, Metric] = {
     ),
     "test.loss": Metric("nats", "of the test examples, with `validation_fraction`"),
     "test.accuracy": Metric("fraction", "likewise"),
+    "test.perplexity": Metric("", "likewise"),
+    "test.exact_match": Metric("fraction", "likewise"),
     "test.macro_f1": Metric("fraction", "likewise"),
     "test.balanced_accuracy": Metric("fraction", "likewise"),
     "test.confusion": Metric("examples", "likewise"),
@@ -87,10 +98,12 @@ METRICS: dict[str, Metric] = {
     "site.validation_examples": Metric("examples", "by site, its validation examples, likewise"),
     "site.test_loss": Metric("nats", "by site, of the global model on its test examples"),
     "site.test_accuracy": Metric("fraction", "the same, of right answers"),
+    "site.test_exact_match": Metric("fraction", "the same, of generated answers (`score_by=exact_match`)"),
     "site.local_loss": Metric(
         "nats", "by site, of its own model before averaging, on its test examples (`evaluate_local`)"
     ),
     "site.local_accuracy": Metric("fraction", "the same, of right answers"),
+    "site.local_exact_match": Metric("fraction", "likewise"),
     "site.gain": Metric("fraction", "`site.test_accuracy` minus `site.local_accuracy`"),
     "site.loss": Metric(
         "nats", '`train.loss` by site, as in `{"0": 0.7, "2": 0.4}`, of the sites that took part and did not fail'
@@ -105,13 +118,24 @@ METRICS: dict[str, Metric] = {
     ),
     "sites.test_loss.weighted": Metric("nats", "the mean over all test examples of the sites"),
     "sites.test_accuracy.weighted": Metric("fraction", "the same, of right answers"),
+    "sites.test_exact_match.weighted": Metric("fraction", "the same, of generated answers"),
 }
 OVER_SITES: tuple[str, ...] = (  # metrics of single sites whose spread is measured
-    *("loss", "accuracy", "test_loss", "test_accuracy", "local_loss", "local_accuracy", "gain", "seconds"),
-    "memory_mb",
+    *(
+        "loss",
+        "accuracy",
+        "test_loss",
+        "test_accuracy",
+        "test_exact_match",
+        "local_loss",
+        "local_accuracy",
+        "gain",
+        "seconds",
+    ),
+    *("local_exact_match", "memory_mb"),
 )
 SPREAD = {
-    "worst": "the lowest of `site.{0}`, if that is an accuracy or a gain, else the highest",
+    "worst": "the lowest of `site.{0}`, if that is an accuracy, a gain or an exact match, else the highest",
     "mean": "the mean of `site.{0}`, each site counting once",
     "std": "the population's standard deviation of `site.{0}`, likewise",
 }

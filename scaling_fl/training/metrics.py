@@ -81,12 +81,12 @@ def spread(by_site: Mapping[int, Mapping[str, float]]) -> Metrics:
 
     Returns:
         `site.<quantity>`, {site: value} by increasing site, and `sites.<quantity>.worst`, `.mean` and `.std` (of the
-        population). The worst accuracy or gain is the least, of all else the worst is the most.
+        population). The worst accuracy, gain or exact match is the least, of all else the worst is the most.
     """
     metrics: Metrics = {}
     for name in dict.fromkeys(name for values in by_site.values() for name in values):
         column = {site: values[name] for site, values in sorted(by_site.items()) if name in values}
-        worst = min if name.endswith(("accuracy", "gain")) else max
+        worst = min if name.endswith(("accuracy", "gain", "exact_match")) else max
         metrics |= {f"site.{name}": column, f"sites.{name}.worst": worst(column.values())}
         metrics |= {f"sites.{name}.mean": fmean(column.values()), f"sites.{name}.std": pstdev(column.values())}
     return metrics
