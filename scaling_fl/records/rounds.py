@@ -38,8 +38,8 @@ METRICS: dict[str, Metric] = {
     "round": Metric("", "0 is the model before training, and has no `train.*`, `site*` and `speed.*`"),
     "train.loss": Metric(
         "nats",
-        "mean over all examples (of `instruct`: the tokens of all answers) that the sites trained on, while the weights "
-        "change, with dropout",
+        "mean over all examples (of `instruct`: the tokens of all answers) that the sites trained on, while the "
+        "weights change, with dropout",
         "train loss",
     ),
     "train.accuracy": Metric("fraction", "the same, of right answers (of `instruct`: of right tokens)", "accuracy"),
