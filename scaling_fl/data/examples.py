@@ -99,6 +99,19 @@ class Examples:
         arrays = arrays | {"attention_mask": is_token, "labels": arrays.get("labels", self.labels)}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
+    def questions(self) -> list[tuple[list[int], list[int]]]:
+        """Return the tokens before the last answer of each example, and those of that answer, its end token included.
+
+        An answer is a run of trained tokens: the examples are those of a language model, and their prompts untrained.
+        """
+        found = []
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            ids, labels = (self.columns[name][start : start + length] for name in ("input_ids", "labels"))
+            end = np.flatnonzero(labels != NOT_TRAINED).max() + 1
+            first = np.flatnonzero(labels[:end] == NOT_TRAINED).max(initial=-1) + 1
+            found.append((ids[:first].tolist(), ids[first:end].tolist()))
+        return found
+
     def _packed_batch(self) -> Batch:
         """Return all examples as one row. Models tell the texts apart by their positions if there is no mask."""
         positions = np.concatenate([np.arange(length) for length in self.lengths])

@@ -4,12 +4,11 @@ They show that a model learns; they are no benchmark. All numbers come from hash
 the same on every machine and with every version of Python.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable
 from datetime import date, timedelta
 from typing import Any
 
+from scaling_fl.data.answers import is_right as is_right  # exercises and their check are one import
 from scaling_fl.training.seeds import derive_seed
 
 Below = Callable[[int], int]  # a whole number from 0, below the given one
@@ -62,19 +61,6 @@ def make_exercises(count: int = 2_000, seed: int = 0) -> list[dict[str, Any]]:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             rows.append({"messages": messages, "kind": kind})
     return rows
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Tell whether an answer is the expected one, whatever its case, spaces, hyphens, separators and full stop."""
-    return _normalise(answer) == _normalise(expected)
-
-
-def _normalise(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 7,000
-    text = re.sub(r"\s*,\s*", ", ", text)
-    text = re.sub(r"(?<=[a-z])[-\u2010\u2011](?=[a-z])", " ", text)  # sixty-four
-    return " ".join(text.split()).removesuffix(".").rstrip()
 
 
 def _hashed(seed: int, *purpose: str | int) -> Below:

@@ -1,0 +1,110 @@
+"""Answers of causal language models, each token the most probable one."""
+
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+CHANGED = ("training", "generation_config", "prepare_inputs_for_generation")  # by generation here, and by peft's
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_ids: Sequence[int], pad_id: int
+) -> list[list[int]]:
+    """Return the greedy answers to prompts, without dropout and without the settings of the model's generation.
+
+    An answer is the one to its prompt alone, but for rounding where two tokens are as probable as each other. The model
+    and random generators stay as they were.
+
+    Args:
+        model: a causal language model of transformers, which may have an adapter.
+        prompts: ids of tokens, of any lengths.
+        max_new_tokens: an answer is cut to so many, or to fewer where the model has no more positions.
+        end_ids: of the tokens that end an answer; without one, all answers are cut.
+        pad_id: any id that the model takes.
+
+    Returns:
+        The ids of each answer, without the token that ended it.
+
+    Raises:
+        ValueError: a prompt is empty, or longer than the model takes.
+    """
+    groups = defaultdict[tuple[int, int], list[int]](list)
+    for index, prompt in enumerate(prompts):
+        groups[_find_group(model, len(prompt), max_new_tokens)].append(index)
+    answers: dict[int, list[int]] = {}
+    with _evaluating(model):
+        for (most, _), indices in groups.items():
+            batch = _pad_left([prompts[index] for index in indices], pad_id, next(model.parameters()).device)
+            config = GenerationConfig(
+                max_new_tokens=most,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=list(end_ids) or None,
+                pad_token_id=pad_id,
+            )
+            rows = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+            answers |= {index: _cut(row, end_ids) for index, row in zip(indices, rows, strict=True)}
+    return [answers[index] for index in range(len(prompts))]
+
+
+def find_end_ids(model: Any, end_id: int | None) -> list[int]:
+    """Return the ids of the tokens that end an answer: those that the model lists, and that of a template, if any."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {*(listed if isinstance(listed, list | tuple) else [listed]), end_id}
+    return sorted(id_ for id_ in found if id_ is not None)
+
+
+def _find_group(model: Any, length: int, max_new_tokens: int) -> tuple[int, int]:
+    """Return how many tokens can follow a prompt, and the length that prompts of its batch must have; 0: any."""
+    adapter = getattr(model, "active_peft_config", None)
+    # Trained vectors before the prompt take positions, too. peft counts those of padding, which training does not have.
+    num_virtual = adapter.num_virtual_tokens if adapter is not None and adapter.is_prompt_learning else 0
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or positions < 0:
+        positions = sys.maxsize
+    positions -= num_virtual
+    if not 1 <= length <= positions:
+        raise ValueError(f"prompt: expected 1 to {positions:,} tokens, got {length:,}")
+    most = min(max_new_tokens, positions - length + 1)  # the last token needs none
+    return most, length if num_virtual else 0
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return prompts that all end where their answers begin."""
+    width = max(map(len, prompts))
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _cut(answer: list[int], end_ids: Sequence[int]) -> list[int]:
+    return answer[: next((place for place, id_ in enumerate(answer) if id_ in end_ids), len(answer))]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, without settings of generation, and put back what was there at the end."""
+    before = [
+        (module, {name: vars(module)[name] for name in CHANGED if name in vars(module)}) for module in model.modules()
+    ]
+    try:
+        model.eval()
+        for module, had in before:
+            if "generation_config" in had:  # what `generate` is not given it takes from there
+                module.generation_config = GenerationConfig()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # peft: of positions that it counts itself
+            yield
+    finally:
+        for module, had in before:
+            for name in CHANGED:
+                vars(module).pop(name, None)
+            vars(module).update(had)
