@@ -206,14 +206,22 @@ def test_random_generators_are_neither_used_nor_changed() -> None:
     assert found[0] == found[1]
 
 
-def test_prompts_end_where_answers_begin_and_each_token_is_computed_once() -> None:
+def test_prompts_end_where_answers_begin_and_each_token_is_computed_once_until_all_answers_end() -> None:
     model, prompts = make_llama(), make_prompts((2, 5))
     assert model.config.use_cache is False, "as in training"
     seen: list[dict[str, Any]] = []
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
-    generate(model, prompts, max_new_tokens=4, end_ids=[], pad_id=7)
+
+    def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        seen.append(given)
+        assert torch.is_inference_mode_enabled()
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    answers = generate(model, prompts, max_new_tokens=9, end_ids=[], pad_id=7)
     assert seen[0]["input_ids"].tolist() == [[7, 7, 7, *prompts[0]], prompts[1]]
     assert seen[0]["attention_mask"].tolist() == [[0, 0, 0, 1, 1], [1] * 5]
+    assert [given["input_ids"].shape[1] for given in seen] == [5] + [1] * 8
+    seen.clear()
+    generate(model, prompts, max_new_tokens=9, end_ids=[answers[0][1], answers[1][3]], pad_id=7)
     assert [given["input_ids"].shape[1] for given in seen] == [5, 1, 1, 1]
 
 
