@@ -13,7 +13,9 @@ from conftest import refusal
 from datasets import Dataset
 
 from scaling_fl.data import conversations
-from scaling_fl.data.conversations import DATASETS, Conversation, Turn, read_conversations
+from scaling_fl.data.conversations import Conversation, Turn, read_conversations
+from scaling_fl.data.exercises import KINDS, make_exercises
+from scaling_fl.data.nicknames import DATASETS, Nickname, data_defaults
 
 ASKED, ANSWERED = Turn("user", "Which colour?"), Turn("assistant", "Réd, 1.0.")
 MESSAGES = [turn._asdict() for turn in (ASKED, ANSWERED)]
@@ -166,7 +168,37 @@ def test_nicknames_and_ids_are_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPa
         found = read_conversations(name, "test", site_column="topic")
         assert Conversation.from_json(found["conversation"][0]).turns == (ASKED, ANSWERED)
         assert found["site"][:] == ["colours"]
-    assert asked == [(DATASETS["dolly"], "test"), ("some/chats", "test")]
+    assert asked == [("databricks/databricks-dolly-15k", "test"), ("some/chats", "test")]
+    assert data_defaults("dolly") == data_defaults("some/chats") == {}
+
+
+def test_exercises_are_made_with_sites_of_their_kinds() -> None:
+    defaults = data_defaults("exercises")
+    assert defaults == {"partition": "natural", "site_column": "kind"}
+    found = read_conversations("exercises", site_column=defaults["site_column"])
+    rows = make_exercises(2_000, 0)
+    assert found["site"][:] == [row["kind"] for row in rows]
+    assert set(found["site"][:]) == {*KINDS}
+    assert [Conversation.from_json(text).turns for text in found["conversation"][:]] == [
+        tuple(Turn(**turn) for turn in row["messages"]) for row in rows
+    ]
+    assert found._fingerprint == read_conversations("exercises", site_column="kind")._fingerprint
+    with_test = refusal(lambda: read_conversations("exercises", "test"))
+    assert with_test.startswith("'exercises': expected the split 'train', which is all that is made, got 'test'")
+
+
+def test_a_nickname_may_be_added_for_a_file_or_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"instruction": "A", "output": "B"}
+    path = put(tmp_path / "rows.jsonl", [row])
+    made: list[Any] = [row, row | {"input": "C", "document_id": 3}]
+    monkeypatch.setitem(DATASETS, "mine", Nickname(path, defaults={"seed": 3}))
+    monkeypatch.setitem(DATASETS, "made", Nickname(make=lambda: iter(made)))
+    assert (len(read("mine")), data_defaults("mine")) == (1, {"seed": 3})
+    assert [row.context for row in read("made")] == ["", "C"]
+    assert read_conversations("made")["group"][:] == ["", "document_id 3"]
+    for more in (["a row"], [{"output": ["B"]}]):
+        monkeypatch.setitem(DATASETS, "made", Nickname(make=lambda more=more: [*made, *more]))
+        assert refusal(lambda: read("made")).startswith("'made': expected its function to return rows of one kind, got")
 
 
 def test_another_version_or_column_does_not_use_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ NOT_UTF8 = "expected UTF-8, got an {}. Save the file as UTF-8"
 KEYS = ("text_column", "label_column", "site_column")  # the settings that name them
 NAMES = ("text", "label", "site")  # of the columns of rows as they are used
 LISTS = ("messages", "prompt", "completion")  # fields that may be lists of the turns of a conversation
+ROOT = ("prompt", "message_id")  # a field that may be a tree of messages, and what tells that it is one
 
 
 class ColumnError(ValueError):

@@ -1,36 +1,30 @@
 """Rows of instructions, prompts or messages, read as conversations."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from fsspec.utils import tokenize
 
-from scaling_fl.data.cache import mapped
-from scaling_fl.data.files import read_split
+from scaling_fl.data import oasst
+from scaling_fl.data.cache import Row, mapped, store
 from scaling_fl.data.labels import as_text, name_site
+from scaling_fl.data.nicknames import read_named
 from scaling_fl.errors import preview, printable
 
 VERSION = 1  # of the conversations: another one ignores those in the cache
+NAMES = ("conversation", "group", "site")  # of the columns of rows as they are used
 ROLES = ("system", "user", "assistant")
 # The columns of the prompt and of the answer, by kind of file. A list of messages has both.
 FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("prompt", "response"))
 FORMATS += (("instruction", "output"), ("instruction", "response"))
+OASST = (oasst.MESSAGE, oasst.TREE)
 CONTEXTS = ("input", "context")  # columns of what an instruction is about
 GROUPS = ("message_tree_id", "conversation_id", "document_id", "group")  # columns of what rows have in common
-FIELDS = tuple(dict.fromkeys([*(name for names in FORMATS for name in names), *CONTEXTS, *GROUPS]))
+FIELDS = tuple(dict.fromkeys([*(name for names in FORMATS for name in names), *CONTEXTS, *GROUPS, *oasst.MESSAGE]))
 CALLS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # parts of a turn that no template here writes
-DATASETS = {
-    "alpaca": "tatsu-lab/alpaca",
-    "alpaca_gpt4": "vicgalle/alpaca-gpt4",
-    "dolly": "databricks/databricks-dolly-15k",
-    "oasst1": "OpenAssistant/oasst1",
-    "fingpt-sentiment-train": "FinGPT/fingpt-sentiment-train",
-    "medical-meadow-flashcards": "medalpaca/medical_meadow_medical_flashcards",
-    "code-alpaca-20k": "lucasmccabe-lmi/CodeAlpaca-20k",
-}
 
 
 class Turn(NamedTuple):
@@ -75,32 +69,33 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
 
     Returns:
         Rows of `conversation` (`Conversation.to_json`), `group` (what rows of one tree or document have in common; ""
-        is nothing) and, if there is a column of it, `site`. As many as were read, in the same order.
+        is nothing) and, if there is a column of it, `site`. As many as were read, in the same order; of OASST1 one a
+        tree that has a prompt and a reply.
 
     Raises:
         ValueError: the file is missing or has other columns, or a row is not a conversation.
     """
     wanted = FIELDS if site_column is None else tuple(dict.fromkeys([*FIELDS, site_column]))
-    table = read_split(DATASETS.get(path, path), split, fields=wanted)
+    table = read_named(path, split, wanted)
     if len(table) == 0:
         raise ValueError(f"{path!r}: expected one row or more, got none")
-    if site_column is not None and site_column not in _filled(table):
+    columns = find_format(path, _filled(table))
+    if site_column is not None and columns != oasst.TREE and site_column not in _filled(table):
         raise ValueError(
             f"site_column: expected a column of {path!r} ({preview(map(repr, _filled(table)))}), got {site_column!r}"
         )
-    columns = find_format(path, _filled(table))
+    if columns in OASST:
+        return _read_oasst(path, split, columns, site_column)
     groups = [name for name in GROUPS if name in _filled(table)]
 
     def convert(rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {
-            name: [] for name in ("conversation", "group", "site")[: 3 if site_column else 2]
-        }
+        found: dict[str, list[str]] = {name: [] for name in NAMES[: 3 if site_column else 2]}
         for position, index in enumerate(indices):
             row = {name: values[position] for name, values in rows.items()}
             try:
                 found["conversation"].append(read_row(row, columns).to_json())
                 if site_column:
-                    found["site"].append(_read_site(row, site_column))
+                    found["site"].append(_check_site(row[site_column], site_column))
             except ValueError as error:
                 raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
             found["group"].append(next((f"{name} {row[name]}" for name in groups if row[name]), ""))
@@ -117,15 +112,37 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
     )
 
 
+def _read_oasst(path: str, split: str, columns: tuple[str, ...], site_column: str | None) -> Dataset:
+    """Read the opening prompt of each tree of OASST1 and the reply to it that people ranked best."""
+    fields = oasst.FIELDS if columns == oasst.MESSAGE else columns
+    table = read_named(path, split, fields if site_column is None else tuple(dict.fromkeys([*fields, site_column])))
+
+    def rows() -> Iterator[Row]:
+        yield NAMES[: 3 if site_column else 2]
+        for prompt, reply, site in oasst.pairs_of(table, columns, site_column):
+            turns = Turn("user", prompt.text), Turn("assistant", reply.text)
+            row = Conversation(turns).to_json(), f"{GROUPS[0]} {prompt.tree}"
+            try:
+                yield (*row, _check_site(site, site_column)) if site_column else row
+            except ValueError as error:
+                raise ValueError(f"row {prompt.number}: {error}") from None
+
+    try:
+        return store(tokenize(VERSION, table._fingerprint, columns, site_column), rows)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None
+
+
 def find_format(path: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of the prompt and of the answer, or of the messages.
+    """Return the columns of the prompt and of the answer, of the messages, or those that tell OASST1.
 
     Raises:
         ValueError: there are none, or several.
     """
     found = [columns for columns in FORMATS if set(columns) <= set(names)]
+    found = found or [columns for columns in OASST if set(columns) <= set(names)]
     if len(found) != 1:
-        formats = ", or ".join(" and ".join(columns) for columns in FORMATS)
+        formats = ", or ".join(" and ".join(columns) for columns in [*FORMATS, *OASST])
         got = preview(map(repr, names)) or "none of them"
         raise ValueError(f"{path!r}: expected the columns of one kind: {formats}, got {got}")
     return found[0]
@@ -208,8 +225,11 @@ def _as_text(value: Any, name: str) -> str:
     return text
 
 
-def _read_site(row: Mapping[str, Any], column: str) -> str:
-    site = name_site(as_text(row[column]))
+def _check_site(value: Any, column: str) -> str:
+    try:
+        site = name_site(as_text(value))
+    except TypeError:
+        raise ValueError(f"{column!r}: expected a text, got a list or record") from None
     if not site:
         raise ValueError(f"expected a value in {column!r}, got none. Leave the row out")
     return site

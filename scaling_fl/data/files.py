@@ -34,8 +34,8 @@ def read_table(
         path: a local path or fsspec URL whose ending is a key of FORMATS.
         names: the column names of a CSV without a header. A header with the columns to read is used where there is one.
         columns: of the texts and of the labels; others are ignored. None reads all.
-        fields: in place of `columns`, those to read as far as they exist, lists of turns as JSON. CSV has no lists, and
-            all of its fields are read.
+        fields: in place of `columns`, those to read as far as they exist, lists of turns and trees as JSON. CSV has no
+            lists, and all of its fields are read.
 
     Raises:
         ValueError: the file is missing, empty, not readable, or of another kind, or lacks a column.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from scaling_fl.data.cache import Row
-from scaling_fl.data.columns import KEYS, LISTS, Columns, check_characters, find_columns, key_of, open_text
+from scaling_fl.data.columns import KEYS, LISTS, ROOT, Columns, check_characters, find_columns, key_of, open_text
 from scaling_fl.data.labels import as_number, as_text
 
 CHUNK = 2**20  # characters that are read at once
@@ -37,7 +37,7 @@ def read_json(path: str, columns: Columns | None, known: Columns | None = None) 
     Args:
         path: a local path or fsspec URL.
         columns: of the texts, which must be strings, and of the labels. None reads all fields of the first row.
-        known: the fields to read in place of these, None where a row lacks one, lists of turns as JSON.
+        known: the fields to read in place of these, None where a row lacks one, lists of turns and trees as JSON.
     """
     used: tuple[str, ...] = ()
     seen: dict[str, None] = {}
@@ -78,10 +78,11 @@ def _field(value: Any, name: str, number: int, columns: Columns | None) -> str |
 
 
 def _as_json(value: Any, name: str, number: int) -> Any:
-    """Return a list of turns as JSON, any other value as it is."""
+    """Return a list of turns or a tree of messages as JSON, any other value as it is."""
     if not isinstance(value, list | dict):
         return value
-    if name not in LISTS or isinstance(value, dict):
+    is_known = name in LISTS if isinstance(value, list) else name == ROOT[0] and ROOT[1] in value
+    if not is_known:
         raise ValueError(f"row {number}: {name!r}: expected a text, got {KINDS[type(value)]}")
     return json.dumps(_plain(value, name, number), ensure_ascii=False)
 

@@ -1,12 +1,23 @@
 """The conversation trees of OASST1 (Köpf et al. 2023, arXiv 2304.07327), as trees and as the flat rows of the hub."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
+from scaling_fl.data.cache import NUM_ROWS
 from scaling_fl.data.columns import check_characters
+from scaling_fl.data.labels import as_text
+from scaling_fl.data.parquet_rows import as_texts
 
 ROLES = ("prompter", "assistant")
+MESSAGE = ("message_id", "parent_id")  # the columns that tell rows of messages
+TREE = ("message_tree_id", "prompt")  # those that tell rows of trees
+FIELDS = (*MESSAGE, "role", "text", "lang", "rank", "message_tree_id", "deleted", "review_result")  # of a message
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 class Message(NamedTuple):
@@ -45,20 +56,41 @@ def from_row(row: Mapping[str, Any], number: int, tree: str | None = None) -> Me
     if texts["role"] not in ROLES:
         raise ValueError(f"'role': expected {' or '.join(ROLES)}, got {str(texts['role'])[:40]!r}")
     try:
-        rank = None if row.get("rank") is None else float(row["rank"])
+        rank = None if row.get("rank") in (None, "") else float(row["rank"])
     except (TypeError, ValueError):
         raise ValueError("'rank': expected a number or null, got another value") from None
     return Message(
         number,
         str(texts["message_tree_id"]),
         str(texts["message_id"]),
-        row.get("parent_id"),
+        row.get("parent_id") or None,  # a CSV has no null
         str(texts["role"]),
         str(texts["text"]).strip(),
         str(row.get("lang") or ""),
         None if rank is None or rank != rank else rank,  # pandas writes NaN for none
-        bool(row.get("deleted")) or row.get("review_result") is False,
+        _as_flag(row, "deleted") is True or _as_flag(row, "review_result") is False,
     )
+
+
+def _as_flag(row: Mapping[str, Any], name: str) -> bool | None:
+    """Return a field that is true or false, or is written so; None if there is none."""
+    try:
+        text = (as_text(row.get(name)) or "").lower()
+        return FLAGS[text] if text else None
+    except (TypeError, KeyError):
+        raise ValueError(f"{name!r}: expected true or false, got another value") from None
+
+
+def messages_of(row: Mapping[str, Any], number: int) -> Iterator[Message]:
+    """Yield the message of a row, or those of its tree.
+
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
+    if isinstance(row.get("prompt"), dict):
+        yield from from_tree(row, number)
+    else:
+        yield from_row(row, number)
 
 
 def from_tree(row: Mapping[str, Any], number: int) -> Iterator[Message]:
@@ -81,8 +113,10 @@ def from_tree(row: Mapping[str, Any], number: int) -> Iterator[Message]:
         left += [(reply, message.name) for reply in reversed(replies)]
 
 
-def find_pairs(messages: Sequence[Message], language: str | None, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield the prompt that opens each tree with the best-ranked reply to it.
+def find_pairs(
+    messages: Sequence[Message], language: str | None, left_out: Counter[str]
+) -> Iterator[tuple[Message, Message]]:
+    """Yield the prompt that opens each tree, and the best-ranked reply to it.
 
     Prompts later in a tree make no sense without what was said before, and are left out.
 
@@ -122,14 +156,70 @@ def find_pairs(messages: Sequence[Message], language: str | None, left_out: Coun
             continue
         # The first of several that are ranked alike, or not at all.
         best = min(answers, key=lambda reply: (reply.rank is None, reply.rank or 0))
-        yield {
-            "prompt": prompt.text,
-            "response": best.text,
-            "message_tree_id": prompt.tree,
-            "lang": prompt.language,
-        }
+        yield prompt, best
 
 
 def _is_answer(reply: Message, language: str | None) -> bool:
     is_there = reply.role == "assistant" and not reply.is_removed and bool(reply.text)
     return is_there and language in (None, reply.language)
+
+
+def pairs_of(table: Dataset, columns: Sequence[str], site_column: str | None) -> Iterator[tuple[Message, Message, Any]]:
+    """Yield the opening prompt of each tree, the best-ranked reply to it, and the site of the prompt.
+
+    Args:
+        table: rows with fields of any type. The prompt of a tree is a record, or one in JSON.
+        columns: MESSAGE or TREE, the kind of rows.
+        site_column: of the rows, or a field of the prompts of trees; None if there is none.
+
+    Raises:
+        ValueError: a row is no message or tree, or no tree has a prompt and a reply.
+    """
+    messages: list[Message] = []
+    sites: dict[int, Any] = {}
+    for number, row in enumerate(_rows(table, columns, site_column), start=1):
+        try:
+            if columns == TREE:
+                row = row | {"prompt": _as_record(row["prompt"])}
+            messages += messages_of(row, number)
+            if site_column:
+                of_prompt = row["prompt"].get(site_column) if columns == TREE else None
+                sites[number] = row.get(site_column) or of_prompt
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+    if site_column and not any(sites.values()):
+        raise ValueError(f"site_column: expected a field of rows or of their prompts, got {site_column!r}")
+    left_out: Counter[str] = Counter()
+    prompt = None
+    for prompt, reply in find_pairs(messages, None, left_out):
+        yield prompt, reply, sites.get(prompt.number)
+    if prompt is None:
+        raise ValueError(f"expected a pair of a prompt and a reply, got none ({dict(left_out)})")
+
+
+def _rows(table: Dataset, columns: Sequence[str], site_column: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the fields of rows as texts, but for the prompts of trees."""
+    known = [*(TREE if columns == TREE else FIELDS), site_column]
+    used = [name for name in dict.fromkeys(known) if name in table.column_names]
+    for batch in table.select_columns(used).with_format("arrow").iter(NUM_ROWS):
+        yield from (
+            dict(zip(used, row, strict=True))
+            for row in zip(*(_values(batch[name], name, table.features[name]) for name in used), strict=True)
+        )
+
+
+def _values(column: Any, name: str, feature: Any) -> list[Any]:
+    if name == "prompt":
+        return column.to_pylist()
+    try:
+        return as_texts(column, getattr(feature, "names", ()))
+    except TypeError:
+        raise ValueError(f"{name!r}: expected texts or numbers, got {column.type!s:.80}") from None
+
+
+def _as_record(value: Any) -> dict[str, Any]:
+    with suppress(json.JSONDecodeError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError("'prompt': expected the first message of a tree, got another value")
+    return value

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pyarrow import types
 
 from scaling_fl.data.cache import NUM_ROWS, Row
-from scaling_fl.data.columns import KEYS, LISTS, Columns, find_columns, key_of
+from scaling_fl.data.columns import KEYS, LISTS, ROOT, Columns, find_columns, key_of
 from scaling_fl.data.labels import as_text
 
 
@@ -20,7 +20,7 @@ def read_parquet(path: str, columns: Columns | None, known: Columns | None = Non
     Args:
         path: a local path or fsspec URL.
         columns: of the texts, which must be strings, and of the labels. None reads all.
-        known: the columns to read in place of these, as far as they exist, lists of turns as JSON.
+        known: the columns to read in place of these, as far as they exist, lists of turns and trees as JSON.
     """
     with fsspec.open(path, "rb") as file:
         table = pq.ParquetFile(file)
@@ -36,7 +36,7 @@ def read_parquet(path: str, columns: Columns | None, known: Columns | None = Non
         for batch in table.iter_batches(batch_size=NUM_ROWS, columns=list(used)):
             by_name = {name: batch.column(name) for name in used}
             if known:
-                by_name |= {name: lists_as_json(by_name[name]) for name in set(LISTS) & set(used)}
+                by_name |= {name: lists_as_json(by_name[name], name) for name in set(LISTS) & set(used)}
             yield from zip(*(_fields(by_name[name], keys[name], classes[name]) for name in used), strict=True)
 
 
@@ -47,9 +47,11 @@ def _fields(column: pa.Array, place: str, classes: Sequence[str] | None) -> list
         raise ValueError(f"{place}: expected texts or numbers, got {column.type!s:.80}") from None
 
 
-def lists_as_json(column: pa.Array) -> pa.Array:
-    """Return a column of lists as JSON, any other as it is."""
-    if not isinstance(_plain(column.type), pa.ListType | pa.LargeListType):
+def lists_as_json(column: pa.Array, name: str) -> pa.Array:
+    """Return a column of lists of turns, or of trees of messages, as JSON, any other as it is."""
+    kind = _plain(column.type)
+    is_tree = name == ROOT[0] and types.is_struct(kind) and kind.get_field_index(ROOT[1]) >= 0
+    if not is_tree and not isinstance(kind, pa.ListType | pa.LargeListType):
         return column
     values = column.cast(_plain(column.type)).to_pylist()
     texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from scaling_fl.data.columns import check_characters, open_text
 from scaling_fl.data.files import locate, reason
 from scaling_fl.data.json_rows import read_values
-from scaling_fl.data.oasst import Message, find_pairs, from_row, from_tree
+from scaling_fl.data.oasst import MESSAGE, Message, find_pairs, messages_of
 from scaling_fl.errors import preview
 from scaling_fl.storage import check_reachable, is_remote, retry, write_bytes
 from scaling_fl.training.seeds import derive_seed
@@ -61,21 +61,20 @@ def read_pairs(path: str, language: str | None = None) -> Prepared:
                 kinds.add(kind)
                 if len(kinds) > 1:
                     raise ValueError(f"expected rows of one kind, got {' and '.join(sorted(kinds))}")
-                if kind == "tree":
-                    messages += from_tree(row, number)
-                elif kind == "message":
-                    messages.append(from_row(row, number))
-                else:
+                if kind in INSTRUCTIONS:
                     _add_instruction(prepared, row, INSTRUCTIONS[kind])
+                else:
+                    messages += messages_of(row, number)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from None
         if not kinds:
             raise ValueError("expected a row, got none")
         if language is not None and kinds & {*INSTRUCTIONS}:
             raise ValueError(f"language: expected None, as only rows of OASST1 name theirs, got {language!r}")
-        for row in find_pairs(messages, language, prepared.left_out):
-            prepared.rows.append(row)
-            prepared.groups.append(row["message_tree_id"])
+        for prompt, reply in find_pairs(messages, language, prepared.left_out):
+            tree = {"message_tree_id": prompt.tree, "lang": prompt.language}
+            prepared.rows.append({"prompt": prompt.text, "response": reply.text, **tree})
+            prepared.groups.append(prompt.tree)
     except Exception as error:
         ours = "" if type(error) is ValueError else "expected JSON, JSON Lines or parquet, got an error: "
         raise ValueError(f"{path!r}: {ours}{reason(error)}") from error
@@ -183,7 +182,7 @@ def _kind_of(row: Any) -> str:
         raise ValueError(f"expected an object with {SHOWN}, got another value")
     if isinstance(row.get("prompt"), dict):
         return "tree"
-    if {"message_id", "parent_id", "role", "text"} <= {*row}:
+    if {*MESSAGE, "role", "text"} <= {*row}:
         return "message"
     for kind, (instruction, _, response) in INSTRUCTIONS.items():
         if {instruction, response} <= {*row}:
