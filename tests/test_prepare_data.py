@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, refusal
 
+from scaling_fl.data.conversations import read_conversations
 from scaling_fl.data.prepare import read_pairs, split_pairs, write_rows
 
 Row = dict[str, Any]
@@ -127,6 +128,31 @@ def test_rows_about_one_context_are_a_group(tmp_path: Path) -> None:
     assert read_pairs(put_lines(tmp_path / "dolly.jsonl", rows)).groups == ["page 0", "page 1", "page 0", "page 1"]
     alike = [row | {"context": "", "instruction": "the same"} for row in rows]
     assert set(read_pairs(put_lines(tmp_path / "alike.jsonl", alike)).groups) == {"the same"}
+
+
+@pytest.mark.parametrize("context", ["context", "input"])
+def test_rows_about_one_context_stay_a_group_when_they_are_read_again(tmp_path: Path, context: str) -> None:
+    answer = {"context": "response", "input": "output"}[context]
+    asked = [("A?", "page 0"), ("B?", "page 1"), ("C?", "page 0"), ("D?", ""), ("D?", ""), ("E?", "")]
+    rows = [{"instruction": text, context: page, answer: f"{n}"} for n, (text, page) in enumerate(asked)]
+    written = read_pairs(put_lines(tmp_path / "raw.jsonl", rows)).rows
+    assert ["document_id" in row for row in written] == [True, False, True, True, True, False]
+    for part in (written, written[::-1]):
+        write_rows(str(tmp_path / "train.jsonl"), part)
+        found = read_conversations(str(tmp_path / "train.jsonl"))["group"][:]
+        groups = dict(zip([row["response"] for row in part], found, strict=True))
+        assert groups["0"] == groups["2"] != groups["3"] == groups["4"]
+        assert groups["1"] == groups["5"] == ""
+        assert "" not in (groups["0"], groups["3"])
+    again = read_pairs(put_lines(tmp_path / "other.jsonl", rows[2::-2])).rows
+    assert {row["document_id"] for row in again} == {written[0]["document_id"]}  # the same in each file
+
+
+def test_pairs_of_one_tree_stay_a_group_when_they_are_read_again(tmp_path: Path) -> None:
+    write_rows(str(tmp_path / "train.jsonl"), read_pairs(put_parquet(tmp_path / "a.parquet", FLAT)).rows)
+    found = read_conversations(str(tmp_path / "train.jsonl"), site_column="lang")
+    assert found["group"][:] == ["message_tree_id tree of a", "message_tree_id tree of g"]
+    assert found["site"][:] == ["en", "de"]
 
 
 def test_the_script_writes_both_sides_and_replaces_files_only_when_told(

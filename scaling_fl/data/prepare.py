@@ -1,5 +1,6 @@
 """Pairs of a prompt and a response from the raw files of Dolly, Alpaca and OASST1, split in two."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,7 @@ def read_pairs(path: str, language: str | None = None) -> Prepared:
             raise ValueError("expected a row, got none")
         if language is not None and kinds & {*INSTRUCTIONS}:
             raise ValueError(f"language: expected None, as only rows of OASST1 name theirs, got {language!r}")
+        _name_documents(prepared)
         for prompt, reply in find_pairs(messages, language, prepared.left_out):
             tree = {"message_tree_id": prompt.tree, "lang": prompt.language}
             prepared.rows.append({"prompt": prompt.text, "response": reply.text, **tree})
@@ -201,6 +203,14 @@ def _add_instruction(prepared: Prepared, row: Mapping[str, Any], names: tuple[st
     prompt = f"{instruction}\n\n{context}" if context else instruction
     prepared.rows.append({"prompt": prompt, "response": response, **kept})
     prepared.groups.append(context or instruction)
+
+
+def _name_documents(prepared: Prepared) -> None:
+    """Name what several rows are about, in a column that keeps them together when a run splits them again."""
+    sizes = Counter(prepared.groups)
+    for row, group in zip(prepared.rows, prepared.groups, strict=True):
+        if sizes[group] > 1:
+            row["document_id"] = hashlib.sha256(group.encode()).hexdigest()[:16]
 
 
 def text_of(value: Any, name: str) -> str:
