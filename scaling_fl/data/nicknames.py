@@ -27,8 +27,19 @@ class Nickname:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
+QUESTIONS = [  # which no exercise of its first 2,000 asks
+    "How many grams are 12 kilograms?",
+    "Sort these words from A to Z: tiger, lemon, anchor, dragon.",
+    "What is thirty-one plus twenty-four? Answer in words.",
+]
 DATASETS: dict[str, Nickname] = {
-    "exercises": Nickname(make=make_exercises, defaults={"partition": "natural", "site_column": "kind"}),
+    "exercises": Nickname(
+        make=make_exercises,
+        defaults={
+            **{"partition": "natural", "site_column": "kind", "site_test_fraction": 0.1, "score_by": "exact_match"},
+            **{"max_train_examples_per_site": 60, "max_test_examples_per_site": 16, "sample_questions": QUESTIONS},
+        },
+    ),
     "alpaca": Nickname("tatsu-lab/alpaca"),
     "alpaca_gpt4": Nickname("vicgalle/alpaca-gpt4"),
     "dolly": Nickname("databricks/databricks-dolly-15k"),

@@ -13,7 +13,7 @@ from scaling_fl.data.holdout import NOTHING, HoldOut
 from scaling_fl.data.labels import settle_labels
 from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
 from scaling_fl.data.sites import Held, SiteData, add_counts, hold, merge
-from scaling_fl.data.tasks import find_task, name_labels
+from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.distributed.collectives import all_gather, is_one_node, rank
 from scaling_fl.distributed.heartbeat import hide_from_peers
 from scaling_fl.distributed.placement import Topology
@@ -82,7 +82,7 @@ def read_site_files(
     paths = {site: zip(SPLITS, files_of(site_paths[entry]), strict=False) for site, entry in topology.entries.items()}
     files = {site: {split: SiteFile(names[site], split, path) for split, path in paths[site]} for site in paths}
     rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
-    has_labels = not find_task(task_name).is_generative
+    has_labels = not is_generative(task_name)
     found = _each(lambda of: of[0].use(labels_to_send, of[1], known) if has_labels else [], rows)
     all_found = merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
     holds_out = hold_out.test_fraction is not None or hold_out.validation_fraction is not None

@@ -11,13 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
+from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.sites import SiteData
+from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import FROZEN, adapt, find_turns, identity_of_adapter
+from scaling_fl.experiment.answers import count_right
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.parameters import bind
@@ -51,7 +53,7 @@ class Job:
     data: SiteData
     topology: Topology
     schedule: Schedule
-    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder | ConversationEncoder
     loaded: LoadedModel
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
@@ -102,7 +104,7 @@ def build(settings: Settings) -> Job:
         data,
         topology,
         schedule,
-        pretrained.tokenizer,
+        encoder,
         loaded,
         global_model,
         history,
@@ -114,7 +116,10 @@ def build(settings: Settings) -> Job:
 
 def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluation:
     """Return what evaluates the model of a run, and shows how far it is."""
-    return Evaluation(job.data, find_objective(settings), testing)
+    score_answers = None
+    if settings.score_by == "exact_match":
+        score_answers = partial(count_right, tokenizer=job.encoder.tokenizer, end_id=job.encoder.end_id)
+    return Evaluation(job.data, find_objective(settings), testing, score_answers)
 
 
 def make_federation(settings: Settings, job: Job, training: Progress, evaluation: Evaluation) -> Federation:

@@ -2,7 +2,7 @@
 
 from scaling_fl.data.label_skew import BY_LABELS
 from scaling_fl.data.partition import PARTITIONERS
-from scaling_fl.data.tasks import find_task, name_labels
+from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters
@@ -82,7 +82,7 @@ def _check_schedule(settings: Settings) -> None:
 
 def _check_objective(settings: Settings) -> None:
     of_task = f"task_name={settings.task_name!r}"
-    if find_task(settings.task_name).is_generative:
+    if is_generative(settings.task_name):
         for name in ("text_column", "label_column"):
             if getattr(settings, name) is not None:
                 raise ValueError(
@@ -122,11 +122,11 @@ def _check_evaluation(settings: Settings) -> None:
             "max_test_examples: expected None, as central_evaluation=False leaves out the common test set, got "
             f"{settings.max_test_examples}"
         )
-    is_generative = find_task(settings.task_name).is_generative
-    others = {*(OF_LABELS if is_generative else OF_ANSWERS), *([EXACT_MATCH] if settings.score_by is None else [])}
+    generates = is_generative(settings.task_name)
+    others = {*(OF_LABELS if generates else OF_ANSWERS), *([EXACT_MATCH] if settings.score_by is None else [])}
     if settings.best_metric in others:
         known = ", ".join(name for name in DIRECTIONS if name not in others)
-        hint = f". {EXACT_MATCH} needs score_by=exact_match" * is_generative
+        hint = f". {EXACT_MATCH} needs score_by=exact_match" * generates
         raise ValueError(f"best_metric: expected one of {known}, got {settings.best_metric!r}{hint}")
     if settings.best_metric is None and settings.early_stopping_rounds is not None:
         raise ValueError(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.labels import find_rows
-from scaling_fl.data.tasks import find_task
+from scaling_fl.data.tasks import is_generative
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.classifier import labels_of, make_classifier
@@ -54,7 +54,7 @@ ANSWERS = Objective(score_tokens, evaluate_tokens, summarise_tokens, AutoModelFo
 
 def find_objective(settings: Settings) -> Objective:
     """Return what the task of a run trains a model for."""
-    return ANSWERS if find_task(settings.task_name).is_generative else LABELS
+    return ANSWERS if is_generative(settings.task_name) else LABELS
 
 
 def make_encoder(settings: Settings, pretrained: Pretrained) -> TextEncoder | ConversationEncoder:

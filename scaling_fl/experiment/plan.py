@@ -128,7 +128,7 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
         for weights in (saved_weights(model), model.state_dict())
     ]
     num_bytes = num_copies * sizes[0] + settings.merge * (1 + keeps_best) * sizes[1]
-    export.check(needs, folder, settings.model, model, job.tokenizer, num_bytes=num_bytes)
+    export.check(needs, folder, settings.model, model, job.encoder.tokenizer, num_bytes=num_bytes)
 
 
 def describe(settings: Settings, job: Job) -> list[str]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaling_fl.data.site_files import files_of
+from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
 from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
@@ -21,6 +23,7 @@ from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
 from scaling_fl.training.metrics import Metrics
 
+MOST = 100  # tokens of the answer to a sample question
 REPORT = "report.html"  # among a run's files
 
 
@@ -96,6 +99,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         if evaluates:
             with clock("evaluate"), testing.display(f"round {round_}, evaluating", job.schedule.count_tests(round_)):
                 metrics |= evaluation.name(federation.score(round_))
+                metrics |= answer_samples(settings, job, federation)
             metrics |= find_gains(metrics)
         metrics |= clock.read_round()
         if round_ > 0:
@@ -109,6 +113,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
                 checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
         metrics |= clock.read()
         table.print_round(round_, metrics)
+        console.print_once(*console.describe_answers(settings.sample_questions, metrics))
         record.add_round(round_, metrics)
         if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
             break
@@ -149,10 +154,19 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
 
 def save_models(settings: Settings, job: Job, folder: str, model: Any, name: str) -> dict[str, str]:
     """Save a model into the folder `name` of a folder, and merged beside it if asked for; return the paths by name."""
-    saved = {name: save_model(folder, model, job.tokenizer, name)}
+    saved = {name: save_model(folder, model, job.encoder.tokenizer, name)}
     if settings.merge:
-        saved[f"{name}{MERGED}"] = save_model(folder, merge(model), job.tokenizer, f"{name}{MERGED}")
+        saved[f"{name}{MERGED}"] = save_model(folder, merge(model), job.encoder.tokenizer, f"{name}{MERGED}")
     return saved
+
+
+def answer_samples(settings: Settings, job: Job, federation: Federation) -> Metrics:
+    """Return what the global model answers to the questions of the settings, if there are any."""
+    encoder = job.encoder
+    if not settings.sample_questions or not isinstance(encoder, ConversationEncoder):
+        return {}
+    answers = answer_questions(federation.model, encoder, settings.sample_questions, MOST) if rank() == 0 else []
+    return {"sample.answers": all_gather(answers)[0]}
 
 
 def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int, int]) -> Metrics:

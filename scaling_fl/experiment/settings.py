@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from scaling_fl.data.nicknames import data_defaults
 from scaling_fl.data.partition import PARTITIONERS
-from scaling_fl.data.tasks import TASKS, task_defaults
+from scaling_fl.data.tasks import TASKS, is_generative, task_defaults
 from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.experiment.kinds import (
     COUNT_OR_FRACTION,
@@ -48,7 +49,7 @@ from scaling_fl.training.optimisers import OPTIMISERS
 NOT_GIVEN: Any = object()  # the default takes its place; None is a value
 # Names that modules of `plugins` may add to, by setting.
 EXTENSIBLE = {
-    **{"task_name": "TASKS", "model": "MODELS", "partition": "PARTITIONERS"},
+    **{"task_name": "TASKS", "train_path": "DATASETS", "model": "MODELS", "partition": "PARTITIONERS"},
     **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
 }
 OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size")  # what `site_settings` may name
@@ -181,6 +182,7 @@ class Settings:
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
+        of_others |= data_defaults(self.train_path) if is_generative(str(self.task_name)) else {}
         for name in OPTIONS:
             resolve(name, of_others.get(name, default(name)))
         of_options = {key: value for name in OPTIONS for key, value in find_defaults(name, getattr(self, name)).items()}

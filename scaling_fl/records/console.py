@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -60,6 +60,12 @@ class Table:
             cell = metric.form.format(metrics[name] * metric.scale) if name in metrics else "-"
             cells.append(cell.rjust(len(str(metric.title))))
         print_once(" | ".join(cells))
+
+
+def describe_answers(questions: Sequence[str] | None, metrics: Metrics) -> list[str]:
+    """Return the lines of what the model of a round answers to the sample questions."""
+    pairs = zip(questions or (), metrics.get("sample.answers", ()), strict=False)
+    return [f"      {printable(question)}\n        {printable(answer)}" for question, answer in pairs]
 
 
 def site_table(sites: list[dict[str, Any]]) -> list[str]:

@@ -68,6 +68,7 @@ METRICS: dict[str, Metric] = {
     "test.macro_f1": Metric("fraction", "likewise"),
     "test.balanced_accuracy": Metric("fraction", "likewise"),
     "test.confusion": Metric("examples", "likewise"),
+    "sample.answers": Metric("", "a list of what the global model answers to `sample_questions`"),
     "time.round_s": Metric("s", "setup, training, averaging and evaluation together", "seconds", "{:.1f}"),
     "time.setup_s": Metric("s", "reading, tokenising and loading; in the first round after each start only"),
     "time.train_s": Metric(

@@ -34,6 +34,11 @@ def task_defaults(task_name: str) -> dict[str, Any]:
     return TASKS[task_name].defaults if task_name in TASKS else {}
 
 
+def is_generative(task_name: str) -> bool:
+    """Tell whether a language model learns the answers of a task; False for one that is unknown."""
+    return task_name in TASKS and TASKS[task_name].is_generative
+
+
 def name_labels(task_name: str, labels: Sequence[object] | None) -> Mapping[str, str] | None:
     """Return each possible label -> its name; None to take the labels of the data.
 
