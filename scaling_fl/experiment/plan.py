@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import all_gather, rank, world_size
 from scaling_fl.experiment.build import (
     Job,
@@ -147,7 +148,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
-        f"data      {settings.task_name}: {sum(sizes):,} examples to train on",
+        f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(job.data)}",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
@@ -170,6 +171,13 @@ def describe_adapter(settings: Settings, job: Job, num_trained: int, num_weights
         f"adapter   {kind}{mean}: {num_trained:,} weights ({num_trained * 4e-6:.3f} MB) trained and shared{in_turn}, "
         f"{100 * num_trained / num_weights:.2f} % of all"
     ]
+
+
+def describe_tokens(data: SiteData) -> str:
+    """Return in words how many tokens a language model learns to predict, and what was left out of its data."""
+    num_tokens = sum(size.num_trained_tokens for size in data.sizes)
+    lost = [f"{count:,} {name.replace('_', ' ')}" for name, count in data.lost.items() if count]
+    return f", {num_tokens:,} tokens to predict" * bool(num_tokens) + f" ({', '.join(lost)})" * bool(lost)
 
 
 def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:

@@ -50,6 +50,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "labels": list(job.data.label_names),
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
+                **({"lost": job.data.lost} if job.data.lost else {}),
                 **({"frozen_sha256": job.frozen_sha256} if job.frozen_sha256 else {}),
                 "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
             }
