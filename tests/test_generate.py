@@ -46,9 +46,9 @@ def make_prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
 @torch.inference_mode()
 def answer_by_hand(model: nn.Module, prompt: list[int], num_tokens: int, end_ids: Sequence[int] = ()) -> list[int]:
     """The most probable token after all before it, again and again, without padding, cache or dropout."""
-    ids = list(prompt)
+    ids, evaluated = list(prompt), deepcopy(model).eval()
     for _ in range(num_tokens):
-        logits = deepcopy(model).eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
+        logits = evaluated(input_ids=torch.tensor([ids]), use_cache=False).logits
         if (token := int(logits[0, -1].argmax())) in end_ids:
             break
         ids.append(token)
