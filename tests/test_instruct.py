@@ -1,4 +1,4 @@
-"""The task `instruct`: language models learn the answers of conversations, on the same loop and with the same promises."""
+"""The task `instruct`: language models learn the answers of conversations, with the same loop and promises."""
 
 import json
 import math
