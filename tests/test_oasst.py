@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 def message(name: str, parent: str | None, text: str, rank: int | None = None, **more: Any) -> Row:
     role = "prompter" if "?" in text else "assistant"
     row = {"message_id": name, "parent_id": parent, "role": role, "text": text, "lang": "en", "rank": rank}
-    return row | {"message_tree_id": name[0], "deleted": False, "review_result": True, "score": 0.5} | more
+    return row | {"message_tree_id": f"tree {name[0]}", "deleted": False, "review_result": True, "score": 0.5} | more
 
 
 FLAT = [
@@ -46,7 +47,7 @@ def nest(row: Row) -> Row:
     return row | {"replies": [nest(other) for other in FLAT if other["parent_id"] == row["message_id"]]}
 
 
-TREES = [{"message_tree_id": row["message_id"], "prompt": nest(row)} for row in FLAT if row["parent_id"] is None]
+TREES = [{"message_tree_id": row["message_tree_id"], "prompt": nest(row)} for row in FLAT if row["parent_id"] is None]
 Put = Callable[[Path, list[Row]], str]
 
 
@@ -104,13 +105,16 @@ def as_others_store_it() -> Dataset:
     [
         Dataset.from_list(FLAT),
         Dataset.from_list(TREES),
-        Dataset.from_list(FLAT[::-1] + FLAT).select([*range(len(FLAT), 2 * len(FLAT))]),
+        Dataset.from_list([row for row in FLAT for _ in range(2)]).select(range(0, 2 * len(FLAT), 2)),
         as_others_store_it(),
         Dataset.from_list([{**tree, "prompt": json.dumps(tree["prompt"])} for tree in TREES]),
     ],
     ids=["messages", "trees", "selected", "other types", "trees in JSON"],
 )
-def test_a_data_set_of_the_hub_with_any_types_is_a_pair_a_tree(table: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub_with_any_types_is_a_pair_a_tree(
+    table: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("scaling_fl.data.files.load_split", lambda name, split: table)
     check("oasst1")
 
@@ -121,7 +125,7 @@ def check(path: str) -> None:
     assert [tuple(turn.content for turn in row.turns) for row in turns] == PAIRS
     assert {tuple(turn.role for turn in row.turns) for row in turns} == {("user", "assistant")}
     assert not any(row.is_continued or row.context for row in turns)
-    assert found["group"][:] == ["message_tree_id 1", "message_tree_id 2"]
+    assert found["group"][:] == ["message_tree_id tree 1", "message_tree_id tree 2"]
     assert found["site"][:] == ["en", "de"]
     assert read_conversations(path).column_names == ["conversation", "group"]
 

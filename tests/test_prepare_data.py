@@ -133,7 +133,7 @@ def test_rows_about_one_context_are_a_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize("context", ["context", "input"])
 def test_rows_about_one_context_stay_a_group_when_they_are_read_again(tmp_path: Path, context: str) -> None:
     answer = {"context": "response", "input": "output"}[context]
-    asked = [("A?", "page 0"), ("B?", "page 1"), ("C?", "page 0"), ("D?", ""), ("D?", ""), ("E?", "")]
+    asked = [("A?", "page 0"), ("B?", "page 1"), ("C?", "page 0"), ("Which?", ""), ("Which?", ""), ("E?", "")]
     rows = [{"instruction": text, context: page, answer: f"{n}"} for n, (text, page) in enumerate(asked)]
     written = read_pairs(put_lines(tmp_path / "raw.jsonl", rows)).rows
     assert ["document_id" in row for row in written] == [True, False, True, True, True, False]
