@@ -54,7 +54,7 @@ def read(path: str, **options: Any) -> list[Conversation]:
         ({"instruction": ASKED.content, "input": "", "output": ANSWERED.content, "text": "both"}, "", False),
         ({"instruction": ASKED.content, "context": "a", "response": ANSWERED.content, "category": "qa"}, "a", False),
         ({"prompt": ASKED.content, "completion": ANSWERED.content}, "", True),
-        ({"prompt": ASKED.content, "response": ANSWERED.content}, "", True),
+        ({"prompt": ASKED.content, "response": ANSWERED.content}, "", False),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "", False),
         ({"messages": MESSAGES, "prompt": ASKED.content}, "", False),
     ],
@@ -138,16 +138,17 @@ def test_a_file_of_other_or_too_many_columns_is_refused(tmp_path: Path, columns:
 
 
 def test_sites_and_groups_come_with_their_rows(tmp_path: Path) -> None:
-    row = {"instruction": "A", "response": "B"}
+    row = {"instruction": "A", "context": "", "response": "B"}
     rows = [
         {**row, "category": " qa ", "message_tree_id": 7},
         {**row, "category": "007", "message_tree_id": 7},
         {**row, "category": "Qa", "message_tree_id": None},
+        {**row, "category": "Qa", "message_tree_id": None, "context": "A lake"},
     ]
     for ending in (".jsonl", ".parquet", ".csv"):
         found = read_conversations(put(tmp_path / f"rows{ending}", rows), site_column="category")
-        assert found["site"][:] == ["qa", "007", "Qa"]
-        assert found["group"][:] == ["message_tree_id 7", "message_tree_id 7", ""]
+        assert found["site"][:] == ["qa", "007", "Qa", "Qa"]
+        assert found["group"][:] == ["message_tree_id 7", "message_tree_id 7", "", "context A lake"]
     path = put(tmp_path / "lacks.jsonl", [rows[0], {**row, "category": ""}])
     assert "row 2: expected a value in 'category', got none" in refusal(
         lambda: read_conversations(path, site_column="category")
@@ -164,17 +165,21 @@ def test_nicknames_and_ids_are_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPa
         return table
 
     monkeypatch.setattr("scaling_fl.data.files.load_split", load)
-    for name in ("dolly", "some/chats"):
+    for name in ("dolly", "some/chats", "oasst1"):
         found = read_conversations(name, "test", site_column="topic")
         assert Conversation.from_json(found["conversation"][0]).turns == (ASKED, ANSWERED)
         assert found["site"][:] == ["colours"]
-    assert asked == [("databricks/databricks-dolly-15k", "test"), ("some/chats", "test")]
+    assert asked == [
+        ("databricks/databricks-dolly-15k", "test"),
+        ("some/chats", "test"),
+        ("OpenAssistant/oasst1", "validation"),
+    ]
     assert data_defaults("dolly") == data_defaults("some/chats") == {}
 
 
 def test_exercises_are_made_with_sites_of_their_kinds() -> None:
     defaults = data_defaults("exercises")
-    assert defaults == {"partition": "natural", "site_column": "kind"}
+    assert (defaults["partition"], defaults["site_column"]) == ("natural", "kind")
     found = read_conversations("exercises", site_column=defaults["site_column"])
     rows = make_exercises(2_000, 0)
     assert found["site"][:] == [row["kind"] for row in rows]

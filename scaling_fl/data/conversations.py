@@ -14,7 +14,7 @@ from scaling_fl.data.labels import as_text, name_site
 from scaling_fl.data.nicknames import read_named
 from scaling_fl.errors import preview, printable
 
-VERSION = 1  # of the conversations: another one ignores those in the cache
+VERSION = 2  # of the conversations: another one ignores those in the cache
 NAMES = ("conversation", "group", "site")  # of the columns of rows as they are used
 ROLES = ("system", "user", "assistant")
 # The columns of the prompt and of the answer, by kind of file. A list of messages has both.
@@ -93,12 +93,14 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
         for position, index in enumerate(indices):
             row = {name: values[position] for name, values in rows.items()}
             try:
-                found["conversation"].append(read_row(row, columns).to_json())
+                conversation = read_row(row, columns)
+                found["conversation"].append(conversation.to_json())
                 if site_column:
                     found["site"].append(_check_site(row[site_column], site_column))
             except ValueError as error:
                 raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
-            found["group"].append(next((f"{name} {row[name]}" for name in groups if row[name]), ""))
+            context = f"context {conversation.context}" if conversation.context else ""
+            found["group"].append(next((f"{name} {row[name]}" for name in groups if row[name]), context))
         return found
 
     return mapped(
@@ -177,7 +179,7 @@ def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
         raise ValueError(f"{' and '.join(contexts)}: expected {expected}, got more. Join them in {columns[0]}")
     turns = Turn("user", texts[columns[0]]), Turn("assistant", texts[columns[1]])
     context = next(iter(contexts.values()), "")
-    return Conversation(_check(turns), context, is_continued=not is_instruction)
+    return Conversation(_check(turns), context, is_continued=columns[1] == "completion")
 
 
 def _check(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

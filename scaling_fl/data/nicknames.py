@@ -18,11 +18,13 @@ class Nickname:
 
     Args:
         path: a hub id, or the path or URL of a file.
+        test_split: of a data set of the hub.
         make: in place of `path`, returns rows as JSON Lines have them, the same at each call.
         defaults: of settings.
     """
 
     path: str | None = None
+    test_split: str = "test"
     make: Callable[[], Iterable[Mapping[str, Any]]] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -43,7 +45,7 @@ DATASETS: dict[str, Nickname] = {
     "alpaca": Nickname("tatsu-lab/alpaca"),
     "alpaca_gpt4": Nickname("vicgalle/alpaca-gpt4"),
     "dolly": Nickname("databricks/databricks-dolly-15k"),
-    "oasst1": Nickname("OpenAssistant/oasst1"),
+    "oasst1": Nickname("OpenAssistant/oasst1", test_split="validation"),
     "fingpt-sentiment-train": Nickname("FinGPT/fingpt-sentiment-train"),
     "medical-meadow-flashcards": Nickname("medalpaca/medical_meadow_medical_flashcards"),
     "code-alpaca-20k": Nickname("lucasmccabe-lmi/CodeAlpaca-20k"),
@@ -68,7 +70,7 @@ def read_named(path: str, split: str, fields: Columns) -> Dataset:
     """
     nickname = DATASETS.get(path, Nickname(path))
     if nickname.make is None:
-        return read_split(nickname.path or path, split, fields=fields)
+        return read_split(nickname.path or path, nickname.test_split if split == "test" else split, fields=fields)
     if split != "train":
         raise ValueError(
             f"{path!r}: expected the split 'train', which is all that is made, got {split!r}. validation_fraction and "
