@@ -85,7 +85,7 @@ esac
 [[ ${DEBUG:-} != 1 ]] || RANKS=${RANKS:-1} # the debugger's rank trains all sites, to the same bits
 export RANKS=${RANKS:-auto}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-wanted=$(cat pyproject.toml constraints.txt demo-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)
+wanted=$(cat pyproject.toml constraints.txt ./*-requirements.txt <(echo "$(pwd -P) ${EXTRAS:-}") | cksum)
 if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
@@ -97,7 +97,10 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
   say "installing into .venv (once, and again when pyproject.toml or a constraint changes)"
   pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
   "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
-  "${pip[@]}" --no-deps --require-hashes --requirement demo-requirements.txt
+  for extra in demo ${EXTRAS:+${EXTRAS//,/ }}; do
+    [[ ! -f $extra-requirements.txt ]] ||
+      "${pip[@]}" --no-deps --require-hashes --requirement "$extra-requirements.txt"
+  done
   echo "$wanted" >.venv/installed
 fi
 say "in the virtual environment .venv (Docker does not answer, or RUNTIME=venv)"

