@@ -1,5 +1,6 @@
 """Every command of README and of the pages about use, run as a reader runs it, with small data in place of files."""
 
+import json
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, accuracies, fork_script, succeed, wait_for_exit, weights_hash
 from dap import PATIENCE, Debugger, stop_in_the_loop
 from test_report import write_run
+from tiny_llm import make_llama, make_tokenizer
 
 
 def commands_of(page: str) -> list[str]:
@@ -24,13 +26,14 @@ def commands_of(page: str) -> list[str]:
 
 
 # Those of distributed.md, elastic.md, networks.md and clusters.md are in test_deploy.py.
-NAMES = ("install", "running", "settings", "tasks", "models", "resuming", "reports", "trackers", "speed")
+NAMES = ("install", "running", "settings", "tasks", "instruct", "models", "resuming", "reports", "trackers", "speed")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 IN_OTHER_TESTS = "benchmarks/cohorts|torch.distributed.run|dashboard|pip install"  # below, and in other files
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
+SMALL_LLM = "max_train_examples_per_site=4 max_test_examples_per_site=2 max_seq_len=256 num_rounds=1 report=False"
 # A word of the command -> replacements for the reader's files and models, and additional settings.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
@@ -45,6 +48,8 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "benchmarks/evaluation": ({}, "--small --repeats 1"),
     "overhead": ({}, "--cases try --repetitions 1"),
+    "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} template=chat"),
+    "SmolLM2-360M": ({"/path/to": "{llm}", "HuggingFaceTB/SmolLM2-360M": "{llm}"}, SMALL_LLM),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
@@ -79,7 +84,12 @@ def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return {"tmp": str(tmp_path), "tiny": tiny_model, "corpus": str(corpus[0].parent), "port": port}
+    llm = tmp_path / "llm"
+    make_llama(num_positions=512).save_pretrained(llm)
+    make_tokenizer().save_pretrained(llm)
+    rows = [json.dumps({"instruction": f"Name number {row}.", "output": f"It is {row}."}) for row in range(30)]
+    (llm / "rows.jsonl").write_text("\n".join(rows))
+    return {"llm": str(llm), "tmp": str(tmp_path), "tiny": tiny_model, "corpus": str(corpus[0].parent), "port": port}
 
 
 def start(command: str, tmp_path: Path) -> subprocess.Popen[str]:

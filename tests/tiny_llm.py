@@ -134,7 +134,7 @@ CHATS = {
 }
 
 
-def make_llama(dropout: float = 0.0) -> LlamaForCausalLM:
+def make_llama(dropout: float = 0.0, num_positions: int = 64) -> LlamaForCausalLM:
     """A random Llama of one layer, 16 wide."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -144,7 +144,7 @@ def make_llama(dropout: float = 0.0) -> LlamaForCausalLM:
             intermediate_size=24,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=64,
+            max_position_embeddings=num_positions,
             attention_dropout=dropout,
             initializer_range=0.3,
             use_cache=False,
