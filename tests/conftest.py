@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import LocalTraining, Site
 from scaling_fl.federation.strategies import make_strategy
+from scaling_fl.federation.turns import InTurn
 from scaling_fl.records import checkpoint
 from scaling_fl.training.loop import Batch, evaluate
 from scaling_fl.training.optimisers import OPTIMISERS
@@ -301,6 +302,7 @@ class Play:
     min_sites: int | None = None
     broken: tuple[int, ...] = ()  # sites whose disk fails after their first batch, in every round
     make_model: Callable[[], nn.Module] = make_bert
+    make_turns: Callable[[nn.Module], Sequence[Collection[str]]] = field(default=lambda model: ((),))
     checkpoints_dir: str | None = None
     watch: Callable[[GlobalModel, Federation], Any] = field(default=lambda server, federation: server.sha256())
 
@@ -321,7 +323,8 @@ class Play:
             train, test = make_examples(self.num_examples), make_examples(23, seed=1)
             parts = partition_indices(train.labels, topology.num_sites, iid, seed=0)
             model = self.make_model()
-            server = GlobalModel(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0])
+            turns = self.make_turns(model)
+            server = GlobalModel(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0], turns)
             settings = {"strategy": self.strategy}
             history = restore_into(self.checkpoints_dir, server, settings)
             test_batches = test.fixed_batches(self.val_batch_size)
@@ -333,13 +336,16 @@ class Play:
                 ],
                 model,
                 server,
-                train_site=LocalTraining(
-                    partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
-                    self.batches,
-                    score_classes,
-                    seed=3,
-                    num_epochs=self.num_epochs,
-                    proximal_mu=self.proximal_mu,
+                train_site=InTurn(
+                    LocalTraining(
+                        partial(OPTIMISERS[self.optimiser], lr=self.learning_rate),
+                        self.batches,
+                        score_classes,
+                        seed=3,
+                        num_epochs=self.num_epochs,
+                        proximal_mu=self.proximal_mu,
+                    ),
+                    turns,
                 ),
                 evaluate_device=lambda model, device: evaluate(
                     model, (batch.batch() for batch in test_batches[topology.slice_of(device)]), score_classes

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,60 @@ def test_a_site_that_moves_a_weight_out_of_turn_is_refused() -> None:
         server.start_round(1)
         says = refusal(lambda: replica.exchange(server, Fraction(1), check_first=False))
     assert "lora_A.default.weight: expected to stay as it is in this round" in says
+
+
+def make_counting() -> Any:
+    """An adapter whose model counts its passes in a buffer, without dropout, which draws from one generator."""
+    model = make_bert(dropout=0.0)
+    model.register_buffer("passes", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, _: module.passes.add_(1) and None)
+    return make_adapted(model, dropout=0.0)
+
+
+def test_factors_in_turn_keep_the_promises_though_sites_fail(tmp_path: Path, two_devices: Callable[[], None]) -> None:
+    """On ranks, on devices of a rank, and stopped before a round of each factor."""
+    play = Play(make_model=make_counting, make_turns=turns, site_ids=(0,) * 4, num_rounds=3, num_examples=21)
+    play = play.but(min_sites=2, broken=(2,), proximal_mu=0.1)
+    history, hashes = play.play()
+    assert len(set(hashes)) == play.num_rounds + 1, "the weights must move"
+    assert [metrics.get("sites.failed") for metrics in history] == [None, 1, 1, 1]
+    for num_rounds in range(1, play.num_rounds + 1):
+        resumed, again = play.but(num_rounds=num_rounds, checkpoints_dir=str(tmp_path)).play()
+        assert again[-1] == hashes[num_rounds + 1]
+    assert resumed == history
+    assert play.on_ranks(2) == (history, hashes)
+    two_devices()
+    assert play.play() == (history, hashes)
+
+
+@pytest.mark.parametrize("comm_dtype", ["float32", "bfloat16", "float16"])
+def test_the_rounded_means_of_factors_in_turn_are_close_to_the_exact_ones(comm_dtype: str) -> None:
+    def watch(server: GlobalModel, _: Any) -> Tensor:
+        return server.weights[:-1].clone()  # without the buffer
+
+    play = Play(make_model=make_counting, make_turns=turns, num_examples=21, watch=watch)
+    (first, *_, exact), found = play.play()[1], play.but(comm_dtype=comm_dtype).play()[1][-1]
+    assert (found - exact).norm() < 0.02 * (exact - first).norm()
+
+
+def test_only_the_factor_of_a_round_moves_whatever_the_strategy_does_without_a_gradient() -> None:
+    """And a round of no site, or of none of a factor, moves nothing."""
+    with world():
+        model = make_counting()
+        shake(model)
+        groups = turns(model)
+        server = GlobalModel(model, lambda weights: torch.optim.SGD(weights, lr=1, weight_decay=0.1), turns=groups)
+        replica = Replica(model)
+        for round_, moves in [(1, True), (2, False), (3, True), (4, True)]:
+            before = {name: weight.clone() for name, weight in server.state_dict()["weights"].items()}
+            server.start_round(round_)
+            if moves:
+                replica.reset(server)
+                replica.exchange(server, Fraction(1, 2), check_first=True)
+            server.step()
+            after = server.state_dict()["weights"]
+            moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+            assert moved == (trained_weights(model).keys() - groups[round_ % 2] if moves else set())
 
 
 def test_a_pooler_that_the_files_lack_trains_beside_the_adapter(tiny_model: str, tmp_path: Path) -> None:

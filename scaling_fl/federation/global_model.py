@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from scaling_fl.distributed.collectives import broadcast_, world_size
 from scaling_fl.federation.aggregation import Mean, make_mean
 from scaling_fl.federation.buffers import BufferMean
+from scaling_fl.federation.turns import divide
 from scaling_fl.models.flat import Slot, lay_out, pack, trained_weights
 
 
@@ -40,18 +41,16 @@ class GlobalModel:
     ) -> None:
         self._slots = lay_out(model)
         self._num_tensors = len(trained_weights(model))  # the trained ones are the first of the slots
-        num_trained = self._slots[self._num_tensors - 1].end
         self.weights = pack(model).to(device)
         broadcast_(self.weights)
-        self._trained = nn.Parameter(self.weights[:num_trained])
-        self._optimiser = make_optimiser([self._trained])
-        of_turns = set().union(*turns)
-        trained = self._slots[: self._num_tensors]
-        self._parts = [
-            _join(slot for slot in trained if slot.name in moving or slot.name not in of_turns) for moving in turns
+        self._parts = divide(self._slots[: self._num_tensors], turns)
+        self._trained = [nn.Parameter(self.weights[part.where]) for part in self._parts]
+        self._optimiser = make_optimiser(self._trained)
+        self.num_moving = [  # trained weights in a round of each turn
+            sum(len(weights) for part, weights in zip(self._parts, self._trained, strict=True) if turn in part.turns)
+            for turn in range(len(turns))
         ]
         self._means = [make_mean(size, comm_dtype, self.weights.device) for size in self.num_moving]
-        self._resting = [[slot for slot in trained if slot.name in of_turns - {*moving}] for moving in turns]
         self._turn = 0
         self._buffers = BufferMean(self._slots[self._num_tensors :])
         self._is_in_round = False
@@ -60,11 +59,6 @@ class GlobalModel:
     def bytes_a_round(self) -> int:
         """How many bytes all ranks hand to each other for the mean of this round, or of the last or first one."""
         return world_size() * self._mean.num_bytes_sent
-
-    @property
-    def num_moving(self) -> list[int]:
-        """How many trained weights move in a round of each turn."""
-        return [sum(map(len, parts)) for parts in self._parts]
 
     @property
     def nbytes(self) -> int:
@@ -77,8 +71,8 @@ class GlobalModel:
 
     def _moving(self, vector: Tensor) -> Tensor:
         """Return the trained weights that move in this round, out of a flat vector; a view of it if they are all."""
-        parts = self._parts[self._turn]
-        return vector[_slice(parts[0])] if len(parts) == 1 else torch.cat([vector[_slice(part)] for part in parts])
+        pieces = [vector[part.where] for part in self._parts if self._turn in part.turns]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def copy_to(self, vector: Tensor) -> None:
         """Overwrite a model's flat vector with the global weights."""
@@ -147,30 +141,25 @@ class GlobalModel:
         """
         drift = self._mean.finish(self._moving(self.weights))
         if drift is not None:
-            self._trained.grad = self._spread(drift)
+            moving = [w for part, w in zip(self._parts, self._trained, strict=True) if self._turn in part.turns]
+            for weights, piece in zip(moving, drift.split([*map(len, moving)]), strict=True):
+                weights.grad = piece  # others have none, so that the strategy leaves them out
             self._optimiser.step()
-            self._trained.grad = None
+            for weights in self._trained:
+                weights.grad = None
         self._buffers.finish(self.weights)
         self._is_in_round = False
         if self.weights.device.type != "cpu":
             torch.accelerator.synchronize()  # so that a clock outside sees what this took
 
     def _check_resting(self, local: Tensor) -> None:
-        for slot in self._resting[self._turn]:
+        resting = (slot for part in self._parts if self._turn not in part.turns for slot in part.slots)
+        for slot in resting:
             if not torch.equal(slot.view(local), slot.view(self.weights)):
                 raise ValueError(
                     f"weight {slot.name}: expected to stay as it is in this round, got another value. Train weights "
                     "that require a gradient only"
                 )
-
-    def _spread(self, drift: Tensor) -> Tensor:
-        """Return the drift of all trained weights, 0 for those that do not move in this round."""
-        if len(self._means) == 1:
-            return drift
-        parts, whole = self._parts[self._turn], torch.zeros_like(self._trained)
-        for part, piece in zip(parts, drift.split([len(part) for part in parts]), strict=True):
-            whole[_slice(part)] = piece
-        return whole
 
     def sha256(self) -> str:
         """Return the SHA-256 of the global weights' bytes."""
@@ -205,19 +194,6 @@ class GlobalModel:
         for slot in self._slots:
             slot.view(self.weights).copy_(saved[slot.name])
         self._optimiser.load_state_dict(state["optimiser"])
-
-
-def _join(slots: Iterable[Slot]) -> list[range]:
-    """Return where slots lie, those that touch as one."""
-    found: list[range] = []
-    for slot in slots:
-        start = found.pop().start if found and found[-1].stop == slot.start else slot.start
-        found.append(range(start, slot.end))
-    return found
-
-
-def _slice(part: range) -> slice:
-    return slice(part.start, part.stop)
 
 
 def _form(tensor: Slot | Tensor | None) -> str:

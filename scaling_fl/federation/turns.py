@@ -2,12 +2,36 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import nn
 
 from scaling_fl.federation.site import Site, SiteFunction, leaves_nothing
-from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.flat import Slot, trained_weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the trained weights that move in the same turns, and where in the flat vector it is."""
+
+    slots: Sequence[Slot]
+    turns: frozenset[int]
+
+    @property
+    def where(self) -> slice:
+        """In words of the flat vector."""
+        return slice(self.slots[0].start, self.slots[-1].end)
+
+
+def divide(slots: Sequence[Slot], turns: Sequence[Collection[str]]) -> list[Part]:
+    """Divide the trained weights into parts, each as long as can be; weights in no group move in each turn."""
+    always = frozenset(range(len(turns)))
+
+    def turns_of(slot: Slot) -> frozenset[int]:
+        return frozenset(turn for turn in always if slot.name in turns[turn]) or always
+
+    return [Part(tuple(of_part), found) for found, of_part in groupby(slots, turns_of)]
 
 
 @dataclass(frozen=True)
