@@ -341,6 +341,9 @@ def test_a_site_that_moves_a_weight_out_of_turn_is_refused() -> None:
         shake(model)
         server.start_round(1)
         says = refusal(lambda: replica.exchange(server, Fraction(1), check_first=False))
+        before = server.sha256()
+        server.step()
+        assert server.sha256() == before, "nothing of it is in the mean"
     assert "lora_A.default.weight: expected to stay as it is in this round" in says
 
 

@@ -101,10 +101,9 @@ class GlobalModel:
 
         Raises:
             FloatingPointError: a weight is not finite, or moved too far: less than 64 never is, 192 always.
-            ValueError: a buffer is not finite any more, or a weight has moved that does not in this round.
+            ValueError: a buffer is not finite any more.
         """
         local = local_weights.to(self.weights.device)
-        self._check_resting(local)
         self._mean.check(self._moving(self.weights), self._moving(local))
         self._buffers.check(self.weights, local)
 
@@ -120,6 +119,7 @@ class GlobalModel:
 
         Raises:
             FloatingPointError, ValueError: as for `check`. The round cannot be finished then.
+            ValueError: a weight has moved that does not in this round. Nothing of the site is in the mean then.
         """
         local = local_weights.to(self.weights.device)
         self._check_resting(local)
