@@ -313,6 +313,23 @@ def test_ranks_and_resumed_runs_compare_what_peft_is_asked_for_and_frozen_weight
     assert identity({}, freeze_a=True)[FROZEN] != first[FROZEN] != identity({}, seed=1)[FROZEN]
 
 
+@pytest.mark.parametrize("mean", ["freeze_a", "alternate"])
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"peft_type": "ADALORA", "total_step": 9, "tinit": 1, "tfinal": 1}], ids=str
+)
+def test_a_mean_is_not_called_exact_where_a_third_factor_trains(mean: str, changes: dict, tiny_model: str) -> None:
+    given = {"peft_type": "LORA", **changes}
+    labels = ["food", "sport", "tech"]
+    pretrained = load_pretrained(tiny_model, 32)
+    for lora_mean in ("ab", mean):
+        settings = Settings(adapter_config=given, lora_mean=lora_mean)
+        classifier = make_classifier(pretrained, labels, seed=1, rows=None)
+        if lora_mean == "ab":
+            assert adapt(settings, pretrained, classifier, labels).model.peft_config
+    says = refusal(lambda: adapt(settings, pretrained, classifier, labels))
+    assert says.startswith("lora_mean: expected ab, as base_model.model.")
+
+
 def test_a_factor_is_frozen_in_the_round_of_the_other_and_only_then() -> None:
     model, seen = make_adapted(), []
     whole = trained_weights(model).keys()

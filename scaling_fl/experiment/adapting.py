@@ -17,7 +17,7 @@ from scaling_fl.models.adapter_files import (
     read_config,
     read_weights,
 )
-from scaling_fl.models.adapters import MEANS, add_adapter, has_lora, import_peft, turns
+from scaling_fl.models.adapters import MEANS, add_adapter, find_other_factor, has_lora, import_peft, turns
 from scaling_fl.models.classifier import find_head, labels_of
 from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
@@ -57,6 +57,11 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
     )
     if settings.lora_mean is not None and not has_lora(model):
         raise ValueError(f"lora_mean: expected None, as {given['peft_type']} is not LoRA, got {settings.lora_mean!r}")
+    if settings.lora_mean in MEANS[1:] and (factor := find_other_factor(model)):
+        raise ValueError(
+            f"lora_mean: expected ab, as {factor} is a third factor of BA, with which no mean is exact, got "
+            f"{settings.lora_mean!r}"
+        )
     if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
     if folder is None:
@@ -115,13 +120,6 @@ def check_adapter(settings: Settings) -> None:
     if settings.adapter is not None and settings.adapter_config is not None:
         raise ValueError(
             f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
-        )
-    if settings.lora_mean not in MEANS[1:]:
-        return
-    if settings.use_dora:
-        raise ValueError(
-            f"use_dora: expected False, as DoRA is not linear in A or B, so that "
-            f"lora_mean={settings.lora_mean!r} would not be exact, got True"
         )
     is_known = settings.strategy in STRATEGIES
     if settings.lora_mean == "alternate" and is_known and state_bytes(bind("strategy", vars(settings)), 1_000):

@@ -111,6 +111,12 @@ def has_lora(model: nn.Module) -> bool:
     return any(_is_of(name, A_PARTS) for name, _ in model.named_parameters())
 
 
+def find_other_factor(model: nn.Module) -> str | None:
+    """Return a trained weight by which LoRA multiplies BA, as DoRA and AdaLoRA do, None if there is none."""
+    names = (name for name, weight in model.named_parameters() if weight.requires_grad)
+    return next((name for name in names if "lora_" in name and not _is_of(name, (*A_PARTS, *B_PARTS))), None)
+
+
 def turns(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of B and of A, which RoLoRA (Chen et al. 2025, arXiv 2502.01755) trains in turn."""
     names = [name for name, _ in model.named_parameters()]
