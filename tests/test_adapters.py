@@ -22,11 +22,12 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.strategies import fedavg
 from scaling_fl.federation.turns import InTurn
-from scaling_fl.models.adapter_files import adapter_state, load_adapted, load_weights_, merge
+from scaling_fl.models.adapter_files import adapter_state, load_saved, load_weights_, merge
 from scaling_fl.models.adapters import add_adapter, lora, turns
 from scaling_fl.models.classifier import make_classifier
 from scaling_fl.models.flat import frozen_sha256, trained_weights
 from scaling_fl.models.pretrained import load_pretrained
+from scaling_fl.records.export import save_model
 from scaling_fl.training.loop import evaluate
 from scaling_fl.training.scores import score_classes
 
@@ -273,7 +274,7 @@ def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
     config = AutoConfig.from_pretrained(run / "model")
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, config=config, ignore_mismatched_sizes=True)
     untrained = logits(base)  # before peft changes it
-    ours = load_adapted(str(run / "model"), AutoModelForSequenceClassification.from_pretrained)
+    ours = load_saved(str(run / "model"), AutoModelForSequenceClassification.from_pretrained)
     theirs = peft.PeftModel.from_pretrained(base, run / "model")
     merged = AutoModelForSequenceClassification.from_pretrained(run / "model_merged")
     assert torch.equal(logits(ours), logits(theirs))
@@ -286,6 +287,52 @@ def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(
     rounds = {path.parent.name: path.read_text().splitlines() for path in (tmp_path / "runs").glob("*/rounds.jsonl")}
     first = json.loads(rounds[max(rounds, key=int)][0])
     assert first["validation.loss"] == last["validation.loss"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes the folder of a model in an empty cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def make(name: str) -> Path:
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a-commit")
+        return repository / "snapshots" / "a-commit"
+
+    return make
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_of_the_hub_trains_on(
+    has_config: bool, hub: Callable[[str], Path], tiny_model: str, tmp_path: Path
+) -> None:
+    """As a run leaves it, and as peft does, without the configuration of the model and a tokenizer."""
+    labels = ["0", "1", "2"]
+    shutil.copytree(tiny_model, hub("user/base"))
+    pretrained = load_pretrained("user/base", 32)
+    classifier = make_classifier(pretrained, labels, seed=1, rows=None)
+    first = adapt(Settings(adapter="lora"), pretrained, classifier, labels).model
+    shake(first)
+    folder = shutil.copytree(save_model(str(tmp_path), first, pretrained.tokenizer), hub("user/adapter"))
+    if not has_config:
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                path.unlink()
+    pretrained = load_pretrained("user/adapter", 32)
+    assert (pretrained.base, pretrained.adapter.base) == ("user/base",) * 2
+    classifier = make_classifier(pretrained, labels, seed=2, rows=None)
+    settings = Settings(model="user/adapter", lora_mean="freeze_a")
+    second = adapt(settings, pretrained, classifier, labels)
+    assert second.new == []
+    assert torch.equal(logits(second.model), logits(first))
+    assert {name for name in trained_weights(second.model) if "lora" in name} == turns(first)[0]
+    for change, says in [({"revision": "v1"}, "expected no revision of the model"), (None, "expected the weights of")]:
+        if change is None:
+            (folder / "adapter_model.safetensors").unlink()
+        config = json.loads((folder / "adapter_config.json").read_text()) | (change or {"revision": None})
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        assert says in refusal(lambda: load_pretrained("user/adapter", 32))
 
 
 def test_a_federation_of_one_site_is_ordinary_training_of_the_adapter() -> None:

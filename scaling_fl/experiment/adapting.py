@@ -9,14 +9,7 @@ from scaling_fl.experiment.objectives import LABELS, find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.strategies import STRATEGIES
-from scaling_fl.models.adapter_files import (
-    describe_config,
-    is_adapted,
-    is_adapter,
-    load_weights_,
-    read_config,
-    read_weights,
-)
+from scaling_fl.models.adapter_files import SavedAdapter, describe_config, is_adapted, load_weights_, read_config
 from scaling_fl.models.adapters import MEANS, add_adapter, find_other_factor, has_lora, import_peft, turns
 from scaling_fl.models.classifier import find_head, labels_of
 from scaling_fl.models.flat import frozen_sha256
@@ -35,12 +28,12 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
     Raises:
         ValueError: it does not fit the model, the labels or the other settings.
     """
-    folder = path_of(pretrained.name) if is_adapter(path_of(pretrained.name)) else None
-    given = _find_config(settings, folder)
+    saved = pretrained.adapter
+    given = _find_config(settings, saved)
     if given is None:
         return loaded
     objective = find_objective(settings)
-    if objective is LABELS and folder is not None and (of_head := labels_of(pretrained.config)) != list(labels):
+    if objective is LABELS and saved is not None and (of_head := labels_of(pretrained.config)) != list(labels):
         raise ValueError(
             f"model={settings.model!r}: expected an adapter with the labels {', '.join(labels)}, got one with "
             f"{', '.join(of_head)}. A merged model (merge=True) can be trained on other labels"
@@ -64,22 +57,22 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
         )
     if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
-    if folder is None:
+    if saved is None:
         return replace(loaded, model=model)
-    load_weights_(model, read_weights(folder), settings.model)
+    load_weights_(model, saved.weights, settings.model)
     return replace(loaded, model=model, new=[])
 
 
-def _find_config(settings: Settings, folder: str | None) -> dict[str, Any] | None:
+def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
     """Return peft's configuration of the adapter of a run; None if it has none."""
-    if folder is not None:
+    if saved is not None:
         for name in ("adapter", "adapter_config"):
             if getattr(settings, name) is not None:
                 raise ValueError(
                     f"{name}: expected None, as model={settings.model!r} is an adapter, which trains on, got "
                     f"{getattr(settings, name)!r}"
                 )
-        return read_config(folder)
+        return dict(saved.config)
     if settings.adapter is not None:
         return bind("adapter", vars(settings))()
     if isinstance(settings.adapter_config, str):

@@ -140,13 +140,13 @@ class Run:
         from transformers.utils import logging
 
         from scaling_fl.experiment.objectives import find_objective
-        from scaling_fl.models.adapter_files import is_adapter, load_adapted
+        from scaling_fl.models.adapter_files import load_saved
 
         folder, loader = self._folder_of(name, what), find_objective(self.settings).auto_class.from_pretrained
         had_bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            return load_adapted(folder, loader) if is_adapter(folder) else loader(folder)
+            return load_saved(folder, loader)
         finally:
             if had_bar:
                 logging.enable_progress_bar()

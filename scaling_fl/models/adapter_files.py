@@ -4,23 +4,61 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from scaling_fl.errors import one_line
 from scaling_fl.models.adapters import add_adapter, import_peft
+from scaling_fl.models.loading import read_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def is_adapter(folder: str) -> bool:
-    """Tell whether a folder has an adapter."""
-    return os.path.isfile(os.path.join(folder, CONFIG))
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in peft's format.
+
+    Args:
+        config: peft's configuration.
+        weights: by peft's names.
+        base: the folder or hub id of the model beside which it was trained.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    base: str
+
+
+def read_adapter(model: str) -> SavedAdapter | None:
+    """Read the adapter of a folder or hub id, None if it has none.
+
+    Raises:
+        ValueError: the model cannot be found, or a file of the adapter is missing or damaged.
+    """
+    content = read_file(model, CONFIG)
+    if content is None:
+        return None
+    config = _parse_config(content, f"{model}/{CONFIG}")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
+        raise ValueError(f"{model}/{CONFIG}: expected a model as base_model_name_or_path, got none")
+    if revision not in (None, "main"):
+        raise ValueError(
+            f"{model}/{CONFIG}: expected no revision of the model in base_model_name_or_path, got {revision!r}. Give "
+            "the path of a folder with that revision there"
+        )
+    try:
+        weights = safetensors.torch.load(read_file(model, WEIGHTS) or b"")
+    except Exception as error:
+        raise ValueError(f"{model}/{WEIGHTS}: expected the weights of an adapter, got {one_line(error)}") from error
+    return SavedAdapter(config, weights, base)
 
 
 def read_config(place: str) -> dict[str, Any]:
@@ -31,42 +69,24 @@ def read_config(place: str) -> dict[str, Any]:
     """
     path = os.path.join(place, CONFIG) if os.path.isdir(place) else place
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a configuration of peft, got {one_line(error)}") from error
+    return _parse_config(content, path)
+
+
+def _parse_config(content: bytes, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
         if "peft_type" not in found:
             raise ValueError("JSON without peft_type")
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a configuration of peft, got {one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: expected a configuration of peft, got {one_line(error)}") from error
     return found
 
 
-def base_of(folder: str) -> str:
-    """Return the folder or hub id of the model beside which an adapter was trained.
-
-    Raises:
-        ValueError: its configuration does not name it.
-    """
-    base = read_config(folder).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder}/{CONFIG}: expected a model as base_model_name_or_path, got none")
-    return base
-
-
-def read_weights(folder: str) -> dict[str, Tensor]:
-    """Return the weights of an adapter by peft's names.
-
-    Raises:
-        ValueError: it has none, or they are damaged.
-    """
-    path = os.path.join(folder, WEIGHTS)
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path}: expected the weights of an adapter, got {one_line(error)}") from error
-
-
-def load_adapted(folder: str, loader: Callable[..., Any]) -> Any:
-    """Return the model of a folder with an adapter, and of a classifier also its configuration, in evaluation mode.
+def load_saved(folder: str, loader: Callable[..., Any]) -> Any:
+    """Return the model of a folder, with its adapter if it has one, in evaluation mode.
 
     Args:
         folder: as a run leaves it.
@@ -75,11 +95,14 @@ def load_adapted(folder: str, loader: Callable[..., Any]) -> Any:
     Raises:
         ValueError: the weights are not those of the adapter.
     """
-    has_config = os.path.isfile(os.path.join(folder, "config.json"))
-    config = AutoConfig.from_pretrained(folder if has_config else base_of(folder))
-    model = loader(base_of(folder), config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
-    adapted = add_adapter(model, read_config(folder))
-    load_weights_(adapted, read_weights(folder), folder)
+    saved = read_adapter(folder)
+    if saved is None:
+        return loader(folder)
+    has_config = os.path.isfile(os.path.join(folder, "config.json"))  # that of a language model has none
+    config = AutoConfig.from_pretrained(folder if has_config else saved.base)
+    model = loader(saved.base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+    adapted = add_adapter(model, saved.config)
+    load_weights_(adapted, saved.weights, folder)
     return adapted.eval()
 
 

@@ -127,6 +127,20 @@ def find_file(path: str, name: str, **options: Any) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
 
 
+def read_file(model: str, name: str) -> bytes | None:
+    """Return the contents of a file of a model, None if the model does not have it.
+
+    Raises:
+        ValueError: the model cannot be found.
+    """
+
+    def read(path: str, **options: Any) -> bytes | None:
+        file = find_file(path, name, **options)
+        return None if file is None else Path(file).read_bytes()
+
+    return load(model, read)
+
+
 def path_of(model: str) -> str:
     """Return the folder or hub id of the setting `model`."""
     find = MODELS[model].path if model in MODELS else None

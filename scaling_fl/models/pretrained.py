@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from scaling_fl.models.adapter_files import base_of, is_adapter
-from scaling_fl.models.loading import find_file, load, load_config, make_parts, path_of
+from scaling_fl.models.adapter_files import SavedAdapter, read_adapter
+from scaling_fl.models.loading import find_file, load, load_config, make_parts, path_of, read_file
 
 # Families whose classifier reads the last position, so that every text must end there.
 PADDED_LEFT = {"xlnet"}
@@ -36,6 +36,7 @@ class Pretrained:
         width: of all batches; None pads to the longest text of a batch.
         end_id: a token that all texts must contain equally often, at least once; None if there is none.
         has_weights: they can be loaded; otherwise all are newly initialised.
+        adapter: that `name` is, if it is one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Pretrained:
     width: int | None = None
     end_id: int | None = None
     has_weights: bool = True
+    adapter: SavedAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) ->
         ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
     """
     made = make_parts(model)
-    base = base_of(path_of(model)) if is_adapter(path_of(model)) else model
-    is_complete = base == model or find_file(path_of(model), "config.json", local_files_only=True)
+    adapter = None if made else read_adapter(model)
+    base = model if adapter is None else adapter.base
+    is_complete = adapter is None or read_file(model, "config.json")
     config, tokenizer = made or _load_parts(model if is_complete else base, generates=generates)
     _check_tokenizer(model, tokenizer)
     text_config = config.get_text_config()
@@ -107,6 +110,7 @@ def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) ->
         width=max_seq_len if kind in PADDED_TO_MAX else None,
         end_id=getattr(text_config, "eos_token_id", None) if kind in READ_AT_END else None,
         has_weights=made is None,
+        adapter=adapter,
     )
 
 
