@@ -1,5 +1,6 @@
 """Adapters: what trains, what travels, what is saved, and that the mean of the sites is what its name says."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
-from test_invariants import train_plainly
+from test_invariants import tensor_bytes, train_plainly
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
@@ -226,13 +227,14 @@ def test_the_scale_is_that_of_the_paper_before_and_after_the_folder(rslora: bool
         assert scales == {4.0 if rslora else 1.0}
 
 
-def test_many_sites_and_rounds_leave_one_adapter_a_layer() -> None:
-    def watch(_: GlobalModel, federation: Any) -> tuple[int, int]:
+def test_many_sites_and_rounds_leave_one_adapter_a_layer_and_no_memory() -> None:
+    def watch(_: GlobalModel, federation: Any) -> tuple[int, int, int]:
         model = federation.model
-        return len(list(model.modules())), sum(weight.numel() for weight in model.parameters())
+        gc.collect()
+        return len(list(model.modules())), sum(weight.numel() for weight in model.parameters()), tensor_bytes()
 
-    play = Play(make_model=make_adapted, site_ids=(0,) * 16, num_rounds=4, num_examples=32, watch=watch)
-    assert len(set(play.play()[1])) == 1
+    play = Play(make_model=make_adapted, make_turns=turns, site_ids=(0,) * 16, num_rounds=4, num_examples=32)
+    assert len(set(play.but(watch=watch).play()[1])) == 1
 
 
 def test_the_merged_model_has_the_logits_of_the_adapter_and_the_class_of_the_base(tmp_path: Path) -> None:
