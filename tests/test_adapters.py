@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from test_invariants import tensor_bytes, train_plainly
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
+from scaling_fl.distributed.collectives import check_equal, rank
+from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.adapting import FROZEN, adapt, identity_of_adapter
 from scaling_fl.experiment.settings import Settings
@@ -233,7 +236,7 @@ def test_many_sites_and_rounds_leave_one_adapter_a_layer_and_no_memory() -> None
         gc.collect()
         return len(list(model.modules())), sum(weight.numel() for weight in model.parameters()), tensor_bytes()
 
-    play = Play(make_model=make_adapted, make_turns=turns, site_ids=(0,) * 16, num_rounds=4, num_examples=32)
+    play = Play(make_model=make_adapted, make_turns=turns, site_ids=(0,) * 16, num_rounds=3, num_examples=32)
     assert len(set(play.but(watch=watch).play()[1])) == 1
 
 
@@ -377,6 +380,21 @@ def test_a_mean_is_not_called_exact_where_a_third_factor_trains(mean: str, chang
             assert adapt(settings, pretrained, classifier, labels).model.peft_config
     says = refusal(lambda: adapt(settings, pretrained, classifier, labels))
     assert says.startswith("lora_mean: expected ab, as base_model.model.")
+
+
+def test_ranks_whose_adapters_differ_refuse_each_other() -> None:
+    """As where a node has an old folder at the path of the setting."""
+
+    def compare(alphas: tuple[float | None, ...]) -> str:
+        with world():
+            alpha = alphas[rank()]
+            model = make_bert() if alpha is None else make_adapted(alpha=alpha)
+            identity = identity_of_adapter(Settings(adapter_config={"peft_type": "LORA"}), model)
+            return refusal(lambda: check_equal(identity))
+
+    for alphas, says in [((16, 8), "adapter"), ((16, None), FROZEN), ((None, 16), FROZEN)]:
+        found = launch(partial(compare, alphas), num_ranks=2, fork=True)
+        assert all(each.startswith(f"{says}: expected the same on all ranks, got ") for each in found)
 
 
 def test_a_factor_is_frozen_in_the_round_of_the_other_and_only_then() -> None:

@@ -81,12 +81,13 @@ def check_equal(values: dict[str, Any]) -> None:
         ValueError: some rank's differ from those of rank 0.
     """
     by_rank = all_gather(values)
+    first = by_rank[0]
     for number, theirs in enumerate(by_rank):
-        for key, value in theirs.items():
-            if value != by_rank[0][key]:
+        for key in {**first, **theirs}:
+            if theirs.get(key) != first.get(key):
                 raise ValueError(
-                    f"{key}: expected the same on all ranks, got {by_rank[0][key]!r} on rank 0 and {value!r} on rank "
-                    f"{number}"
+                    f"{key}: expected the same on all ranks, got {first.get(key)!r} on rank 0 and {theirs.get(key)!r} "
+                    f"on rank {number}"
                 )
 
 
