@@ -360,8 +360,9 @@ def test_ranks_and_resumed_runs_compare_what_peft_is_asked_for_and_frozen_weight
     first = identity({})
     assert first["version of peft"] == peft.__version__
     assert first == identity({"place": "elsewhere", "target_modules": ["value", "query"]})
-    for changes in ({"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"query": 3}}):
-        assert identity(changes)["adapter"] != first["adapter"]
+    for name, value in {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"query": 3}}.items():
+        other = identity({name: value})
+        assert {key for key in other if other[key] != first[key]} == {f"{name} of the adapter"}
     assert identity({}, freeze_a=True)[FROZEN] != first[FROZEN] != identity({}, seed=1)[FROZEN]
 
 
@@ -392,7 +393,7 @@ def test_ranks_whose_adapters_differ_refuse_each_other() -> None:
             identity = identity_of_adapter(Settings(adapter_config={"peft_type": "LORA"}), model)
             return refusal(lambda: check_equal(identity))
 
-    for alphas, says in [((16, 8), "adapter"), ((16, None), FROZEN), ((None, 16), FROZEN)]:
+    for alphas, says in [((16, 8), "lora_alpha of the adapter"), ((16, None), FROZEN), ((None, 16), FROZEN)]:
         found = launch(partial(compare, alphas), num_ranks=2, fork=True)
         assert all(each.startswith(f"{says}: expected the same on all ranks, got ") for each in found)
 

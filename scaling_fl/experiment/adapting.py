@@ -100,7 +100,7 @@ def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
     if is_adapted(model):
         found["version of peft"] = import_peft().__version__
         if settings.adapter is None:
-            found["adapter"] = describe_config(model)
+            found |= {f"{name} of the adapter": value for name, value in describe_config(model).items()}
     return found
 
 

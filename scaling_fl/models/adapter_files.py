@@ -145,14 +145,12 @@ def merge(model: Any) -> Any:
     return deepcopy(model).merge_and_unload(safe_merge=True)
 
 
-def describe_config(model: Any) -> str:
-    """Return the configuration of an adapter as JSON in a fixed order, without what depends on the machine."""
+def describe_config(model: Any) -> dict[str, Any]:
+    """Return the configuration of an adapter by name, in JSON's types, without what depends on the machine."""
     found = model.peft_config["default"].to_dict()
     for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
         found.pop(name, None)
-    return json.dumps(
-        found, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
+    return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
 def _say(shape: tuple[int, ...] | None) -> str:
