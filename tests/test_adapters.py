@@ -14,6 +14,7 @@ import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
 from test_invariants import tensor_bytes, train_plainly
+from tiny_models import put_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
@@ -252,6 +253,25 @@ def test_the_merged_model_has_the_logits_of_the_adapter_and_the_class_of_the_bas
     assert (back.dtype, back.get_input_embeddings().weight.shape) == (torch.float32, (50, 32))
     assert torch.allclose(logits(back), before, atol=1e-5)
     assert not torch.allclose(before, logits(make_bert()), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["albert", "bart", "t5"])
+def test_the_folders_of_families_that_share_weights_have_the_logits_of_the_adapter(family: str, tmp_path: Path) -> None:
+    """ALBERT's layers are one, and the others embed twice with one weight; peft has no names of ALBERT's modules."""
+    pretrained, labels = load_pretrained(put_model(tmp_path / "base", family), 16), ["a", "b", "c"]
+    classifier = make_classifier(pretrained, labels, seed=1, rows=None)
+    if family == "albert":
+        says = refusal(lambda: adapt(Settings(adapter="lora"), pretrained, classifier, labels))
+        assert says.endswith("Set lora_targets=all-linear, or target_modules")
+    model = adapt(Settings(adapter="lora", lora_targets="all-linear"), pretrained, classifier, labels).model.eval()
+    shake(model)
+    batch = {"input_ids": torch.tensor([[4, 5, 2], [7, 3, 2]]), "attention_mask": torch.ones(2, 3)}
+    with torch.no_grad():
+        before = model(**batch).logits
+        for each, tolerance in [(model, 0), (merge(model), 1e-5)]:
+            folder = save_model(str(tmp_path), each, pretrained.tokenizer, str(tolerance))
+            back = load_saved(folder, AutoModelForSequenceClassification.from_pretrained)
+            assert (back(**batch).logits - before).abs().max() <= tolerance
 
 
 def test_the_command_trains_saves_resumes_and_goes_on_from_an_adapter(

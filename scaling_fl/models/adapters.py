@@ -88,7 +88,10 @@ def add_adapter(
             torch.default_generator.manual_seed(seed)
             adapted = peft.get_peft_model(model, config)
     except Exception as error:
-        raise ValueError(f"adapter: expected a configuration that fits the model, got {one_line(error)}") from error
+        hint = ". Set lora_targets=all-linear, or target_modules" if "specify `target_modules`" in str(error) else ""
+        raise ValueError(
+            f"adapter: expected a configuration that fits the model, got {one_line(error)}{hint}"
+        ) from error
     adapted.train(is_training)
     if isinstance(getattr(config, "target_modules", None), set):  # which has another order in each process
         config.target_modules = sorted(config.target_modules)
