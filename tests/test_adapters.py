@@ -16,12 +16,21 @@ from safetensors.torch import load_file
 from test_invariants import tensor_bytes, train_plainly
 from tiny_models import put_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 from scaling_fl.distributed.collectives import check_equal, rank
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.adapting import FROZEN, adapt, identity_of_adapter
+from scaling_fl.experiment.build import build
+from scaling_fl.experiment.kinds import plain
+from scaling_fl.experiment.plan import check_output
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.replica import Replica
@@ -358,6 +367,36 @@ def test_an_adapter_of_the_hub_trains_on(
         config = json.loads((folder / "adapter_config.json").read_text()) | (change or {"revision": None})
         (folder / "adapter_config.json").write_text(json.dumps(config))
         assert says in refusal(lambda: load_pretrained("user/adapter", 32))
+
+
+def size_of(place: Path) -> int:
+    return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+
+
+@pytest.mark.parametrize("keeps_checkpoints", [True, False])
+@pytest.mark.parametrize("merges", [True, False])
+def test_the_space_that_is_asked_for_is_what_a_run_writes(
+    keeps_checkpoints: bool, merges: bool, command: Command, tiny_model: str, small_run: dict, tmp_path: Path
+) -> None:
+    """Of a model beside which adapter and tokenizer are not small."""
+    model, words = tmp_path / "model", (Path(tiny_model) / "words.txt").read_text().split()
+    (tmp_path / "words.txt").write_text("\n".join([*words, *(f"word-{number}" for number in range(20_000))]))
+    tokenizer = BertTokenizerFast(vocab=str(tmp_path / "words.txt"), model_max_length=64)
+    tokenizer.save_pretrained(model)
+    make_bert(vocab_size=len(tokenizer)).save_pretrained(model)
+    checkpoints = tmp_path / "checkpoints"
+    settings = {"model": str(model), "adapter": "lora", "lora_rank": 64, "lora_targets": "all-linear", "merge": merges}
+    settings |= {"checkpoints_dir": str(checkpoints)} if keeps_checkpoints else {}
+    (tmp_path / "empty").mkdir()
+    with world():
+        all_settings = Settings(**{name: plain(value) for name, value in (small_run | settings).items()})
+        needs = check_output(all_settings, build(all_settings), str(tmp_path / "empty"))
+    succeed(command(**settings))
+    asked = {need.purpose: need.final for need in needs}
+    run = tmp_path / "runs" / "1"
+    of_best = 0 if keeps_checkpoints else size_of(run / "final_model.pt")  # best.pt, which is removed at the end
+    assert asked.pop("the final model") == pytest.approx(size_of(run) + of_best, rel=0.1)
+    assert sum(asked.values()) == pytest.approx(size_of(checkpoints), rel=0.1)
 
 
 def test_a_federation_of_one_site_is_ordinary_training_of_the_adapter() -> None:

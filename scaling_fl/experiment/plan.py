@@ -102,14 +102,14 @@ def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int |
     return num_bytes
 
 
-def check_output(settings: Settings, job: Job, folder: str | None) -> None:
-    """Check on rank 0, before training, whether the checkpoints and the final model can be written.
+def check_output(settings: Settings, job: Job, folder: str | None) -> list[export.SpaceNeeded]:
+    """Check on rank 0, before training, whether the checkpoints and the models can be written; return what they need.
 
     Raises:
         ValueError: they cannot.
     """
     if rank() != 0:
-        return
+        return []
     weights = job.global_model.weights
     beside = 256 * len(job.global_model.state_dict()["weights"])  # their names and places in the file
     size = weights.nbytes + state_bytes(server_optimiser(settings), weights.numel()) + beside
@@ -122,14 +122,22 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> None:
         )
         needs += [replace(need, purpose="best.pt") for need in of_best]
     num_copies = 2 + keeps_best * (1 if job.checkpoints_dir else 2)  # model/, final_model.pt, best/ and best.pt
+    num_merged = settings.merge * (1 + keeps_best)
     model = job.loaded.model
     # Layers may share a weight, which is saved once.
-    sizes = [
-        sum({tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}.values())
+    saved, all_ = (
+        sum({tensor.data_ptr(): tensor.nbytes + 256 for tensor in weights.values()}.values())
         for weights in (saved_weights(model), model.state_dict())
-    ]
-    num_bytes = num_copies * sizes[0] + settings.merge * (1 + keeps_best) * sizes[1]
-    export.check(needs, folder, settings.model, model, job.encoder.tokenizer, num_bytes=num_bytes)
+    )
+    return export.check(
+        needs,
+        folder,
+        settings.model,
+        model,
+        job.encoder.tokenizer,
+        num_bytes=num_copies * saved + num_merged * (all_ - saved),
+        num_folders=1 + keeps_best + num_merged,
+    )
 
 
 def describe(settings: Settings, job: Job) -> list[str]:

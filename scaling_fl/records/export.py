@@ -48,8 +48,9 @@ def check(
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_bytes: int = 0,
-) -> None:
-    """Check before training that the results of a run can be written. Leaves no files.
+    num_folders: int = 1,
+) -> list[SpaceNeeded]:
+    """Check before training that the results of a run can be written, and return what they need. Leaves no files.
 
     Args:
         needs: of the files that are written before the final model.
@@ -58,17 +59,22 @@ def check(
         model: which will be saved.
         tokenizer: of the model.
         num_bytes: of all weights that will be in the folder.
+        num_folders: how many folders with a model will be in it.
 
     Raises:
         ValueError: a disk has too little space or cannot be written to, or the model or tokenizer cannot be saved.
     """
     if folder is None:
         check_disks(needs)
-        return
-    size = num_bytes
-    for measure_files in (lambda: RECORD_BYTES, lambda: _try_model(folder, name, model, tokenizer)):
-        size += measure_files()
-        check_disks([*needs, SpaceNeeded(folder, folder, "the final model", size, size)])
+        return [*needs]
+
+    def with_models(size: int) -> list[SpaceNeeded]:
+        return [*needs, SpaceNeeded(folder, folder, "the final model", size, size)]
+
+    check_disks(with_models(size := num_bytes + RECORD_BYTES))  # before anything is tried there
+    found = with_models(size + num_folders * _try_model(folder, name, model, tokenizer))
+    check_disks(found)
+    return found
 
 
 def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -79,6 +85,8 @@ def _try_model(folder: str, name: str, model: PreTrainedModel, tokenizer: PreTra
             if model.can_generate():
                 model.generation_config.save_pretrained(trial)
             tokenizer.save_pretrained(trial)
+            for of_adapter in getattr(model, "peft_config", {}).values():
+                of_adapter.save_pretrained(trial)
             return sum(path.stat().st_size for path in Path(trial).rglob("*"))
     except OSError as error:
         raise ValueError(f"{folder}: expected a folder that can be written to, got {one_line(error)}") from error
