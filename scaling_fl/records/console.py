@@ -29,7 +29,7 @@ def print_once(*lines: str) -> None:
     Raises:
         WriteError: standard output cannot be written to.
     """
-    if rank() == 0:
+    if rank() == 0 and lines:
         with naming_place("the standard output"):
             print(*lines, sep="\n", flush=True)
 
