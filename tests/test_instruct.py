@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import order_seed
-from scaling_fl.records.rounds import Record
+from scaling_fl.records.rounds import METRICS, Record
 from scaling_fl.training.loop import NOT_TRAINED
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "sun": "yellow"}
@@ -143,9 +144,13 @@ def test_a_model_that_has_learned_its_answers_by_heart_gives_them(given: dict[st
 
 def test_each_site_is_evaluated_on_its_own_answers(given: dict[str, Any], tmp_path: Path) -> None:
     changes = {"test_path": None, "site_test_fraction": 0.3, "score_by": "exact_match", "evaluate_local": True}
+    changes |= {"sample_questions": ["Which colour has coal?"]}
     _, rounds = run(given, tmp_path / "run", **changes, partition="natural", site_column="kind", num_rounds=2)
     last = rounds[-1]
     assert {*last["site.test_exact_match"]} == {*last["site.local_exact_match"]} == {"0", "1"}
+    of_answers = {name for name in METRICS if re.search("perplexity|exact_match|answers", name)}
+    expected = {name for name in of_answers if not name.startswith("test.")}  # which needs validation examples
+    assert {name for name in last if re.search("perplexity|exact_match|answers", name)} == expected
     assert last["sites.test_exact_match.worst"] == min(last["site.test_exact_match"].values())
     assert last["validation.exact_match"] == last["sites.test_exact_match.weighted"]
 
