@@ -172,6 +172,26 @@ def test_the_result_has_the_end_of_an_answer_and_a_cache(given: dict[str, Any], 
     assert all(map(torch.equal, model.state_dict().values(), make_llama().state_dict().values()))
 
 
+def test_the_result_of_an_adapter_is_read_as_others_read_it(given: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    changes = {"adapter": "lora", "lora_rank": 2, "merge": True, "num_rounds": 2}
+    weights, _ = run(given, tmp_path / "run", **changes)
+    assert all("lora_" in name for name in weights)
+    batch = {"input_ids": torch.arange(3, 30).reshape(3, 9)}
+    with torch.no_grad():
+        folder = tmp_path / "run" / "model"
+        ours = AutoModelForCausalLM.from_pretrained(folder).eval()
+        by_path = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given["model"]), folder).eval()
+        merged = AutoModelForCausalLM.from_pretrained(f"{folder}_merged").eval()
+        expected = by_path(**batch).logits
+        assert torch.equal(ours(**batch).logits, expected)
+        assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
+        assert not torch.allclose(make_llama().eval()(**batch).logits, expected, atol=1e-2)
+    _, more = run(given, tmp_path / "more", model=str(folder), num_rounds=1)
+    _, all_ = run(given, tmp_path / "all", **changes | {"num_rounds": 3})
+    assert more[0]["validation.loss"] == all_[2]["validation.loss"], "a run continues from the folder"
+
+
 def test_rows_that_are_left_out_or_cut_are_counted(given: dict[str, Any], tmp_path: Path) -> None:
     path = put_rows(tmp_path, "odd.jsonl", [*PAIRS, ("Which?", ""), ("A " * 99, "red")])
     assert "text 7 of the 8" in refusal(lambda: run(given, tmp_path / "refused", train_path=path))
