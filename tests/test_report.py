@@ -113,7 +113,7 @@ def evaluate(round_: dict[str, Any]) -> None:
         gain = {site: round(0.0002 * (site - 1), 4) for site in sites}
         round_ |= {"site.gain": gain, "site.local_accuracy": {site: accuracy[site] - gain[site] for site in sites}}
     for data, fraction in (("validation", 1.0), ("test", 0.9)):
-        for name in ("accuracy", "macro_f1", "balanced_accuracy"):
+        for name in ("accuracy", "macro_f1", "balanced_accuracy", "exact_match", "perplexity"):
             round_[f"{data}.{name}"] = fraction * round_["validation.accuracy"]
         round_ |= {f"{data}.loss": round_["validation.loss"], f"{data}.confusion": [[0, 0, 90], [0, 2, 10], [2, 2, 5]]}
 

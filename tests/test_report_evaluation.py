@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import EVIL, Reader, evaluate, only, write_run
 
+from scaling_fl.report.answers import answers
 from scaling_fl.report.charts import PLOTS
 from scaling_fl.report.confusions import confusions
 from scaling_fl.report.findings import findings
@@ -263,3 +264,23 @@ def test_a_site_with_a_low_test_accuracy_is_reported_with_its_number_of_examples
     rounds = [*run.rounds[:-1], run.rounds[-1] | {"site.test_accuracy": low}]
     (sentence,) = findings(without(replace(run, rounds=rounds), "site.gain"))
     assert sentence.startswith("Site 2 (rank 0, cpu) has a test accuracy of 0.250, on 12 examples, in the last round")
+
+
+def test_the_page_of_a_language_model_has_its_answers_before_and_after(run: Run) -> None:
+    assert answers(run) is None
+    asked = replace(run, config=run.config | {"sample_questions": [f"Who? {EVIL}", "When?"]})
+    last = max(asked.steps)
+    rounds = [
+        {name: value for name, value in of.items() if "confusion" not in name}
+        | {"sample.answers": [f"answer {of['round']}", "x" * 400], "validation.exact_match": 0.5}
+        for of in asked.rounds
+    ]
+    asked = replace(asked, rounds=rounds)
+    table = answers(asked)
+    assert table is not None
+    assert table.columns[0] == "after round 0"
+    assert table.columns[-1] == f"after round {last:.0f}"
+    assert (table.rows[0].texts[0], table.rows[0].texts[-1]) == ("answer 0", f"answer {last:.0f}")
+    assert len(table.rows[1].texts[0]) == 160
+    assert "answer 0" in text_of(asked)
+    assert tiles(asked)["last validation exact match"] == "0.5000"

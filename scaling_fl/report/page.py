@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
+from scaling_fl.report.answers import answers
 from scaling_fl.report.canvas import GLYPHS, VARIABLES, Legend, run_legend
 from scaling_fl.report.charts import Chart
 from scaling_fl.report.confusions import confusions
@@ -64,7 +65,7 @@ tbody th{{white-space:normal;max-width:132px}}
 
 # The sections with charts, and the table of a run below them.
 SECTIONS: dict[str, Callable[[Run], Table | None]] = {
-    "Learning": confusions,
+    "Learning": lambda run: confusions(run) or answers(run),  # of classes, or of a language model
     "Sites": sites,
     "Time and bytes": lambda run: None,
 }

@@ -14,6 +14,7 @@ ALL_SITES, WORST_SITES = 10, 5  # up to 10 sites are all listed; of more, the 5 
 LATEST = {
     "gain": ("gain", "{:+.4f}"),
     "test_accuracy": ("test accuracy", "{:.4f}"),
+    "test_exact_match": ("exact match", "{:.4f}"),
     "local_accuracy": ("of its own model", "{:.4f}"),
     "test_examples": ("test examples", "{:,.0f}"),
     "accuracy": ("training accuracy", "{:.4f}"),

@@ -97,7 +97,7 @@ def most_memory(run: Run) -> float:
 
 
 SCORES = {"accuracy": ("accuracy", 1), "macro_f1": ("macro-F1", 1), "balanced_accuracy": ("balanced accuracy", 1)}
-SCORES |= {"loss": ("loss", -1)}
+SCORES |= {"loss": ("loss", -1), "perplexity": ("perplexity", -1), "exact_match": ("exact match", 1)}
 
 # Name, function, format, and whether more (1) or less (-1) is better.
 MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
