@@ -74,13 +74,10 @@ def test_the_first_exercises_stay_as_they_are() -> None:
     """Whoever compares two versions of the library needs the same exercises."""
     found = [[turn["content"] for turn in row["messages"]] for row in make_exercises(4)]
     assert found == [
-        ["How many kilograms are 246 tonnes?", "246000 kilograms"],
-        ["Which date is 23 days after 11 April 2019?", "4 May 2019"],
-        [
-            "Sort these words from A to Z: cotton, bottle, orange, saddle, apple.",
-            "apple, bottle, cotton, orange, saddle",
-        ],
-        ["What is five plus eighty-six? Answer in words.", "ninety-one"],
+        ["How many kilograms are 32 tonnes?", "32000 kilograms"],
+        ["Which date is 7 days after 11 April 2019?", "18 April 2019"],
+        ["Sort these words from A to Z: cotton, bottle, orange, saddle.", "bottle, cotton, orange, saddle"],
+        ["What is twenty-eight plus eighteen? Answer in words.", "forty-six"],
     ]
 
 
@@ -114,4 +111,4 @@ def test_another_answer_is_wrong(given: str, expected: str) -> None:
 
 
 def test_a_count_that_cannot_be_made_is_refused() -> None:
-    assert refusal(lambda: make_exercises(0)).startswith("count: expected a whole number from 1 to 20,000, got 0")
+    assert refusal(lambda: make_exercises(0)).startswith("count: expected a whole number from 1 to 2,400, got 0")

@@ -1,6 +1,6 @@
 """Made exercises with answers that can be checked: units, dates, sorting of words, sums in words.
 
-They show that a model learns; they are no benchmark. All numbers come from hashes, so that the exercises of a seed are
+They show that a small model learns; they are no benchmark. All numbers come from hashes, so that the exercises of a seed are
 the same on every machine and with every version of Python.
 """
 
@@ -44,7 +44,7 @@ def make_exercises(count: int = 2_000, seed: int = 0) -> list[dict[str, Any]]:
         Rows with `messages`, a question and its answer, and `kind`, a key of KINDS.
 
     Raises:
-        ValueError: the count is not from 1 to 20,000.
+        ValueError: the count is not from 1 to 2,400.
     """
     if not 1 <= count <= MOST:
         raise ValueError(f"count: expected a whole number from 1 to {MOST:,}, got {count}")
@@ -77,12 +77,12 @@ def _hashed(seed: int, *purpose: str | int) -> Below:
 
 def _convert_units(below: Below) -> tuple[str, str]:
     large, small, factor = UNITS[below(len(UNITS))]
-    count = 2 + below(998)
+    count = 2 + below(48)
     return f"How many {small} are {count} {large}?", f"{count * factor} {small}"
 
 
 def _add_days(below: Below) -> tuple[str, str]:
-    start, days = date(2001, 1, 1) + timedelta(below(9_000)), 2 + below(60)
+    start, days = date(2001, 1, 1) + timedelta(below(9_000)), 2 + below(8)
     return f"Which date is {days} days after {_write_date(start)}?", _write_date(start + timedelta(days))
 
 
@@ -92,12 +92,12 @@ def _write_date(day: date) -> str:
 
 def _sort_words(below: Below) -> tuple[str, str]:
     left = list(WORDS)
-    words = [left.pop(below(len(left))) for _ in range(4 + below(3))]
+    words = [left.pop(below(len(left))) for _ in range(3 + below(2))]
     return f"Sort these words from A to Z: {', '.join(words)}.", ", ".join(sorted(words))
 
 
 def _add_words(below: Below) -> tuple[str, str]:
-    numbers = 1 + below(99), 1 + below(99)
+    numbers = 1 + below(29), 1 + below(29)
     first, second = map(number_in_words, numbers)
     return f"What is {first} plus {second}? Answer in words.", number_in_words(sum(numbers))
 
@@ -118,4 +118,4 @@ KINDS: dict[str, Callable[[Below], tuple[str, str]]] = {
     "sorting": _sort_words,
     "sums": _add_words,
 }
-MOST = 20_000  # more would need most of the 9,801 sums
+MOST = 2_400  # more would need most of the 672 conversions of units

@@ -29,10 +29,10 @@ class Nickname:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-QUESTIONS = [  # which no exercise of its first 2,000 asks
-    "How many grams are 12 kilograms?",
-    "Sort these words from A to Z: tiger, lemon, anchor, dragon.",
-    "What is thirty-one plus twenty-four? Answer in words.",
+QUESTIONS = [  # which no exercise asks
+    "How many grams are 60 kilograms?",
+    "Sort these words from A to Z: tiger, lemon, anchor.",
+    "What is twelve plus thirty? Answer in words.",
 ]
 DATASETS: dict[str, Nickname] = {
     "exercises": Nickname(
