@@ -14,6 +14,8 @@ from tiny_llm import make_llama, make_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -161,6 +163,22 @@ def test_packing_changes_no_loss_but_for_rounding(given: dict[str, Any], tmp_pat
         assert after["validation.loss"] == pytest.approx(before["validation.loss"], abs=1e-4)
     assert packed[2]["train.loss"] == pytest.approx(padded[2]["train.loss"], abs=1e-4)
     assert packed[2]["site.examples"] == padded[2]["site.examples"]
+    num_tokens, num_packed = (round(of[2]["speed.tokens_per_s"] * of[2]["time.train_s"]) for of in (padded, packed))
+    assert num_packed == num_tokens
+    with world():
+        data = build(Settings(**given | {"pack": True})).data
+    assert all(len(examples.batch()["input_ids"]) == 1 for examples in data.train.values())
+    assert all("attention_mask" in part.batch() for parts in data.common.values() for part in parts)
+
+
+def test_a_model_that_mixes_packed_texts_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.5))
+    path = put_model(folder, bloom)
+    run(given, tmp_path / "run", model=path)
+    message = refusal(lambda: run(given, tmp_path / "refused", model=path, pack=True))
+    assert "pack: expected a model that tells texts in a row apart by their positions, got a loss of" in message
 
 
 def test_the_result_has_the_end_of_an_answer_and_a_cache(given: dict[str, Any], tmp_path: Path) -> None:
@@ -199,6 +217,20 @@ def test_rows_that_are_left_out_or_cut_are_counted(given: dict[str, Any], tmp_pa
         job = build(Settings(**given | {"train_path": path, "skip_long": True}))
     assert job.data.lost == {"rows_left_out": 1, "prompts_cut": 1, "answers_cut": 0}
     assert sum(map(len, job.data.train.values())) == len(PAIRS) + 1
+
+
+def test_rows_that_are_left_out_move_no_row_to_another_site(given: dict[str, Any], tmp_path: Path) -> None:
+    kinds = ["a", "a", "a", "b", "b", "b", "b"]
+    path = put_rows(tmp_path, "odd.jsonl", [("Which?", ""), *PAIRS], kind=kinds)
+    natural = {"partition": "natural", "site_column": "kind", "skip_long": True}
+    with world():
+        job = build(Settings(**given | natural | {"train_path": path}))
+    assert job.data.names == ("a", "b")
+    assert [size.num_examples for size in job.data.sizes] == [2, 4]
+    files = {"train_path": None, "test_path": None, "skip_long": True, "site_paths": [[path, path], [path]]}
+    with world():
+        job = build(Settings(**given | files))
+    assert job.data.lost["rows_left_out"] == 3
 
 
 def test_sites_with_files_of_their_own_show_counts_only(
@@ -293,6 +325,7 @@ def test_the_default_is_a_run_that_needs_nothing_but_packages() -> None:
     assert (settings.partition, settings.site_column, settings.score_by) == ("natural", "kind", "exact_match")
     others = Settings(task_name="instruct", train_path="dolly", model="gpt2")
     assert (others.partition, others.site_column, others.score_by, others.adapter) == ("iid", None, None, None)
+    assert Settings(task_name="agnews", model="smollm2").template is None
     assert Settings(task_name="instruct", site_paths=[["a.jsonl"]]).train_path is None
     asked = {row["messages"][0]["content"] for row in make_exercises()}
     assert asked.isdisjoint(QUESTIONS)
