@@ -1,7 +1,7 @@
 """Made exercises with answers that can be checked: units, dates, sorting of words, sums in words.
 
-They show that a small model learns; they are no benchmark. All numbers come from hashes, so that the exercises of a seed
-are the same on every machine and with every version of Python.
+They show that a small model learns; they are no benchmark. All numbers come from hashes: the exercises of a seed are
+the same on every machine and with every version of Python.
 """
 
 from collections.abc import Callable
