@@ -81,6 +81,7 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
     for number, site in enumerate(sites):
         rank, device = ("any" if site[key] is None else site[key] for key in ("rank", "device"))
         labels = ", ".join(f"{printable(name)} {count:,}" for name, count in site["labels"].items())
+        labels += f"{site['trained_tokens']:,} tokens to predict" if "trained_tokens" in site else ""
         lines.append(
             f"{number:>4} | {of_names[number + 1]}{rank:>4} | {device:>6} | {site['examples']:>8,} | "
             f"{site['tokens']:>10,} | {site['steps']:>13,} | {labels}"
