@@ -39,8 +39,8 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     Returns:
         `labels`; `sites`, a dict for each with `rank` and `device` (None: any), `examples`, `tokens`, `steps` of a
         round, `labels` (examples by label), `trained_tokens` of a language model, and `name`, if sites have names;
-        `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and `weights` and `bytes` that a round sends, `num_test`,
-        `newly_initialised`, and `resumed_after` (a round).
+        `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and `weights` and `bytes` that
+        a round sends, `num_test`, `newly_initialised`, and `resumed_after` (a round).
 
     Raises:
         ValueError: something of the run would be refused.
