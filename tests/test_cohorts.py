@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from scaling_fl.distributed.world import world
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
+from scaling_fl.federation.cohorts import Cohort, Cohorts, count_sites, share_out
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import LocalTraining, Site
@@ -153,6 +154,19 @@ def test_the_weights_are_those_of_the_cohort() -> None:
     assert metrics[1]["site.rank"] == {3: 0}
     assert metrics[1]["site.name"] == {3: "name 3"}
     assert metrics[1]["rank.idle_s"] == {0: 0.0}
+
+
+def test_a_site_that_stops_early_weighs_the_same_part_of_its_tokens() -> None:
+    sites = [
+        Site(0, torch.device("cpu"), num_examples=10, num_tokens=30),
+        Site(1, torch.device("cpu"), num_examples=5, num_tokens=10),
+    ]
+    with world():
+        by_tokens, by_examples = Cohort(sites, "tokens"), Cohort(sites, "examples")
+        without = [replace(site, num_tokens=0) for site in sites]
+        assert "expected sites with tokens that their model learns" in refusal(lambda: Cohort(without, "tokens"))
+    assert [by_tokens.weigh(sites[0], used) for used in (10, 5)] == [Fraction(30, 40), Fraction(15, 40)]
+    assert [by_examples.weigh(sites[0], used) for used in (10, 5)] == [Fraction(10, 15), Fraction(5, 15)]
 
 
 def test_sites_may_weigh_the_same() -> None:
