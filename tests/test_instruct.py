@@ -14,6 +14,7 @@ from tiny_llm import make_llama, make_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -201,6 +202,7 @@ def test_the_result_of_an_adapter_is_read_as_others_read_it(given: dict[str, Any
     changes = {"adapter": "lora", "lora_rank": 2, "merge": True, "num_rounds": 2}
     weights, _ = run(given, tmp_path / "run", **changes)
     assert all("lora_" in name for name in weights)
+    assert json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     batch = {"input_ids": torch.arange(3, 30).reshape(3, 9)}
     with torch.no_grad():
         folder = tmp_path / "run" / "model"
@@ -232,7 +234,7 @@ def test_rows_that_are_left_out_move_no_row_to_another_site(given: dict[str, Any
     with world():
         job = build(Settings(**given | natural | {"train_path": path}))
     assert job.data.names == ("a", "b")
-    assert [size.num_examples for size in job.data.sizes] == [2, 4]
+    assert [(size.num_examples, size.label_counts) for size in job.data.sizes] == [(2, ()), (4, ())]
     files = {"train_path": None, "test_path": None, "skip_long": True, "site_paths": [[path, path], [path]]}
     with world():
         job = build(Settings(**given | files))
@@ -273,19 +275,35 @@ def test_a_model_without_its_head_is_refused(given: dict[str, Any], tmp_path: Pa
     assert "expected all weights of a causal language model in its files, got none for lm_head.weight" in message
 
 
-def test_models_without_a_padding_token_are_trained(given: dict[str, Any], tmp_path: Path) -> None:
+def test_virtual_tokens_are_not_scored(given: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    changes = {"adapter_config": config, "num_rounds": 2, "num_local_epochs": 4, "score_by": "exact_match"}
+    weights, rounds = run(given, tmp_path / "run", **changes)
+    assert [tuple(weight.shape) for weight in weights.values()] == [(3, 16)]
+    assert rounds[2]["train.loss"] < rounds[1]["train.loss"]
+    assert "by their positions" in refusal(lambda: run(given, tmp_path / "refused", **changes, pack=True))
+
+
+def test_prompts_are_learned_if_that_is_asked_for(given: dict[str, Any]) -> None:
+    with world():
+        sizes, with_prompts = (
+            build(Settings(**given | {"train_on_prompt": learns})).data.sizes for learns in (False, True)
+        )
+    for before, after in zip(sizes, with_prompts, strict=True):
+        assert before.num_trained_tokens < after.num_trained_tokens == after.num_tokens - after.num_examples
+
+
+@pytest.mark.parametrize("padding", [None, "[PAD]"], ids=["none", "without an embedding"])
+def test_models_without_a_padding_token_are_trained(given: dict[str, Any], tmp_path: Path, padding: str | None) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
     path = put_model(
         folder, GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64))
     )
-    tokenizer = make_tokenizer()
-    before = tokenizer.pad_token
-    try:
-        tokenizer.pad_token = None
-        tokenizer.save_pretrained(path)
-    finally:
-        tokenizer.pad_token = before
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = padding
+    tokenizer.save_pretrained(path)
     _, rounds = run(given, tmp_path / "run", model=path, num_rounds=2)
     assert rounds[2]["validation.loss"] < rounds[0]["validation.loss"]
 

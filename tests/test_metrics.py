@@ -103,6 +103,8 @@ def test_the_spread_over_sites_equals_that_of_numpy_without_failed_sites() -> No
     assert metrics["site.accuracy"] == {0: 0.125, 2: 1.0, 3: 0.75}
     assert [*metrics["site.loss"]] == [0, 2, 3]
     assert (metrics["sites.loss.worst"], metrics["sites.accuracy.worst"]) == (2.0, 0.125)
+    by_match = spread({0: {"test_exact_match": 0.5, "gain": 0.1}, 1: {"test_exact_match": 0.25, "gain": 0.2}})
+    assert (by_match["sites.test_exact_match.worst"], by_match["sites.gain.worst"]) == (0.25, 0.1)
     for name, values in (("loss", losses), ("accuracy", accuracies)):
         assert metrics[f"sites.{name}.mean"] == pytest.approx(np.mean(values))
         assert metrics[f"sites.{name}.std"] == pytest.approx(np.std(values))
