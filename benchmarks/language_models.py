@@ -99,13 +99,19 @@ def compare_packing(model: nn.Module, longest: int, spread: str, options: argpar
 
     padded, packed = take_turns([partial(train_on, of) for of in both], options.repeats)
     num_tokens = int(texts.lengths.sum())
-    batches = [of.batch() for seed in range(1, options.repeats + 1) for of in texts.shuffled(options.batch_size, seed)]
-    places = statistics.mean(batch["input_ids"].numel() for batch in batches) * options.steps
     speeds = (num_tokens / statistics.median(of) for of in (padded, packed))
+    widths = [mean_places(of, options) for of in both]
     return (
-        f"{longest:>7} | {spread:<6} | {num_tokens // options.steps:>12,} | {1 - num_tokens / places:>7.0%} | "
+        f"{longest:>7} | {spread:<6} | {widths[1]:>12,.0f} | {1 - widths[1] / widths[0]:>7.0%} | "
         f"{' | '.join(f'{speed:>8,.0f}' for speed in speeds)} | {median_ratio(padded, packed):>6.2f}"
     )
+
+
+def mean_places(examples: Examples, options: argparse.Namespace) -> float:
+    """Return how many tokens and places of padding the batches of the measured repetitions have, their mean."""
+    seeds = range(1, options.repeats + 1)
+    batches = (batch for seed in seeds for batch in examples.shuffled_batches(options.batch_size, seed))
+    return statistics.mean(batch["input_ids"].numel() for batch in batches)
 
 
 def compare_adapter(models: dict[str, nn.Module], longest: int, options: argparse.Namespace) -> list[str]:

@@ -29,7 +29,8 @@ def commands_of(page: str) -> list[str]:
 NAMES = ("install", "running", "settings", "tasks", "instruct", "models", "resuming", "reports", "trackers", "speed")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
-IN_OTHER_TESTS = "benchmarks/cohorts|torch.distributed.run|dashboard|pip install"  # below, and in other files
+# Below, and in other files:
+IN_OTHER_TESTS = "benchmarks/cohorts|language_models|torch.distributed.run|dashboard|pip install"
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
@@ -165,6 +166,22 @@ def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
     ratios = [float(ratio) for ratio in re.findall(r"\((\d\.\d+)\)", output.splitlines()[-1])]
     assert len(ratios) == 4
     assert all(0.8 < ratio < 1.2 for ratio in ratios[1:]), "memory, and bytes of a checkpoint and of the record"
+
+
+@pytest.mark.usefixtures("warm")
+def test_packing_saves_padding_and_lora_sends_and_keeps_only_its_matrices(tmp_path: Path) -> None:
+    (command,) = [c for c in COMMANDS if "language_models" in c]
+    output = run_warm(f"{command} --small --repeats 1", tmp_path)
+    packing = [line.split("|") for line in output.splitlines() if re.search(r"\| (alike|uneven)", line)]
+    assert [float(of[3].strip(" %")) > 0 for of in packing] == [False, True], (
+        "packing saves the padding, which only uneven texts have"
+    )
+    numbers = {line.split()[0]: re.findall(r"[\d.,]+", line) for line in output.splitlines()[-2:]}
+    weights, _, _, sent, state = (float(number.replace(",", "")) for number in numbers["LoRA"])
+    assert weights == 2 * (8 * 32 + 32 * 8), "of the queries and values of one layer, 32 wide: A and B of rank 8"
+    assert sent == 8 * weights, "fixed point of 64 bits"
+    assert state == 2 * 4 * weights + 4 * 4, "two moments, and a number of steps for each of the four matrices"
+    assert float(numbers["whole"][0].replace(",", "")) > 100 * weights
 
 
 @pytest.mark.usefixtures("warm")
