@@ -14,6 +14,7 @@ import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
 from test_invariants import tensor_bytes, train_plainly
+from tiny_llm import make_llama
 from tiny_models import put_model
 from torch import Tensor, nn
 from transformers import (
@@ -179,12 +180,25 @@ def test_dropout_is_off_in_evaluation_and_the_mode_stays() -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights: expected one of True, False, gaussian, orthogonal"),
         ({"rang": 2}, "adapter_config: expected the configuration of a peft_type of peft "),
         ({"peft_type": "LARO"}, "adapter_config: expected the configuration of a peft_type of peft "),
+        ({"target_modules": ["query", "classifiers"]}, "lora_targets: expected modules of the model, such as "),
+        ({"modules_to_save": ["score"]}, "lora_modules_to_save: expected modules of the model, such as "),
         ({"target_modules": ["LayerNorm"]}, "adapter: expected a configuration that fits the model, got "),
     ],
 )
 def test_what_peft_would_ignore_or_refuse_in_its_own_words_is_a_sentence(changes: dict, says: str) -> None:
     given = {**lora(), "task_type": "SEQ_CLS", **changes}
     assert refusal(lambda: add_adapter(make_bert(), given, full=HEAD)).startswith(says)
+
+
+def test_a_method_whose_loss_is_another_one_is_refused() -> None:
+    given = {"peft_type": "ADALORA", "total_step": 9, "tinit": 1, "tfinal": 1}
+    says = refusal(lambda: add_adapter(make_bert(), given, full=HEAD))
+    assert says.startswith("adapter_config: expected another peft_type than ADALORA, which adds a penalty to the loss")
+
+
+def test_a_method_that_saves_no_other_modules_is_taken() -> None:
+    given = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}
+    assert trained_weights(add_adapter(make_llama(), given)).keys()
 
 
 def test_a_tied_module_is_refused_as_a_copy_of_it_would_train() -> None:
@@ -426,11 +440,8 @@ def test_ranks_and_resumed_runs_compare_what_peft_is_asked_for_and_frozen_weight
 
 
 @pytest.mark.parametrize("mean", ["freeze_a", "alternate"])
-@pytest.mark.parametrize(
-    "changes", [{"use_dora": True}, {"peft_type": "ADALORA", "total_step": 9, "tinit": 1, "tfinal": 1}], ids=str
-)
-def test_a_mean_is_not_called_exact_where_a_third_factor_trains(mean: str, changes: dict, tiny_model: str) -> None:
-    given = {"peft_type": "LORA", **changes}
+def test_a_mean_is_not_called_exact_where_a_third_factor_trains(mean: str, tiny_model: str) -> None:
+    given = {"peft_type": "LORA", "use_dora": True}
     labels = ["food", "sport", "tech"]
     pretrained = load_pretrained(tiny_model, 32)
     for lora_mean in ("ab", mean):

@@ -268,7 +268,7 @@ def test_a_sample_of_each_site_is_trained_on_without_a_test_file(command: Comman
         ({"site_test_fraction": 1}, "site_test_fraction: expected a fraction > 0 and < 1, such as 0.2 or None, got 1"),
         (
             {"num_sites": 61, "site_test_fraction": 0.5},
-            "site_test_fraction: expected a site with two different texts or more, got none",
+            "site_test_fraction: expected a site with two different texts, or groups of rows, or more, got none",
         ),
         ({"evaluation_sites": [1]}, "evaluation_sites: expected sites with test or validation examples, got [1]"),
         ({"test_path": None}, "test_path: expected a path or URL for task_name='text', got None"),

@@ -236,7 +236,7 @@ def test_answers_end_with_the_positions_of_the_model_and_those_of_shorter_prompt
     for length in (0, positions + 1):
         given = make_prompts((3, length))
         says = refusal(partial(generate, model, given, max_new_tokens=8, end_ids=[], pad_id=0))
-        assert says == f"prompt: expected 1 to {positions} tokens, got {length}"
+        assert says == f"expected a prompt of 1 to {positions} tokens, got {length}"
 
 
 def test_no_prompts_have_no_answers() -> None:

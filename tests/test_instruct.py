@@ -28,11 +28,13 @@ from transformers import (
 from scaling_fl.data.exercises import make_exercises
 from scaling_fl.data.nicknames import QUESTIONS
 from scaling_fl.distributed.world import world
-from scaling_fl.experiment.build import build
+from scaling_fl.experiment.build import build, make_evaluation
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.plan import plan
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import order_seed
+from scaling_fl.records.console import Progress
 from scaling_fl.records.rounds import METRICS, Record
 from scaling_fl.training.loop import NOT_TRAINED
 
@@ -151,6 +153,30 @@ def test_a_model_that_has_learned_its_answers_by_heart_gives_them(given: dict[st
     assert rounds[1]["validation.perplexity"] == math.exp(rounds[1]["validation.loss"])
 
 
+def test_an_answer_that_was_cut_is_not_asked_for(given: dict[str, Any], tmp_path: Path) -> None:
+    path = put_rows(tmp_path, "some.jsonl", [*PAIRS[:2], *LONG])
+    with world():
+        job = build(Settings(**given | {"test_path": path, "max_seq_len": 24, "score_by": "exact_match"}))
+        evaluation = make_evaluation(Settings(**given | {"score_by": "exact_match"}), job, Progress())
+        assert job.data.lost["answers_cut"] == 2 * len(LONG)
+        (device,) = job.data.common
+        assert evaluation.evaluate_device(job.loaded.model, device)["exact_match"] == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"template": "flowertune", "score_by": "exact_match"}, "template='flowertune' does not end an answer"),
+        ({"sample_questions": ["Who?", "Who? " * 99]}, "sample_questions: question 2: expected a prompt of 1 to 64"),
+    ],
+)
+def test_what_no_model_can_answer_is_refused_before_training(
+    given: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    with world():
+        assert expected in refusal(lambda: plan(Settings(**given | changes)))
+
+
 def test_each_site_is_evaluated_on_its_own_answers(given: dict[str, Any], tmp_path: Path) -> None:
     changes = {"test_path": None, "site_test_fraction": 0.3, "score_by": "exact_match", "evaluate_local": True}
     changes |= {"sample_questions": ["Which colour has coal?"]}
@@ -186,6 +212,9 @@ def test_a_model_that_mixes_packed_texts_is_refused(given: dict[str, Any], tmp_p
     run(given, tmp_path / "run", model=path)
     message = refusal(lambda: run(given, tmp_path / "refused", model=path, pack=True))
     assert "pack: expected a model that tells texts in a row apart by their positions, got a loss of" in message
+    alone = put_rows(tmp_path, "alone.jsonl", PAIRS[:1])  # may follow itself
+    changes = {"model": path, "train_path": alone, "site_ids": [0], "pack": True, "batch_size": 1}
+    assert "pack: expected" in refusal(lambda: run(given, tmp_path / "alone", **changes))
 
 
 def test_the_result_has_the_end_of_an_answer_and_a_cache(given: dict[str, Any], tmp_path: Path) -> None:
@@ -234,6 +263,15 @@ def test_rows_that_are_left_out_move_no_row_to_another_site(given: dict[str, Any
     with world():
         job = build(Settings(**given | natural | {"train_path": path}))
     assert job.data.names == ("a", "b")
+    message = refusal(
+        lambda: run(
+            given,
+            tmp_path / "refused",
+            **natural,
+            train_path=put_rows(tmp_path, "emptied.jsonl", [("Which?", ""), *PAIRS], kind=["c", *kinds[1:]]),
+        )
+    )
+    assert "skip_long: expected a row left of each value of site_column, got none of 'c'" in message
     assert [(size.num_examples, size.label_counts) for size in job.data.sizes] == [(2, ()), (4, ())]
     files = {"train_path": None, "test_path": None, "skip_long": True, "site_paths": [[path, path], [path]]}
     with world():
@@ -283,6 +321,8 @@ def test_virtual_tokens_are_not_scored(given: dict[str, Any], tmp_path: Path) ->
     assert [tuple(weight.shape) for weight in weights.values()] == [(3, 16)]
     assert rounds[2]["train.loss"] < rounds[1]["train.loss"]
     assert "by their positions" in refusal(lambda: run(given, tmp_path / "refused", **changes, pack=True))
+    with world():
+        plan(Settings(**given | changes))
 
 
 def test_prompts_are_learned_if_that_is_asked_for(given: dict[str, Any]) -> None:
@@ -348,6 +388,7 @@ def test_the_default_is_a_run_that_needs_nothing_but_packages() -> None:
     assert (settings.model, settings.train_path, settings.weight_by) == ("smollm2", "exercises", "tokens")
     assert (settings.partition, settings.site_column, settings.score_by) == ("natural", "kind", "exact_match")
     others = Settings(task_name="instruct", train_path="dolly", model="gpt2")
+    assert Settings(task_name="instruct", adapter_config={"peft_type": "IA3"}).adapter is None
     assert (others.partition, others.site_column, others.score_by, others.adapter) == ("iid", None, None, None)
     assert Settings(task_name="agnews", model="smollm2").template is None
     assert Settings(task_name="instruct", site_paths=[["a.jsonl"]]).train_path is None

@@ -55,9 +55,9 @@ WRITTEN: list[tuple[str, Conversation, str, list[str]]] = [
     ),
     (
         "flowertune",
-        say("Name a colour.", "Red.", context="left out"),
+        say("Name a colour.", "Red.", context="of blood"),
         "none",
-        [f"{TASK}\n### Instruction:\nName a colour.\n### Response:", " Red."],
+        [f"{TASK}\n### Instruction:\nName a colour. of blood\n### Response:", " Red."],
     ),
     (
         "vicuna",
@@ -357,7 +357,8 @@ def test_training_on_prompts_trains_all_up_to_the_last_end_token() -> None:
     assert tokenizer.decode(ids[-2:]) == "<|im_end|>\n"
     encoder = ConversationEncoder(make_tokenizer("bytes", "none"), "plain", 128, train_on_prompt=True)
     examples = encoder.encode(rows_of(say("A dog", "Red"), say("Blue", "A"))).examples
-    assert (examples.columns["labels"] != -100).all()
+    is_first = np.isin(np.arange(len(examples.columns["labels"])), examples.starts)
+    assert ((examples.columns["labels"] == -100) == is_first).all()
     assert examples.num_trained is not None
     assert examples.num_trained.tolist() == (examples.lengths - 1).tolist(), "nothing predicts the first token"
 

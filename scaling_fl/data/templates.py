@@ -47,11 +47,13 @@ def alpaca(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def flowertune(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """Write an instruction as Flower's FlowerTune does: without its context, and without an end token."""
+    """Write an instruction as Flower's FlowerTune does: its context after a space, and without an end token."""
     instruction, answer = _one_answer(conversation, "flowertune")
+    context = [Piece(" "), Piece(conversation.context, True)] if conversation.context else []
     return [
         Piece(ALPACA.format("") + "\n### Instruction:\n"),
         Piece(instruction, True),
+        *context,
         Piece("\n### Response:"),
         Piece(" ", is_answer=True),  # of which most tokenizers make one token with the first word
         Piece(answer, True, True),

@@ -17,7 +17,7 @@ from scaling_fl.data.examples import Encoded, Examples
 from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
 from scaling_fl.training.loop import NOT_TRAINED
 
-VERSION = 1  # of how conversations are tokenised: another one ignores the tokens in the cache
+VERSION = 2  # of how conversations are tokenised: another one ignores the tokens in the cache
 PROBE = Conversation((Turn("user", "Name an animal."), Turn("assistant", "A dog.")))
 
 
@@ -177,7 +177,8 @@ class ConversationEncoder:
         try:
             ids, labels, num_before = self.tokenise(Conversation.from_json(text))
             ids, labels, num_prompt, num_answer = self._cut(ids, labels, num_before)
-            if all(label == NOT_TRAINED for label in labels[1:]):
+            labels[0] = NOT_TRAINED  # which nothing predicts, but the virtual tokens of an adapter
+            if all(label == NOT_TRAINED for label in labels):
                 raise UnusableError("expected a token to train after the first token, got none. Leave the row out")
         except UnusableError as error:
             return row | {"unusable": str(error)}

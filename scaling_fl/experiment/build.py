@@ -19,7 +19,7 @@ from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import FROZEN, adapt, find_turns, identity_of_adapter
-from scaling_fl.experiment.answers import count_right
+from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.parameters import bind
@@ -115,10 +115,21 @@ def build(settings: Settings) -> Job:
 
 
 def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluation:
-    """Return what evaluates the model of a run, and shows how far it is."""
-    score_answers = None
+    """Return what evaluates the model of a run, and shows how far it is.
+
+    Raises:
+        ValueError: the model cannot answer a sample question, or its template does not end an answer.
+    """
+    encoder, score_answers = job.encoder, None
+    if isinstance(encoder, ConversationEncoder):
+        tokenise_questions(job.loaded.model, encoder, settings.sample_questions or ())  # so that no round is lost
     if settings.score_by == "exact_match":
-        score_answers = partial(count_right, tokenizer=job.encoder.tokenizer, end_id=job.encoder.end_id)
+        if encoder.end_id is None:
+            raise ValueError(
+                f"score_by: expected None, as template={settings.template!r} does not end an answer, got "
+                f"{settings.score_by!r}. Use another template"
+            )
+        score_answers = partial(count_right, tokenizer=encoder.tokenizer, end_id=encoder.end_id)
     return Evaluation(job.data, find_objective(settings), testing, score_answers)
 
 
@@ -174,7 +185,7 @@ def check_packed(settings: Settings, job: Job, federation: Federation) -> None:
         ValueError: it does not.
     """
     examples = next(iter(job.data.train.values()))
-    part = examples.select(np.arange(min(settings.batch_size, len(examples), 4)))
+    part = examples.select(np.arange(4) % len(examples))  # a single text may follow itself
     padded, packed = (replace(part, is_packed=is_packed).batch() for is_packed in (False, True))
     check_packing(federation.model, padded, packed)
 

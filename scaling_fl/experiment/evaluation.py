@@ -124,7 +124,7 @@ def check_held_out(settings: Settings, data: SiteData) -> None:
     """
     for name, held in (("site_test_fraction", data.test), ("validation_fraction", data.validation)):
         if getattr(settings, name) is not None and not held.counts:
-            raise ValueError(f"{name}: expected a site with two different texts or more, got none")
+            raise ValueError(f"{name}: expected a site with two different texts, or groups of rows, or more, got none")
     if settings.evaluate_local and not data.test.counts:
         raise ValueError(
             "evaluate_local: expected sites with test examples, got none that has some. Set site_test_fraction or "

@@ -156,7 +156,7 @@ def describe(settings: Settings, job: Job) -> list[str]:
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
-        f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(job.data)}",
+        f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(settings, job.data)}",
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
@@ -181,11 +181,12 @@ def describe_adapter(settings: Settings, job: Job, num_trained: int, num_weights
     ]
 
 
-def describe_tokens(data: SiteData) -> str:
+def describe_tokens(settings: Settings, data: SiteData) -> str:
     """Return in words how many tokens a language model learns to predict, and what was left out of its data."""
     num_tokens = sum(size.num_trained_tokens for size in data.sizes)
     lost = [f"{count:,} {name.replace('_', ' ')}" for name, count in data.lost.items() if count]
-    return f", {num_tokens:,} tokens to predict" * bool(num_tokens) + f" ({', '.join(lost)})" * bool(lost)
+    tokens = f", {num_tokens:,} tokens to predict, template {settings.template}" * bool(num_tokens)
+    return tokens + f" ({', '.join(lost)})" * bool(lost)
 
 
 def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:

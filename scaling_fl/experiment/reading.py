@@ -5,7 +5,7 @@ from functools import partial
 
 from datasets import Dataset
 
-from scaling_fl.data.examples import Encode
+from scaling_fl.data.examples import Encode, Encoded
 from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.reader import read_task, sample
 from scaling_fl.data.site_files import files_of, read_site_files
@@ -88,10 +88,20 @@ def read_files(settings: Settings, topology: Topology, encode: Encode) -> tuple[
 
 def partition_rows(settings: Settings, topology: Topology, encode: Encode, rows: Rows) -> SiteData:
     """Tokenise the rows, and partition them over the sites."""
-    encoded = {split: encode(of_split, rows.label_names) for split, of_split in rows.used.items()}
+    encoded: dict[str, Encoded] = {}
+    for split, of_split in rows.used.items():
+        try:
+            encoded[split] = encode(of_split, rows.label_names)
+        except ValueError as error:
+            raise ValueError(f"the {'training' if split == 'train' else split} data: {error}") from error
     partitioner = bind("partition", vars(settings))
     owners = None if rows.owners is None else [rows.owners[index] for index in encoded["train"].kept]
     if owners is not None:
+        if emptied := {*(rows.owners or ())} - {*owners}:
+            raise ValueError(
+                f"skip_long: expected a row left of each value of site_column, got none of {min(emptied)!r}. Leave its "
+                "rows out"
+            )
         partitioner = partial(partitioner, owners=owners)
     data = partition_examples(
         encoded["train"].examples,

@@ -70,8 +70,9 @@ class Run:
 
     @cached_property
     def labels(self) -> list[str]:
-        """The names of the classes, by their number in the model's output."""
-        return self._read("info.json").get("labels") or self._miss("labels")
+        """The names of the classes, by their number in the model's output; none of a language model."""
+        found = self._read("info.json").get("labels")
+        return self._miss("labels") if found is None else found
 
     @cached_property
     def sha256(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,9 +89,10 @@ class Schedule:
         batches: list[Examples] = []
         while len(batches) < own["local_steps"]:
             seed = order_seed(self.settings.seed, number, epoch)
-            batches += examples.shuffled(own["batch_size"], seed, batch)
+            left = own["local_steps"] - len(batches)
+            batches += islice(examples.shuffled(own["batch_size"], seed, batch), left)
             epoch, batch = epoch + 1, 0
-        return sum(of.size(0).num_trained_tokens for of in batches[: own["local_steps"]])
+        return sum(of.size(0).num_trained_tokens for of in batches)
 
 
 def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Schedule:

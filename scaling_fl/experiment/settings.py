@@ -186,6 +186,8 @@ class Settings:
             of_others |= data_defaults(self.train_path)
         else:
             of_others = {name: value for name, value in of_others.items() if FIELDS[name]["page"] != "instruct"}
+        if self.adapter_config not in (NOT_GIVEN, None):
+            of_others.pop("adapter", None)
         for name in OPTIONS:
             resolve(name, of_others.get(name, default(name)))
         of_options = {key: value for name in OPTIONS for key, value in find_defaults(name, getattr(self, name)).items()}

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from scaling_fl.errors import one_line
 
 MEANS = ("ab", "freeze_a", "alternate")
 # Others compute the start of A and B from the model's weights, which they change.
 STARTS = (True, False, "gaussian", "orthogonal")
+REFUSED = {"ADALORA": "which adds a penalty to the loss and needs a schedule of ranks"}
 GUESSED = ("classifier", "score")  # which peft adds to the modules that it saves of a classifier
 A_PARTS, B_PARTS = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
@@ -82,7 +84,7 @@ def add_adapter(
     wanted = set(full)
     config = _make_config(given, sorted({*_outermost(model, wanted), *(given.get("modules_to_save") or ())}))
     names = list(dict(model.named_modules(remove_duplicate=False)))
-    _check_names(model, config)
+    _check_names(model, config, given)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore", category=FutureWarning):
             torch.default_generator.manual_seed(seed)
@@ -95,7 +97,7 @@ def add_adapter(
     adapted.train(is_training)
     if isinstance(getattr(config, "target_modules", None), set):  # which has another order in each process
         config.target_modules = sorted(config.target_modules)
-    if config.modules_to_save:  # peft adds names that it guesses
+    if getattr(config, "modules_to_save", None):  # peft adds names that it guesses
         config.modules_to_save = [name for name in sorted({*config.modules_to_save}) if _match(names, name)]
     for name, weight in adapted.named_parameters():
         if freeze_a and _is_of(name, A_PARTS):
@@ -142,6 +144,8 @@ def _make_config(given: Mapping[str, Any], modules_to_save: list[str]) -> Any:
             f"adapter_config: expected the configuration of a peft_type of peft {peft.__version__}, got "
             f"{one_line(error)}" + f". It has {kinds}" * isinstance(error, KeyError)
         ) from error
+    if (method := str(config.peft_type.value)) in REFUSED:
+        raise ValueError(f"adapter_config: expected another peft_type than {method}, {REFUSED[method]}")
     if (start := getattr(config, "init_lora_weights", True)) not in STARTS:
         raise ValueError(
             f"init_lora_weights: expected one of {', '.join(map(str, STARTS))}, as others change the frozen weights, "
@@ -173,7 +177,7 @@ def _outermost(model: nn.Module, wanted: set[str]) -> Iterator[str]:
         )
 
 
-def _check_names(model: nn.Module, config: Any) -> None:
+def _check_names(model: nn.Module, config: Any, given: Mapping[str, Any]) -> None:
     """Refuse names that match no module, and modules that share a weight with another one."""
     names = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, set[str]] = {}
@@ -183,10 +187,14 @@ def _check_names(model: nn.Module, config: Any) -> None:
         entries = getattr(config, setting, None)
         for entry in () if entries is None or isinstance(entries, str) else sorted(entries):
             matched = _match(names, entry)
-            if not matched and entry not in GUESSED:
+            if not matched and (entry not in GUESSED or entry in (given.get(setting) or ())):
                 ours = "lora_targets" if setting == "target_modules" else "lora_modules_to_save"
                 ends = sorted(
-                    {name.rpartition(".")[2] for name, module in names.items() if isinstance(module, nn.Linear)}
+                    {
+                        name.rpartition(".")[2]
+                        for name, module in names.items()
+                        if isinstance(module, nn.Linear | Conv1D)
+                    }
                 )
                 raise ValueError(f"{ours}: expected modules of the model, such as {', '.join(ends[:8])}, got {entry!r}")
             for name in matched:

@@ -38,7 +38,7 @@ def generate(
     """
     groups = defaultdict[tuple[int, int], list[int]](list)
     for index, prompt in enumerate(prompts):
-        groups[_find_group(model, len(prompt), max_new_tokens)].append(index)
+        groups[find_room(model, len(prompt), max_new_tokens)].append(index)
     answers: dict[int, list[int]] = {}
     with _evaluating(model):
         for (most, _), indices in groups.items():
@@ -63,8 +63,12 @@ def find_end_ids(model: Any, end_id: int | None) -> list[int]:
     return sorted(id_ for id_ in found if id_ is not None)
 
 
-def _find_group(model: Any, length: int, max_new_tokens: int) -> tuple[int, int]:
-    """Return how many tokens can follow a prompt, and the length that prompts of its batch must have; 0: any."""
+def find_room(model: Any, length: int, max_new_tokens: int) -> tuple[int, int]:
+    """Return how many tokens can follow a prompt, and the length that prompts of its batch must have; 0: any.
+
+    Raises:
+        ValueError: the prompt is empty, or longer than the model takes.
+    """
     adapter = getattr(model, "active_peft_config", None)
     # Trained vectors before the prompt take positions, too. peft counts those of padding, which training does not have.
     num_virtual = adapter.num_virtual_tokens if adapter is not None and adapter.is_prompt_learning else 0
@@ -73,7 +77,7 @@ def _find_group(model: Any, length: int, max_new_tokens: int) -> tuple[int, int]
         positions = sys.maxsize
     positions -= num_virtual
     if not 1 <= length <= positions:
-        raise ValueError(f"prompt: expected 1 to {positions:,} tokens, got {length:,}")
+        raise ValueError(f"expected a prompt of 1 to {positions:,} tokens, got {length:,}")
     most = min(max_new_tokens, positions - length + 1)  # the last token needs none
     return most, length if num_virtual else 0
 

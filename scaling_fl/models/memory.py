@@ -83,10 +83,17 @@ def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
     model.train(is_training)
-    with fakes, torch.set_grad_enabled(is_training), Meter([*tensors.values(), *fake_batch.values()]) as meter:
-        output = functional_call(model, tensors, (), fake_batch)
-        if is_training:
-            output.loss.backward()
+    # functional_call leaves the fakes in a module that the model has at two places, as the embeddings of prompt tuning.
+    held: list[dict[str, Any]] = [of for module in model.modules() for of in (module._parameters, module._buffers)]
+    before = [(of, {**of}) for of in held]
+    try:
+        with fakes, torch.set_grad_enabled(is_training), Meter([*tensors.values(), *fake_batch.values()]) as meter:
+            output = functional_call(model, tensors, (), fake_batch)
+            if is_training:
+                output.loss.backward()
+    finally:
+        for of, had in before:
+            of.update(had)
     return meter.peak
 
 
