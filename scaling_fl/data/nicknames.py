@@ -39,7 +39,8 @@ DATASETS: dict[str, Nickname] = {
         make=make_exercises,
         defaults={
             **{"partition": "natural", "site_column": "kind", "site_test_fraction": 0.1, "score_by": "exact_match"},
-            **{"max_train_examples_per_site": 60, "max_test_examples_per_site": 16, "sample_questions": QUESTIONS},
+            **{"max_train_examples_per_site": 150, "max_test_examples_per_site": 16, "sample_questions": QUESTIONS},
+            **{"template": "plain", "batch_size": 4},
         },
     ),
     "alpaca": Nickname("tatsu-lab/alpaca"),

@@ -47,7 +47,7 @@ def _minilm() -> str:
 MODELS: dict[str, Nickname] = {
     "minilm": Nickname(_minilm, defaults={"optimiser": "adamw", "learning_rate": 2e-4}),
     "smollm2": Nickname(
-        smollm2, defaults={"template": "chat", "adapter": "lora", "optimiser": "adamw", "learning_rate": 1e-3}
+        smollm2, defaults={"template": "chat", "adapter": "lora", "optimiser": "adamw", "learning_rate": 2e-3}
     ),
     "albert": Nickname(lambda: "albert-base-v1"),
     "bert": Nickname(lambda: "bert-base-cased"),
