@@ -48,7 +48,7 @@ def set_weight(name: str, value: float) -> Callable[[Path], None]:
             "bart",
             {},
             lambda folder: (folder.parent / "rows.csv").write_text(f"{ROWS}the </s> end,a\n"),
-            "error: the training data: text 7 of the 7 in use: expected 1 end token '</s>', from which this model reads",
+            "error: the training data: text 7 of the 7 in use: expected 1 end token '</s>', from which this model",
         ),
     ],
     ids=["not a number", "an unexpected width", "an end token in a text"],
