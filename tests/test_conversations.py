@@ -16,6 +16,7 @@ from scaling_fl.data import conversations
 from scaling_fl.data.conversations import Conversation, Turn, read_conversations
 from scaling_fl.data.exercises import KINDS, make_exercises
 from scaling_fl.data.nicknames import DATASETS, Nickname, data_defaults
+from scaling_fl.experiment.settings import Settings
 
 ASKED, ANSWERED = Turn("user", "Which colour?"), Turn("assistant", "Réd, 1.0.")
 MESSAGES = [turn._asdict() for turn in (ASKED, ANSWERED)]
@@ -199,6 +200,12 @@ def test_a_nickname_may_be_added_for_a_file_or_a_function(tmp_path: Path, monkey
     monkeypatch.setitem(DATASETS, "mine", Nickname(path, defaults={"seed": 3}))
     monkeypatch.setitem(DATASETS, "made", Nickname(make=lambda: iter(made)))
     assert (len(read("mine")), data_defaults("mine")) == (1, {"seed": 3})
+    assert Settings(task_name="instruct", train_path="mine").seed == 3
+    monkeypatch.setitem(DATASETS, "mistaken", Nickname(path, defaults={"sead": 3}))
+    message = refusal(lambda: Settings(task_name="instruct", train_path="mistaken"))
+    assert message.startswith(
+        "'sead': expected the name of a setting, got another one among the defaults of task_name="
+    )
     assert [row.context for row in read("made")] == ["", "C"]
     assert read_conversations("made")["group"][:] == ["", "document_id 3"]
     for more in (["a row"], [{"output": ["B"]}]):

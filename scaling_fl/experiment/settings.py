@@ -182,9 +182,14 @@ class Settings:
         object.__setattr__(self, "plugins", _import_plugins(self.plugins))
         of_others = {"partition": "iid" if self.iid_split else "by_label"}
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
-        if is_generative(str(self.task_name)):
-            of_others |= data_defaults(self.train_path)
-        else:
+        generates = is_generative(str(self.task_name))
+        of_others |= data_defaults(self.train_path) if generates else {}
+        if unknown := min(of_others.keys() - FIELDS.keys(), default=None):
+            raise ValueError(
+                f"{unknown!r}: expected the name of a setting, got another one among the defaults of task_name="
+                f"{self.task_name!r}, model={self.model!r} or train_path={self.train_path!r}"
+            )
+        if not generates:
             of_others = {name: value for name, value in of_others.items() if FIELDS[name]["page"] != "instruct"}
         if self.adapter_config not in (NOT_GIVEN, None):
             of_others.pop("adapter", None)
