@@ -83,7 +83,7 @@ def test_what_makes_no_cohort_is_refused() -> None:
         sentence = refusal(lambda num_sites=num_sites: Cohorts([1, 2], num_sites, 1))
         assert sentence == f"num_sites: expected 1 to 2, the number of eligible sites, got {num_sites}"
     sentence = refusal(lambda: moved(lambda round_: make_sites(1), weight_by="example"))
-    assert sentence == "weight_by: expected one of examples, sites, got 'example'"
+    assert sentence == "weight_by: expected one of examples, tokens, sites, got 'example'"
 
 
 def test_earlier_rounds_of_a_site_are_counted_forwards_and_after_a_resume() -> None:

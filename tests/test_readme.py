@@ -34,7 +34,7 @@ IN_OTHER_TESTS = "benchmarks/cohorts|language_models|torch.distributed.run|dashb
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
-SMALL_LLM = "max_train_examples_per_site=4 max_test_examples_per_site=2 max_seq_len=256 num_rounds=1 report=False"
+SMALL_LLM = "max_train_examples_per_site=4 max_seq_len=256 num_rounds=1 report=False"
 # A word of the command -> replacements for the reader's files and models, and additional settings.
 STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "agnews/train.csv": (
@@ -49,7 +49,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "benchmarks/evaluation": ({}, "--small --repeats 1"),
     "overhead": ({}, "--cases try --repetitions 1"),
-    "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} template=chat"),
+    "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} max_test_examples_per_site=2 template=chat"),
     "SmolLM2-360M": ({"/path/to": "{llm}", "HuggingFaceTB/SmolLM2-360M": "{llm}"}, SMALL_LLM),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from scaling_fl import Run, Settings
 from scaling_fl.command.arguments import read_file
 from scaling_fl.data.tasks import TASKS
+from scaling_fl.experiment.checks import check
 from scaling_fl.experiment.contradictions import find_contradictions
-from scaling_fl.experiment.settings import check
 
 RECIPES = ROOT / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

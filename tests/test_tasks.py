@@ -254,7 +254,7 @@ def test_real_data_is_read_to_the_last_row(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("agnew",), "task_name: expected bbcnews, agnews, imdb, yelp, spooky_author, text, got 'agnew'"),
+        (("agnew",), "task_name: expected bbcnews, agnews, imdb, yelp, spooky_author, text, instruct, got 'agnew'"),
         (("agnews",), "train_path and test_path: expected a path or URL for task_name='agnews', got None"),
         (("yelp", "{rows}"), "test_path: expected a path or URL for task_name='yelp'"),
         (("spooky_author", None, "{rows}"), "train_path: expected a path or URL for task_name='spooky_author'"),
@@ -593,7 +593,7 @@ def test_another_length_or_tokenizer_has_another_cache(tiny_model: str, tmp_path
     digests = {
         TextEncoder(load_pretrained(str(model), length).tokenizer, length)
         .encode(corpus.train, corpus.label_names)
-        .sha256()
+        .examples.sha256()
         for model in (tiny_model, other)
         for length in (4, 5)
     }
