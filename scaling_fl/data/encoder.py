@@ -1,6 +1,6 @@
 """How texts become tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,14 +52,7 @@ class TextEncoder:
         Raises:
             ValueError: a text has no token at all, or tokens that the model does not take.
         """
-        tokens = mapped(
-            texts,
-            self._tokenise,
-            batched=True,
-            remove_columns=texts.column_names,
-            new_fingerprint=Hasher.hash((texts._fingerprint, self.fingerprint)),
-            desc=None,
-        )
+        tokens = tokenise_once(texts, self._tokenise, self.fingerprint)
         ragged = {name: read_column(tokens, name) for name in self.names}
         lengths = ragged[self.names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         starts = np.cumsum(lengths) - lengths
@@ -128,6 +121,24 @@ class TextEncoder:
         if name == "input_ids":
             return self.tokenizer.pad_token_id
         return getattr(self.tokenizer, "pad_token_type_id", 0) if name == "token_type_ids" else 0
+
+
+def tokenise_once(rows: Dataset, tokenise: Callable[[Any], dict[str, list[Any]]], fingerprint: str) -> Dataset:
+    """Return what a function returns for batches of rows, which datasets keeps on disk.
+
+    Args:
+        rows: of any columns.
+        tokenise: takes a batch of them.
+        fingerprint: of all else that the result depends on.
+    """
+    return mapped(
+        rows,
+        tokenise,
+        batched=True,
+        remove_columns=rows.column_names,
+        new_fingerprint=Hasher.hash((rows._fingerprint, fingerprint)),
+        desc=None,
+    )
 
 
 def check_ids(num_ids: int | None, texts: Dataset, ids: np.ndarray, starts: np.ndarray) -> None:

@@ -10,9 +10,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.backend import Backend, find_start_ids, make_backend
-from scaling_fl.data.cache import mapped
 from scaling_fl.data.conversations import Conversation, Turn
-from scaling_fl.data.encoder import check_ids, name_row, read_column
+from scaling_fl.data.encoder import check_ids, name_row, read_column, tokenise_once
 from scaling_fl.data.examples import Encoded, Examples
 from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
 from scaling_fl.training.loop import NOT_TRAINED
@@ -79,14 +78,7 @@ class ConversationEncoder:
             ValueError: a row is no conversation that the template takes, or has no token to train, or one that the
                 model does not take.
         """
-        tokens = mapped(
-            rows,
-            self._tokenise_rows,
-            batched=True,
-            remove_columns=rows.column_names,
-            new_fingerprint=Hasher.hash((rows._fingerprint, self.fingerprint)),
-            desc=None,
-        )
+        tokens = tokenise_once(rows, self._tokenise_rows, self.fingerprint)
         for problem, advice in (("error", ""), ("unusable", ", or use skip_long=True, which counts such rows")):
             found = np.array([text != "" for text in tokens[problem][:]], bool)
             if found.any() and not (self.skip_long and advice):
