@@ -18,7 +18,7 @@ from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
-from scaling_fl.experiment.adapting import FROZEN, adapt, find_turns, identity_of_adapter
+from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
@@ -58,7 +58,6 @@ class Job:
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
-    frozen_sha256: str | None  # of the weights that no site trains, if there are such
     checkpoints_dir: str | None  # as this machine knows it
 
 
@@ -109,7 +108,6 @@ def build(settings: Settings) -> Job:
         global_model,
         history,
         identity,
-        identity.get(FROZEN),
         checkpoints_dir,
     )
 

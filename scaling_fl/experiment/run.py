@@ -7,6 +7,7 @@ from typing import Any
 from scaling_fl.data.site_files import files_of
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
 from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
@@ -51,7 +52,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
                 **({"lost": job.data.lost} if job.data.lost else {}),
-                **({"frozen_sha256": job.frozen_sha256} if job.frozen_sha256 else {}),
+                **({"frozen_sha256": job.identity[FROZEN]} if FROZEN in job.identity else {}),
                 "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
             }
         )
