@@ -71,7 +71,7 @@ def test_a_seed_gives_the_same_exercises_in_any_process_and_more_of_them_begin_a
 
 
 def test_the_first_exercises_stay_as_they_are() -> None:
-    """Whoever compares two versions of the library needs the same exercises."""
+    """A comparison of two versions of the library needs the same exercises."""
     found = [[turn["content"] for turn in row["messages"]] for row in make_exercises(4)]
     assert found == [
         ["How many kilograms are 32 tonnes?", "32000 kilograms"],

@@ -84,7 +84,7 @@ class Examples:
     def batch(self) -> Batch:
         """Return all examples as one batch, padded to `width` or the longest of them, attention mask included.
 
-        With `is_packed` it has one row, positions that begin anew with each text, and no attention mask.
+        With `is_packed` it has one row, positions that start again with each text, and no attention mask.
         """
         if self.is_packed:
             return self._packed_batch()

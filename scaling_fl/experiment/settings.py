@@ -147,7 +147,7 @@ class Settings:
     lora_alpha: float | None = setting(None, optional(number(above=0, below=LARGE)), "of `adapter=lora`: BA is multiplied by `lora_alpha / lora_rank`; None: 16", page="adapters")
     lora_dropout: float | None = setting(None, optional(number(least=0, below=1)), "of `adapter=lora`: of what goes into A, in training; None: 0", page="adapters")
     lora_targets: str | list | None = setting(None, optional(TARGETS), "of `adapter=lora`: the ends of the names of the modules that get an A and a B, or `all-linear`; None: those that peft has for the family", page="adapters")
-    lora_modules_to_save: list | None = setting(None, optional(NAMES), "of `adapter=lora`: modules that are trained whole, besides the head and what is newly initialised", page="adapters")
+    lora_modules_to_save: list | None = setting(None, optional(NAMES), "of `adapter=lora`: modules that are trained whole, with the head and what is newly initialised", page="adapters")
     use_dora: bool | None = setting(None, optional(FLAG), "of `adapter=lora`: train the norms of the weights apart from their directions (DoRA)", page="adapters")
     use_rslora: bool | None = setting(None, optional(FLAG), "of `adapter=lora`: multiply BA by `lora_alpha / sqrt(lora_rank)` (rsLoRA)", page="adapters")
     lora_mean: str | None = setting(None, optional(one_of(MEANS)), "how LoRA is averaged: `ab`, `freeze_a` or `alternate`; None: `ab`", page="adapters")

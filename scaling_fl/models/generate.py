@@ -96,7 +96,7 @@ def _cut(answer: list[int], end_ids: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, without settings of generation, and put back what was there at the end."""
+    """Put a model in evaluation mode, without settings of generation, and restore both at the end."""
     before = [
         (module, {name: vars(module)[name] for name in CHANGED if name in vars(module)}) for module in model.modules()
     ]
