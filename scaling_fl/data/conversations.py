@@ -80,9 +80,9 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
     if len(table) == 0:
         raise ValueError(f"{path!r}: expected one row or more, got none")
     columns = find_format(path, _filled(table))
-    if site_column is not None and columns != oasst.TREE and site_column not in _filled(table):
+    if site_column is not None and columns != oasst.TREE and site_column not in (names := _filled(table)):
         raise ValueError(
-            f"site_column: expected a column of {path!r} ({preview(map(repr, _filled(table)))}), got {site_column!r}"
+            f"site_column: expected a column of {path!r} ({preview(map(repr, names))}), got {site_column!r}"
         )
     if columns in OASST:
         return _read_oasst(path, split, columns, site_column)
@@ -99,8 +99,7 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
                     found["site"].append(_check_site(row[site_column], site_column))
             except ValueError as error:
                 raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
-            context = f"context {conversation.context}" if conversation.context else ""
-            found["group"].append(next((f"{name} {row[name]}" for name in groups if row[name]), context))
+            found["group"].append(_name_group(row, groups, conversation.context))
         return found
 
     return mapped(
@@ -225,6 +224,11 @@ def _as_text(value: Any, name: str) -> str:
     if text is None:
         raise ValueError(f"{name!r}: expected a text, got none. Leave the row out")
     return text
+
+
+def _name_group(row: Mapping[str, Any], columns: Sequence[str], context: str) -> str:
+    """Return the name of what a row has in common with others, "" if it stands alone."""
+    return next((f"{name} {row[name]}" for name in columns if row[name]), f"context {context}" if context else "")
 
 
 def _check_site(value: Any, column: str) -> str:

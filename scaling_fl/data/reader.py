@@ -88,12 +88,7 @@ def read_task(
             paths["test_path"] = train_path
         if test_path is None and not needs_test:
             del paths["test_path"]
-        missing = [key for key, path in paths.items() if path is None]
-        if missing:
-            hint = ". validation_fraction holds out a part of the training data" * (missing == ["test_path"])
-            raise ValueError(
-                f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None{hint}"
-            )
+        _check_paths(task_name, paths)
         rows = [
             read_file(task_name, str(path), split, columns, known)
             for split, path in zip(SPLITS, paths.values(), strict=False)
@@ -103,6 +98,13 @@ def read_task(
         return by_split, ()
     found = [(split, split, of_split.unique("label")) for split, of_split in by_split.items()]
     return by_split, settle_labels(found, known, may_lack=labels is not None)
+
+
+def _check_paths(task_name: str, paths: Mapping[str, str | None]) -> None:
+    """Refuse paths that are missing."""
+    if missing := [key for key, path in paths.items() if path is None]:
+        hint = ". validation_fraction holds out a part of the training data" * (missing == ["test_path"])
+        raise ValueError(f"{' and '.join(missing)}: expected a path or URL for task_name={task_name!r}, got None{hint}")
 
 
 def sample(rows: Dataset, count: int | None, seed: int) -> Dataset:

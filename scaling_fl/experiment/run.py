@@ -76,13 +76,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
     best_dir = job.checkpoints_dir or record.folder
     with clock("setup"):
         federation = make_federation(settings, job, training, evaluation)
-        cohorts = job.schedule.cohorts
-        of_sites = len(cohorts.eligible) if cohorts.are_sampled else None
-        table = console.Table(
-            of_sites,
-            with_failures=settings.on_site_failure == "skip",
-            with_answers=settings.score_by == "exact_match",
-        )
+        table = make_table(settings, job)
         for round_, metrics in enumerate(history):
             table.print_round(round_, metrics)
             record.add_round(round_, metrics)
@@ -120,6 +114,16 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
             break
     finish(settings, job, record, federation, choice)
+
+
+def make_table(settings: Settings, job: Job) -> console.Table:
+    """Print the head of the table of rounds, and return it."""
+    cohorts = job.schedule.cohorts
+    return console.Table(
+        len(cohorts.eligible) if cohorts.are_sampled else None,
+        with_failures=settings.on_site_failure == "skip",
+        with_answers=settings.score_by == "exact_match",
+    )
 
 
 def finish(settings: Settings, job: Job, record: Record, federation: Federation, choice: Choice) -> None:

@@ -95,10 +95,7 @@ def add_adapter(
             f"adapter: expected a configuration that fits the model, got {one_line(error)}{hint}"
         ) from error
     adapted.train(is_training)
-    if isinstance(getattr(config, "target_modules", None), set):  # which has another order in each process
-        config.target_modules = sorted(config.target_modules)
-    if getattr(config, "modules_to_save", None):  # peft adds names that it guesses
-        config.modules_to_save = [name for name in sorted({*config.modules_to_save}) if _match(names, name)]
+    _settle_names(config, names)
     for name, weight in adapted.named_parameters():
         if freeze_a and _is_of(name, A_PARTS):
             weight.requires_grad_(False)
@@ -109,6 +106,14 @@ def add_adapter(
             f"{given.get('peft_type')}, which leaves {min(missing)} as it is at random"
         )
     return adapted
+
+
+def _settle_names(config: Any, names: Collection[str]) -> None:
+    """Put the names of modules in one order, and leave out those that the model does not have."""
+    if isinstance(getattr(config, "target_modules", None), set):  # which has another order in each process
+        config.target_modules = sorted(config.target_modules)
+    if getattr(config, "modules_to_save", None):  # peft adds names that it guesses
+        config.modules_to_save = [name for name in sorted({*config.modules_to_save}) if _match(names, name)]
 
 
 def has_lora(model: nn.Module) -> bool:
