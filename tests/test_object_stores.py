@@ -421,9 +421,10 @@ def test_a_run_continues_when_its_store_is_unavailable_for_a_while(
     pattern = rf"warning: {store.scheme}://\S+/{problem}\. The next attempt is in \d+ s"
     assert all(re.fullmatch(pattern, line) for line in warnings), warnings
     rounds = rounds_of(store, bucket)
-    lost = re.findall(r"round-(\d+)", warnings[0]) or [rounds[0]]  # or best.pt, which is before that of its round
+    # Round 2 is saved again if the store ended before it had answered. best.pt is saved before that of its round.
+    lost = re.findall(r"round-(\d+)", warnings[0]) or [rounds[0]]
     assert rounds == list(range(1 if store.scheme == "gs" else int(lost[0]), 9)), "each that the store could keep"
-    assert store.scheme == "gs" or rounds[0] >= 3, "those before are gone with the store"
+    assert store.scheme == "gs" or rounds[0] >= 2, "those before are gone with the store"
     assert "Traceback" not in resumed
     assert SECRET not in resumed
 

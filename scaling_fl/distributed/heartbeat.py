@@ -71,10 +71,11 @@ class Heartbeat:
             Interrupted: a signal asked another rank to end.
         """
         before = signal.signal(WAKE, self._on_wake)
-        for work in (self._exchange, self._check_peers):
-            threading.Thread(target=work, name="heartbeat", daemon=True).start()
         try:
             with interruptible():
+                # A signal that comes while the threads start is reported to the others, too.
+                for work in (self._exchange, self._check_peers):
+                    threading.Thread(target=work, name="heartbeat", daemon=True).start()
                 yield
         except BaseException as error:
             is_peer_lost = isinstance(error, PeerLost)

@@ -23,10 +23,11 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WAKE = signal.SIGURG  # interrupts the main thread; the default is to ignore it
 RETRY_SECONDS = 0.1  # between two attempts to raise the request
 GRACE_SECONDS = 45.0  # from a signal until the process is ended; long enough to record the end in MongoDB
-# Functions in which no error is raised: those that take and release locks, and the handlers, which may interrupt them.
+# Functions in which no error is raised: those that take and release locks, the handlers, which may interrupt them, and
+# those of `with` between a context manager and the body, where the manager would not learn of it.
 LOCKING = ("__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_release_save")
 HANDLERS = ("request_end", "raise_request", "_on_signal", "_on_wake")
-MODULES = ("threading", "logging", __name__, "scaling_fl.distributed.heartbeat")
+MODULES = ("threading", "logging", "contextlib", __name__, "scaling_fl.distributed.heartbeat")
 UNSAFE_FUNCTIONS = {(name, module) for name in (*LOCKING, *HANDLERS) for module in MODULES}
 
 _request: BaseException | None = None

@@ -200,7 +200,8 @@ def _end(process: subprocess.Popen) -> None:
     try:
         process.communicate(timeout=GRACE_SECONDS + 15)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended at that moment
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
