@@ -37,7 +37,6 @@ from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
 from scaling_fl.storage import host_path
 from scaling_fl.training.loop import Batch
-from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import check_packing
 
 OF_ALL_RANKS: tuple[str, ...] = (  # what a resumed run may change, but all ranks have alike
@@ -148,6 +147,8 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
         settings.seed,
         proximal_mu=settings.proximal_mu,
         deadline_s=settings.site_deadline_s,
+        max_grad_norm=settings.max_grad_norm,
+        schedule=bind("lr_schedule", vars(settings))(),
     )
     if settings.trainer != "default":
         train_site = TRAINERS[settings.trainer]
@@ -190,7 +191,7 @@ def check_packed(settings: Settings, job: Job, federation: Federation) -> None:
 
 def local_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:
     """Return what makes the optimiser of a site."""
-    return partial(OPTIMISERS[settings.optimiser], lr=settings.learning_rate)
+    return partial(bind("optimiser", vars(settings)), lr=settings.learning_rate)
 
 
 def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:

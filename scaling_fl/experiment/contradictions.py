@@ -1,11 +1,13 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
+from typing import Any
+
 from scaling_fl.data.label_skew import BY_LABELS
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, find_problems
-from scaling_fl.experiment.parameters import check_parameters
+from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
 from scaling_fl.records.best import DIRECTIONS
@@ -21,6 +23,8 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_site_paths(settings),
             lambda: _check_site_settings(settings),
             lambda: _check_schedule(settings),
+            lambda: _check_trainer(settings),
+            lambda: _check_learning_rate(settings),
             lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: _check_objective(settings),
@@ -66,18 +70,58 @@ def _check_site_settings(settings: Settings) -> None:
 
 
 def _check_schedule(settings: Settings) -> None:
-    by_site = settings.site_settings or {}
-    steps = [settings.local_steps, *(given.get("local_steps") for given in by_site.values())]
-    for name, values in {"site_deadline_s": [settings.site_deadline_s], "local_steps": steps}.items():
-        found = [value for value in values if value is not None]
-        if found and settings.trainer != "default":
-            raise ValueError(f"{name}: expected None, as trainer={settings.trainer!r} does not know it, got {found[0]}")
-    for site, given in by_site.items():
+    for site, given in (settings.site_settings or {}).items():
         if "num_local_epochs" in given and given.get("local_steps", settings.local_steps) is not None:
             raise ValueError(
                 f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
                 f"{given['num_local_epochs']}"
             )
+
+
+def _check_trainer(settings: Settings) -> None:
+    """Refuse what the default trainer alone knows, if there is another one."""
+    if settings.trainer == "default":
+        return
+    unset: dict[str, Any] = {"site_deadline_s": None, "local_steps": None, "max_grad_norm": None}
+    unset |= {"gradient_accumulation": 1, "lr_schedule": "constant", "warmup_steps": 0} | find_defaults(
+        "optimiser", settings.optimiser
+    )
+    problems = []
+    for name, default in unset.items():
+        by_site = [given[name] for given in (settings.site_settings or {}).values() if name in given]
+        if found := [value for value in (getattr(settings, name), *by_site) if value != default]:
+            problems.append(
+                f"{name}: expected {default!r}, as trainer={settings.trainer!r} does not know it, got {found[0]!r}"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _check_learning_rate(settings: Settings) -> None:
+    """Check what a schedule of the learning rate needs of other settings."""
+    by_site = settings.site_settings or {}
+    rates = {f"site_settings[{site}]['learning_rate']": given.get("learning_rate") for site, given in by_site.items()}
+    rates = {"learning_rate": settings.learning_rate} | rates
+    rates = {name: rate for name, rate in rates.items() if FIELDS["learning_rate"]["kind"].accepts(rate)}
+    lowest = min(rates, key=lambda name: rates[name])
+    minimum, num_rounds, horizon = settings.min_learning_rate, settings.num_rounds, settings.lr_schedule_rounds
+    problems = []
+    if minimum is not None and minimum >= rates[lowest]:
+        problems.append(f"min_learning_rate: expected less than {lowest}={rates[lowest]}, got {minimum}")
+    if horizon is not None and num_rounds > horizon and not minimum:
+        problems.append(
+            f"num_rounds: expected at most {horizon}, as after lr_schedule_rounds={horizon} the learning rate is 0, "
+            f"got {num_rounds}. Set min_learning_rate, or a larger lr_schedule_rounds, from the start"
+        )
+    if settings.lr_per_round and horizon == 1:
+        problems.append("lr_per_round: expected False, as with lr_schedule_rounds=1 the rate never falls, got True")
+    if settings.lr_per_round and settings.warmup_steps:
+        problems.append(
+            f"warmup_steps: expected 0, as with lr_per_round=True the rate does not change within a round, got "
+            f"{settings.warmup_steps}"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _check_objective(settings: Settings) -> None:

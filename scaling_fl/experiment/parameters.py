@@ -8,10 +8,13 @@ from typing import Any
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.adapters import ADAPTERS
+from scaling_fl.training.optimisers import OPTIMISERS
+from scaling_fl.training.schedules import SCHEDULES
 
 # By the setting that names the option; modules of `plugins` may add to these.
 OPTIONS: dict[str, Mapping[str, Callable[..., Any]]] = {
-    **{"strategy": STRATEGIES, "partition": PARTITIONERS, "adapter": ADAPTERS}
+    **{"strategy": STRATEGIES, "partition": PARTITIONERS, "adapter": ADAPTERS},
+    **{"optimiser": OPTIMISERS, "lr_schedule": SCHEDULES},
 }
 # A setting that an option may have, and the name of the function's parameter.
 PARAMETERS = {
@@ -28,6 +31,11 @@ PARAMETERS = {
     "adapter": {
         **{f"lora_{name}": name for name in ("rank", "alpha", "dropout", "targets", "modules_to_save")},
         **{"use_dora": "dora", "use_rslora": "rslora"},
+    },
+    "optimiser": {"weight_decay": "weight_decay"},
+    "lr_schedule": {
+        **{"warmup_steps": "warmup_steps", "min_learning_rate": "minimum"},
+        **{"lr_schedule_rounds": "num_rounds", "lr_per_round": "per_round"},
     },
 }
 OF_OPTIONS = {name: choice for choice, names in PARAMETERS.items() for name in names}

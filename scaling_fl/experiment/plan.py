@@ -19,7 +19,7 @@ from scaling_fl.experiment.build import (
 )
 from scaling_fl.experiment.evaluation import describe_evaluation
 from scaling_fl.experiment.parameters import find_arguments
-from scaling_fl.experiment.schedule import count_batches
+from scaling_fl.experiment.schedule import count_steps
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.adapter_files import is_adapted, saved_weights
@@ -59,7 +59,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "sites": [
             site
             | {
-                "steps": count_steps(settings, number, site["examples"]),
+                "steps": count_steps(site["examples"], of_site(settings, number)),
                 "labels": dict(zip(labels, site["labels"], strict=True)),
             }
             for number, site in enumerate(job.data.describe_sites(job.topology))
@@ -79,14 +79,6 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "the plan holds: nothing of it would be refused",
     )
     return planned
-
-
-def count_steps(settings: Settings, site: int, num_examples: int) -> int:
-    """Return how many steps of its optimiser a site takes in a round."""
-    own = of_site(settings, site)
-    if own["local_steps"] is not None:
-        return own["local_steps"]
-    return own["num_local_epochs"] * count_batches(num_examples, own)
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:

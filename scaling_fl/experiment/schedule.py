@@ -49,7 +49,7 @@ class Schedule:
         """Return about how many examples pass through the model while a site trains in a round."""
         own = of_site(self.settings, site)
         if own["local_steps"] is not None:
-            return own["local_steps"] * min(own["batch_size"], self.data.sizes[site].num_examples)
+            return own["local_steps"] * min(step_size(own), self.data.sizes[site].num_examples)
         return own["num_local_epochs"] * self.data.sizes[site].num_examples
 
     def count_tests(self, round_: int) -> int:
@@ -73,26 +73,30 @@ class Schedule:
         num_examples, num_tokens = size.num_examples, size.num_trained_tokens
         if own["local_steps"] is not None:
             first = own["local_steps"] * self.cohorts.count_rounds_before(number, round_)
-            start = divmod(first, count_batches(num_examples, own))
+            epoch, step = divmod(first, steps_of_epoch(num_examples, own))
+            start = epoch, step * own["gradient_accumulation"]
             end = count_until(first + own["local_steps"], num_examples, own)
             num_seen = end - count_until(first, num_examples, own)
             if num_tokens and num_seen < num_examples:
                 num_tokens = min(num_tokens, self._count_tokens(number, start, own))
             num_examples = min(num_examples, num_seen)
         data, name = self.data.train[number], self.data.name_of(number)
-        return Site(number, device, num_examples, data, name, own, start, num_tokens)
+        return Site(
+            number, device, num_examples, data, name, own, start, num_tokens, count_steps(size.num_examples, own)
+        )
 
     def _count_tokens(self, number: int, start: tuple[int, int], own: dict[str, Any]) -> int:
         """Return how many tokens a site learns to predict in the steps from a batch of an epoch on."""
         examples = self.data.train[number]
         epoch, batch = start
-        batches: list[Examples] = []
-        while len(batches) < own["local_steps"]:
+        step = batch // own["gradient_accumulation"]
+        steps: list[Examples] = []
+        while len(steps) < own["local_steps"]:
             seed = order_seed(self.settings.seed, number, epoch)
-            left = own["local_steps"] - len(batches)
-            batches += islice(examples.shuffled(own["batch_size"], seed, batch), left)
-            epoch, batch = epoch + 1, 0
-        return sum(of.size(0).num_trained_tokens for of in batches)
+            left = own["local_steps"] - len(steps)
+            steps += islice(examples.shuffled(step_size(own), seed, step), left)
+            epoch, step = epoch + 1, 0
+        return sum(of.size(0).num_trained_tokens for of in steps)
 
 
 def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Schedule:
@@ -156,12 +160,24 @@ def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) 
     return sorted(found)
 
 
-def count_batches(num_examples: int, own: dict[str, Any]) -> int:
-    """Return how many batches an epoch of a site has, given its settings."""
-    return -(-num_examples // own["batch_size"])
+def step_size(own: dict[str, Any]) -> int:
+    """Return how many examples a step of a site has, given its settings; the last of an epoch may have fewer."""
+    return own["batch_size"] * own["gradient_accumulation"]
+
+
+def steps_of_epoch(num_examples: int, own: dict[str, Any]) -> int:
+    """Return how many steps of its optimiser a site takes in an epoch."""
+    return -(-num_examples // step_size(own))
+
+
+def count_steps(num_examples: int, own: dict[str, Any]) -> int:
+    """Return how many steps of its optimiser a site takes in a round."""
+    if own["local_steps"] is not None:
+        return own["local_steps"]
+    return own["num_local_epochs"] * steps_of_epoch(num_examples, own)
 
 
 def count_until(step: int, num_examples: int, own: dict[str, Any]) -> int:
     """Return how many examples the steps before `step` train on, if a site trains epoch after epoch."""
-    epochs, batches = divmod(step, count_batches(num_examples, own))
-    return epochs * num_examples + batches * own["batch_size"]
+    epochs, steps = divmod(step, steps_of_epoch(num_examples, own))
+    return epochs * num_examples + steps * step_size(own)

@@ -45,6 +45,7 @@ from scaling_fl.models.adapters import ADAPTERS, MEANS
 from scaling_fl.models.loading import model_defaults
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.training.optimisers import OPTIMISERS
+from scaling_fl.training.schedules import SCHEDULES
 
 NOT_GIVEN: Any = object()  # the default takes its place; None is a value
 # Names that modules of `plugins` may add to, by setting.
@@ -52,7 +53,8 @@ EXTENSIBLE = {
     **{"task_name": "TASKS", "train_path": "DATASETS", "model": "MODELS", "partition": "PARTITIONERS"},
     **{"strategy": "STRATEGIES", "optimiser": "OPTIMISERS", "trainer": "TRAINERS"},
 }
-OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size")  # what `site_settings` may name
+# What `site_settings` may name.
+OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size", "gradient_accumulation")
 RESOLVED_FIRST = (
     "plugins",
     "task_name",
@@ -104,8 +106,16 @@ class Settings:
     val_batch_size: int = setting(64, whole_number(1), "most examples in an evaluation batch", may_change=True)
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
     optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd` or `adamw`, made again for each round")
+    lr_schedule: str = setting("constant", one_of(SCHEDULES), "how `learning_rate` changes over all rounds: `constant`, `linear` or `cosine`", page="local_training")
+    lr_schedule_rounds: int | None = setting(None, optional(whole_number(1)), "of `linear` and `cosine`: the rounds in which the rate falls to `min_learning_rate`; a resumed run has the same. None: `num_rounds`", page="local_training")
+    min_learning_rate: float | None = setting(None, optional(number(least=0)), "of `linear` and `cosine`: the rate to which they fall; None: 0", page="local_training")
+    lr_per_round: bool | None = setting(None, optional(FLAG), "of `linear` and `cosine`: keep the rate of the first step of a round in all of it; None: False", page="local_training")
+    warmup_steps: int | None = setting(None, optional(whole_number(0)), "the first steps of a site, in which the rate rises from 0 to `learning_rate`; None: 0", page="local_training")
+    gradient_accumulation: int = setting(1, whole_number(1), "batches in a step of a site's optimiser: a step is that of a batch so many times as large, in the memory of one", page="local_training")
+    max_grad_norm: float | None = setting(None, optional(number(above=0)), "scale the gradient of a step to this norm if it is longer; None: do not", page="local_training")
+    weight_decay: float | None = setting(None, optional(number(least=0, below=LARGE)), "of the sites' optimiser, on all trained weights; None: the optimiser's own, 0 of `sgd` and 0.01 of `adamw`", page="local_training")
     trainer: str = setting("default", one_of(TRAINERS, "default"), "what trains a site: `default`, or the name of a function that a module of `plugins` adds")
-    site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs`, `local_steps` and `batch_size` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
+    site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs`, `local_steps`, `batch_size` and `gradient_accumulation` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")
     strategy: str = setting("fedavg", one_of(STRATEGIES), "how the mean moves the global weights: `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `diloco`; see [Strategies](strategies.md)")
     server_learning_rate: float | None = setting(None, optional(number(above=0, below=LARGE)), "of the strategy; None: the strategy's default")
@@ -201,6 +211,8 @@ class Settings:
             resolve(name, default(name) if is_ignored else of_others.get(name, default(name)))
             if getattr(self, name) is None:
                 object.__setattr__(self, name, of_options.get(name))
+        if self.lr_schedule_rounds is None and "lr_schedule_rounds" in of_options:
+            object.__setattr__(self, "lr_schedule_rounds", self.num_rounds or 1)
         object.__setattr__(self, "site_settings", sort_sites(self.site_settings))
 
 

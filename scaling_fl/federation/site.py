@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from scaling_fl.errors import printable
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.training.loop import Batch, Score, count_texts, stop_after, train
+from scaling_fl.training.loop import Batch, Score, count_texts, stop_after, take_steps
 from scaling_fl.training.metrics import Means
-from scaling_fl.training.optimisers import add_proximal_term
+from scaling_fl.training.optimisers import add_proximal_term, clip_gradients
+from scaling_fl.training.schedules import RateSchedule, follow
 from scaling_fl.training.seeds import derive_seed
 
 
@@ -34,10 +35,11 @@ class Site:
         num_examples: that it trains on.
         data: what the functions that train and evaluate it get; the federation does not look at it.
         name: for logs and people.
-        settings: in which it differs from the others. `LocalTraining` reads `learning_rate`, `num_local_epochs` and
-            `local_steps`.
+        settings: in which it differs from the others. `LocalTraining` reads `learning_rate`, `num_local_epochs`,
+            `local_steps` and `gradient_accumulation`.
         start: the epoch and the batch in it where it goes on, if it trains for a number of steps.
         num_tokens: that its model learns to predict in these examples, if it is a language model.
+        num_steps: of its optimiser in a round, which a `RateSchedule` needs.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Site:
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: tuple[int, int] = (0, 0)
     num_tokens: int = 0
+    num_steps: int = 0
 
     def __str__(self) -> str:
         return f"site {self.number}" + (f" ({printable(self.name)})" if self.name else "")
@@ -85,7 +88,10 @@ class LocalTraining:
         seed: of all randomness in training.
         num_epochs: of a round.
         proximal_mu: the strength of FedProx's pull towards the global weights.
-        deadline_s: the seconds after which a site stops at the end of a batch. The weights then depend on the machine.
+        deadline_s: the seconds after which a site stops at the end of a step. The weights then depend on the machine.
+        gradient_accumulation: how many batches of an epoch make a step; the last step of an epoch may have fewer.
+        max_grad_norm: the longest gradient of a step, with FedProx's pull.
+        schedule: of the learning rate, of which the optimiser's is the peak; None: it stays.
     """
 
     make_optimiser: Callable[[Iterable[Tensor]], Optimizer]
@@ -95,6 +101,9 @@ class LocalTraining:
     num_epochs: int = 1
     proximal_mu: float = 0.0
     deadline_s: float | None = None
+    gradient_accumulation: int = 1
+    max_grad_norm: float | None = None
+    schedule: RateSchedule | None = None
     leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
@@ -109,30 +118,42 @@ class LocalTraining:
             group["lr"] = site.settings.get("learning_rate", group["lr"])
         if self.proximal_mu:
             add_proximal_term([weight.detach().clone() for weight in weights], self.proximal_mu, optimiser)
+        if self.max_grad_norm is not None:
+            clip_gradients(self.max_grad_norm, optimiser)
+        if self.schedule is not None:
+            follow(self.schedule, optimiser, round_, site.num_steps)
 
         num_seen = 0
 
-        def counted() -> Iterator[Batch]:
+        def counted() -> Iterator[list[Batch]]:
             nonlocal num_seen
-            for batch in stop_after(self.deadline_s, site.device, self._batches(site, round_)):
-                num_seen += count_texts(batch)
-                yield batch
+            for step in stop_after(self.deadline_s, site.device, self._steps(site, round_)):
+                num_seen += sum(map(count_texts, step))
+                yield step
 
-        scores = train(model, counted(), optimiser, self.score).totals()
+        scores = take_steps(model, counted(), optimiser, self.score).totals()
         return {"num_examples": min(site.num_examples, num_seen), **scores}
 
-    def _batches(self, site: Site, round_: int) -> Iterator[Batch]:
-        """Yield the batches of a round: of epochs, in another order each round, or of steps, going on in an epoch."""
+    def _steps(self, site: Site, round_: int) -> Iterator[list[Batch]]:
+        """Yield the batches of each step of a round: epochs in another order each round, or going on in an epoch."""
+        size = site.settings.get("gradient_accumulation", self.gradient_accumulation)
         if (num_steps := site.settings.get("local_steps")) is None:
             for epoch in range(site.settings.get("num_local_epochs", self.num_epochs)):
-                yield from self.batches(site, derive_seed(self.seed, "order", round_, site.number, epoch), 0)
+                order = derive_seed(self.seed, "order", round_, site.number, epoch)
+                yield from _in_groups(self.batches(site, order, 0), size)
             return
         first, batch = site.start
         epochs = (
-            self.batches(site, order_seed(self.seed, site.number, epoch), batch if epoch == first else 0)
+            _in_groups(self.batches(site, order_seed(self.seed, site.number, epoch), batch * (epoch == first)), size)
             for epoch in itertools.count(first)
         )
         yield from itertools.islice(itertools.chain.from_iterable(epochs), num_steps)
+
+
+def _in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 def order_seed(seed: int, site: int, epoch: int) -> int:

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,16 +22,45 @@ Score = Callable[[Any, Batch, Means], None]  # adds a batch's output to the mean
 
 def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, score: Score) -> Means:
     """Take one optimiser step a batch and return the scores of the batches as they were trained on."""
+    return take_steps(model, ([batch] for batch in batches), optimiser, score)
+
+
+def take_steps(model: nn.Module, steps: Iterable[Sequence[Batch]], optimiser: Optimizer, score: Score) -> Means:
+    """Take optimiser steps, each as on one large batch but in the memory of its micro-batches, and return the scores.
+
+    Args:
+        model: to train.
+        steps: the micro-batches of each step.
+        optimiser: of the model's weights.
+        score: adds the output of a micro-batch to the means.
+    """
     model.train()
     means = Means()
-    for batch in batches:
-        batch = _to_device(batch, model)
+    for batches in steps:
         optimiser.zero_grad()  # before the activations take memory
-        output = model(**batch)
-        output.loss.backward()
+        for batch, fraction in zip(batches, _fractions(batches), strict=True):
+            if fraction == 0:
+                continue  # the loss is 0 / 0
+            batch = _to_device(batch, model)
+            output = model(**batch)
+            (output.loss if fraction == 1 else output.loss * fraction).backward()
+            score(output, batch, means)
         optimiser.step()
-        score(output, batch, means)
     return means.settle()
+
+
+def count_targets(batch: Batch) -> int:
+    """Return over how many targets the loss of a batch is a mean: examples, or the tokens of texts to be predicted."""
+    labels = batch["labels"]
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != NOT_TRAINED).sum())
+
+
+def _fractions(batches: Sequence[Batch]) -> list[float]:
+    """Return the part of each micro-batch in the mean over the targets of all."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = [count_targets(batch) for batch in batches]
+    return [count / max(sum(counts), 1) for count in counts]
 
 
 @torch.inference_mode()
@@ -51,11 +80,11 @@ def count_texts(batch: Batch) -> int:
     return int((batch["position_ids"] == 0).sum()) if is_packed else len(next(iter(batch.values())))
 
 
-def stop_after(seconds: float | None, device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield batches until the first that ends so many seconds from now, and at least one; None: all."""
+def stop_after(seconds: float | None, device: torch.device, steps: Iterable[T]) -> Iterator[T]:
+    """Yield steps until the first that ends so many seconds from now, and at least one; None: all."""
     end = math.inf if seconds is None else time.monotonic() + seconds
-    for batch in batches:
-        yield batch
+    for step in steps:
+        yield step
         if end < math.inf and device.type != "cpu":
             torch.accelerator.synchronize(device)  # which else is asked to compute far more than it has time for
         if time.monotonic() >= end:
