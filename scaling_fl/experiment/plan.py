@@ -85,8 +85,12 @@ def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int |
     """Return how many bytes a device of this rank takes at its largest batches; None if its model does not tell."""
     training = largest_training_batch(settings, job, device)
     testing = find_largest(part.batch() for part in job.data.test_on(device, job.topology))
+    accumulates = any(
+        of_site(settings, site)["gradient_accumulation"] > 1 for site in (None, *(settings.site_settings or ()))
+    )
+    make_optimiser = local_optimiser(settings)
     try:
-        num_bytes = estimate_bytes(job.loaded.model, training, testing, local_optimiser(settings))
+        num_bytes = estimate_bytes(job.loaded.model, training, testing, make_optimiser, accumulates=accumulates)
     except Exception:  # some models look at the values of their tensors, and there are none
         return None
     if device == job.topology.devices[0]:

@@ -227,7 +227,7 @@ def _import_plugins(names: Any) -> Any:
     return list(names)
 
 
-def of_site(settings: Settings, site: int) -> dict[str, Any]:
-    """Return the settings that the training of a site follows."""
+def of_site(settings: Settings, site: int | None) -> dict[str, Any]:
+    """Return the settings that the training of a site follows; None: of a site without settings of its own."""
     common = {name: getattr(settings, name) for name in (*OF_SITES, "optimiser", "proximal_mu", "seed")}
     return common | (settings.site_settings or {}).get(site, {})

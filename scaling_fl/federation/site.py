@@ -120,14 +120,14 @@ class LocalTraining:
             add_proximal_term([weight.detach().clone() for weight in weights], self.proximal_mu, optimiser)
         if self.max_grad_norm is not None:
             clip_gradients(self.max_grad_norm, optimiser)
+        steps = self._steps(site, round_)
         if self.schedule is not None:
-            follow(self.schedule, optimiser, round_, site.num_steps)
-
+            steps = follow(self.schedule, optimiser, round_, site.num_steps, steps)
         num_seen = 0
 
         def counted() -> Iterator[list[Batch]]:
             nonlocal num_seen
-            for step in stop_after(self.deadline_s, site.device, self._steps(site, round_)):
+            for step in stop_after(self.deadline_s, site.device, steps):
                 num_seen += sum(map(count_texts, step))
                 yield step
 

@@ -53,6 +53,8 @@ def estimate_bytes(
     training: Batch | None,
     testing: Batch | None,
     make_optimiser: Callable[[list[Tensor]], Optimizer],
+    *,
+    accumulates: bool = False,
 ) -> int:
     """Return the most bytes that a device needs to train and evaluate a model.
 
@@ -61,11 +63,12 @@ def estimate_bytes(
         training: the largest training batch, None if there is none.
         testing: the largest evaluation batch, None if there is none.
         make_optimiser: of the trained weights.
+        accumulates: a step has several training batches, so that the gradients of the first stay in memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
     num_trained = sum(weight.numel() for weight in trained_weights(model).values())
     passes = [
-        activation_bytes(model, batch, is_training)
+        activation_bytes(model, batch, is_training, accumulates=accumulates)
         for batch, is_training in ((training, True), (testing, False))
         if batch is not None
     ]
@@ -73,8 +76,8 @@ def estimate_bytes(
     return state + max(passes, default=0)
 
 
-def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
-    """Return the peak bytes of activations, and in training of gradients, for one batch."""
+def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accumulates: bool = False) -> int:
+    """Return the peak bytes of activations, and in training of gradients, for one batch, or for a later one of a step."""
     from torch._subclasses import fake_tensor  # takes a second to import
 
     fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of each error that it raises
@@ -88,9 +91,10 @@ def activation_bytes(model: nn.Module, batch: Batch, is_training: bool) -> int:
     before = [(of, {**of}) for of in held]
     try:
         with fakes, torch.set_grad_enabled(is_training), Meter([*tensors.values(), *fake_batch.values()]) as meter:
-            output = functional_call(model, tensors, (), fake_batch)
-            if is_training:
-                output.loss.backward()
+            for _ in range(1 + (is_training and accumulates)):
+                output = functional_call(model, tensors, (), fake_batch)
+                if is_training:
+                    output.loss.backward()
     finally:
         for of, had in before:
             of.update(had)

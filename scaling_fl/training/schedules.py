@@ -1,12 +1,14 @@
 """Learning rates that change over the whole of training, as functions of how far it is."""
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 from torch.optim import Optimizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ def cosine(num_rounds: int, minimum: float = 0.0, warmup_steps: int = 0, per_rou
 SCHEDULES: dict[str, Callable[..., RateSchedule]] = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
-def follow(schedule: RateSchedule, optimiser: Optimizer, round_: int, num_steps: int) -> None:
-    """Set the rate of each step that `optimiser` takes in a round, of which its own rate is the peak.
+def follow(
+    schedule: RateSchedule, optimiser: Optimizer, round_: int, num_steps: int, steps: Iterable[T]
+) -> Iterator[T]:
+    """Yield the steps of a round, each when `optimiser`, whose own rate is the peak, has its rate.
 
     Raises:
         ValueError: it is not known how many steps a round has.
@@ -71,11 +75,7 @@ def follow(schedule: RateSchedule, optimiser: Optimizer, round_: int, num_steps:
             f"num_steps: expected the steps of a round, on which the learning rate depends, got {num_steps}"
         )
     peaks = [group["lr"] for group in optimiser.param_groups]
-    steps = itertools.count()
-
-    def set_rate(*_: object) -> None:
-        step = next(steps)
+    for number, step in enumerate(steps):
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = schedule.rate(peak, round_, step, num_steps)
-
-    optimiser.register_step_pre_hook(set_rate)
+            group["lr"] = schedule.rate(peak, round_, number, num_steps)
+        yield step
