@@ -77,7 +77,7 @@ def estimate_bytes(
 
 
 def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accumulates: bool = False) -> int:
-    """Return the peak bytes of activations, and in training of gradients, for one batch, or for a later one of a step."""
+    """Return the peak bytes of activations, and in training of gradients, for a batch, or for a later one of a step."""
     from torch._subclasses import fake_tensor  # takes a second to import
 
     fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of each error that it raises
