@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_bert, refusal
 from conftest import make_examples as make_texts
+from peft import LoraConfig, get_peft_model
 from test_next_tokens import make_examples as make_answers
 from tiny_llm import make_llama
 from torch import Tensor, nn
@@ -22,14 +23,17 @@ from scaling_fl.data.examples import Examples
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import place_sites
 from scaling_fl.distributed.world import world
-from scaling_fl.experiment.build import local_optimiser
+from scaling_fl.experiment.build import build, local_optimiser
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
-from scaling_fl.training.loop import Batch, take_steps
+from scaling_fl.models.compute import checkpoint_activations, set_attention
+from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.memory import activation_bytes
+from scaling_fl.training.loop import Batch, evaluate, take_steps
 from scaling_fl.training.metrics import Means
 from scaling_fl.training.optimisers import OPTIMISERS, clip_gradients
 from scaling_fl.training.schedules import RateSchedule, constant, cosine, linear
@@ -305,3 +309,58 @@ def test_what_the_others_ignore_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         )
     ]
     assert not find_contradictions(Settings(trainer="mine", optimiser="adamw"))
+
+
+def steps_of(model: nn.Module, batches: list[Batch], score: Any) -> tuple[list[Tensor], dict[str, float]]:
+    """Train a model with its dropout, and return its weights and scores, and what it scores in evaluation."""
+    torch.manual_seed(5)
+    optimiser = torch.optim.SGD(trained_weights(model).values(), lr=0.1)
+    scores = take_steps(model, [batches[:2], batches[2:]], optimiser, score).result()
+    tested = {f"tested_{name}": value for name, value in evaluate(model, batches, score).result().items()}
+    return [weight.detach().clone() for weight in trained_weights(model).values()], scores | tested
+
+
+def make_lora() -> nn.Module:
+    model = get_peft_model(
+        make_llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.2)
+    )
+    torch.manual_seed(1)
+    for name, weight in trained_weights(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+    return model
+
+
+@pytest.mark.parametrize("make_model", [partial(make_bert, dropout=0.3), partial(make_llama, 0.3), make_lora])
+def test_activations_that_are_computed_again_change_no_bit_and_take_less_memory(make_model: Callable[[], Any]) -> None:
+    is_bert = make_model().main_input_name == "input_ids" and "Bert" in type(make_model()).__name__
+    examples, score = (make_texts(8), score_classes) if is_bert else (make_answers(), score_tokens)
+    batches = list(examples.shuffled_batches(2, seed=0))
+    kept, again = make_model(), make_model()
+    checkpoint_activations(again)
+    needs = [activation_bytes(model, examples.batch(), is_training=True) for model in (kept, again)]
+    assert needs[1] < needs[0]
+    (weights, scores), (same, same_scores) = (steps_of(model, batches, score) for model in (kept, again))
+    assert same_scores == scores
+    assert all(map(torch.equal, same, weights))
+
+
+def test_attention_is_computed_as_asked(small_run: dict[str, Any]) -> None:
+    with world():
+        job = build(Settings(**small_run, attn_implementation="eager", activation_checkpointing=True))
+        assert job.loaded.model.config._attn_implementation == "eager"
+        assert job.loaded.model.is_gradient_checkpointing
+    model, batch = make_bert().eval(), make_texts(5).batch()
+    scores = model(**batch).logits
+    assert model.config._attn_implementation == "sdpa"
+    set_attention(model, "eager")
+    assert torch.allclose(model(**batch).logits, scores, atol=1e-5)
+    assert model(**batch, output_attentions=True).attentions is not None
+    says = refusal(lambda: set_attention(model, "flash_attention_2"))
+    assert says.startswith(
+        "attn_implementation: expected one that BertForSequenceClassification has, got 'flash_attention_2': "
+    )
+    model.supports_gradient_checkpointing = False
+    assert refusal(lambda: checkpoint_activations(model)) == (
+        "activation_checkpointing: expected False, as BertForSequenceClassification has none, got True"
+    )

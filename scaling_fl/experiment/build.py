@@ -32,6 +32,7 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
 from scaling_fl.federation.turns import InTurn
+from scaling_fl.models.compute import checkpoint_activations, set_attention
 from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
@@ -86,6 +87,10 @@ def build(settings: Settings) -> Job:
     schedule = make_schedule(settings, data, topology)
     loaded = local_first(partial(make_model, settings, pretrained, data.label_names, encoder.end_id))
     loaded = adapt(settings, pretrained, loaded, data.label_names)
+    if settings.attn_implementation is not None:
+        set_attention(loaded.model, settings.attn_implementation)
+    if settings.activation_checkpointing:
+        checkpoint_activations(loaded.model)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
     identity |= identity_of_adapter(settings, loaded.model)
     check_equal(identity)

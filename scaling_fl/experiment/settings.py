@@ -42,6 +42,7 @@ from scaling_fl.federation.cohorts import WEIGHTS
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.adapters import ADAPTERS, MEANS
+from scaling_fl.models.compute import ATTENTION
 from scaling_fl.models.loading import model_defaults
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.training.optimisers import OPTIMISERS
@@ -114,6 +115,8 @@ class Settings:
     gradient_accumulation: int = setting(1, whole_number(1), "batches in a step of a site's optimiser: a step is that of a batch so many times as large, in the memory of one", page="local_training")
     max_grad_norm: float | None = setting(None, optional(number(above=0)), "scale the gradient of a step to this norm if it is longer; None: do not", page="local_training")
     weight_decay: float | None = setting(None, optional(number(least=0, below=LARGE)), "of the sites' optimiser, on all trained weights; None: the optimiser's own, 0 of `sgd` and 0.01 of `adamw`", page="local_training")
+    activation_checkpointing: bool = setting(False, FLAG, "compute the activations of each layer again in the backward pass in place of keeping them: less memory, more time, the same bits", page="local_training")
+    attn_implementation: str | None = setting(None, optional(one_of(ATTENTION)), "the kernels of attention: `eager`, `sdpa` or `flex_attention`; None: what transformers chooses for the model", page="local_training")
     trainer: str = setting("default", one_of(TRAINERS, "default"), "what trains a site: `default`, or the name of a function that a module of `plugins` adds")
     site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs`, `local_steps`, `batch_size` and `gradient_accumulation` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")

@@ -76,6 +76,24 @@ def estimate_bytes(
     return state + max(passes, default=0)
 
 
+class Step(nn.Module):
+    """The passes of a batch through a model, forward and, in training, backward, as one pass.
+
+    So `functional_call` has other tensors in the model in both.
+    """
+
+    def __init__(self, model: nn.Module, num_passes: int) -> None:
+        super().__init__()
+        self.model, self._num_passes = model, num_passes
+
+    def forward(self, batch: Batch) -> None:
+        """Pass a batch."""
+        for _ in range(self._num_passes):
+            output = self.model(**batch)
+            if self.model.training:
+                output.loss.backward()
+
+
 def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accumulates: bool = False) -> int:
     """Return the peak bytes of activations, and in training of gradients, for a batch, or for a later one of a step."""
     from torch._subclasses import fake_tensor  # takes a second to import
@@ -85,16 +103,13 @@ def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accum
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
-    model.train(is_training)
+    step = Step(model.train(is_training), 1 + (is_training and accumulates))
     # functional_call leaves the fakes in a module that the model has at two places, as the embeddings of prompt tuning.
     held: list[dict[str, Any]] = [of for module in model.modules() for of in (module._parameters, module._buffers)]
     before = [(of, {**of}) for of in held]
     try:
         with fakes, torch.set_grad_enabled(is_training), Meter([*tensors.values(), *fake_batch.values()]) as meter:
-            for _ in range(1 + (is_training and accumulates)):
-                output = functional_call(model, tensors, (), fake_batch)
-                if is_training:
-                    output.loss.backward()
+            functional_call(step, {f"model.{name}": tensor for name, tensor in tensors.items()}, (fake_batch,))
     finally:
         for of, had in before:
             of.update(had)

@@ -1,0 +1,41 @@
+"""How a model computes: the kernels of its attention, and which activations it keeps for the backward pass."""
+
+from typing import Any
+
+from scaling_fl.errors import one_line
+
+ATTENTION = ("eager", "sdpa", "flex_attention")  # flash attention takes no float32
+
+
+def set_attention(model: Any, implementation: str) -> None:
+    """Let a model of transformers, or that under an adapter, compute attention by some kernels.
+
+    Raises:
+        ValueError: it has no such attention.
+    """
+    base = _base_of(model)
+    expected = f"attn_implementation: expected one that {type(base).__name__} has"
+    try:
+        base.set_attn_implementation(implementation)
+    except Exception as error:  # a package or an accelerator is missing
+        raise ValueError(f"{expected}, got {implementation!r}: {one_line(error)}") from error
+    if (found := base.config._attn_implementation) != implementation:
+        raise ValueError(f"{expected}, such as {found!r}, got {implementation!r}")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model, or that under an adapter, compute activations again in the backward pass in place of keeping them.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    base = _base_of(model)
+    if not base.supports_gradient_checkpointing:
+        raise ValueError(f"activation_checkpointing: expected False, as {type(base).__name__} has none, got True")
+    name = "activation_checkpointing_enable"  # the older one is deprecated
+    enable = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
