@@ -23,8 +23,9 @@ from scaling_fl.data.examples import Examples
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import place_sites
 from scaling_fl.distributed.world import world
-from scaling_fl.experiment.build import build, local_optimiser
+from scaling_fl.experiment.build import build
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
@@ -364,3 +365,41 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any]) -> None:
     assert refusal(lambda: checkpoint_activations(model)) == (
         "activation_checkpointing: expected False, as BertForSequenceClassification has none, got True"
     )
+
+
+def test_autocast_computes_products_in_a_type_and_keeps_weights_in_float32() -> None:
+    def batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
+        return make_texts(8).shuffled_batches(2, 0)
+
+    ours, plain, exact = (make_bert(dropout=0.0) for _ in range(3))
+    for model, autocast in ((ours, torch.bfloat16), (exact, None)):
+        training = LocalTraining(partial(torch.optim.SGD, lr=0.1), batches, score_classes, 0, autocast=autocast)
+        training(model, Site(0, CPU, 8), 1)
+    optimiser = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain.train()
+    for batch in batches(Site(0, CPU, 8), 0, 0):
+        optimiser.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = plain(**batch).loss
+        loss.backward()
+        optimiser.step()
+    assert all(map(torch.equal, ours.parameters(), plain.parameters()))
+    assert not all(map(torch.equal, ours.parameters(), exact.parameters()))
+    assert {weight.dtype for weight in ours.parameters()} == {torch.float32}
+    batch, half = make_texts(8).batch(), {"autocast": torch.bfloat16}
+    assert activation_bytes(ours, batch, True, **half) != activation_bytes(ours, batch, True)
+
+
+def test_autocast_is_refused_where_it_is_slow_unless_it_is_forced(
+    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with world():
+        assert refusal(lambda: build(Settings(**small_run, autocast="bfloat16"))) == (
+            "autocast: expected None, as this cpu has no instructions for bfloat16 and is several times slower in it, "
+            "got 'bfloat16'. force_autocast=True uses it all the same"
+        )
+        build(Settings(**small_run, autocast="bfloat16", force_autocast=True))
+    assert find_contradictions(Settings(force_autocast=True)) == [
+        "force_autocast: expected False, as there is no autocast, got True"
+    ]

@@ -21,6 +21,7 @@ from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
+from scaling_fl.experiment.local_training import find_autocast, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
@@ -30,9 +31,8 @@ from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.turns import InTurn
-from scaling_fl.models.compute import checkpoint_activations, set_attention
 from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
@@ -87,14 +87,11 @@ def build(settings: Settings) -> Job:
     schedule = make_schedule(settings, data, topology)
     loaded = local_first(partial(make_model, settings, pretrained, data.label_names, encoder.end_id))
     loaded = adapt(settings, pretrained, loaded, data.label_names)
-    if settings.attn_implementation is not None:
-        set_attention(loaded.model, settings.attn_implementation)
-    if settings.activation_checkpointing:
-        checkpoint_activations(loaded.model)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
     identity |= identity_of_adapter(settings, loaded.model)
     check_equal(identity)
     device = topology.devices[0]
+    prepare_model(settings, loaded.model, device)
     turns = find_turns(settings, loaded.model)
     global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, device, turns)
     history: checkpoint.History = []
@@ -145,18 +142,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
 
-    train_site: SiteFunction = LocalTraining(
-        local_optimiser(settings),
-        site_batches,
-        find_objective(settings).score,
-        settings.seed,
-        proximal_mu=settings.proximal_mu,
-        deadline_s=settings.site_deadline_s,
-        max_grad_norm=settings.max_grad_norm,
-        schedule=bind("lr_schedule", vars(settings))(),
-    )
-    if settings.trainer != "default":
-        train_site = TRAINERS[settings.trainer]
+    train_site = make_training(settings, site_batches)
     if len(turns := find_turns(settings, job.loaded.model)) > 1:
         train_site = InTurn(train_site, turns)
     federation = Federation(
@@ -176,7 +162,9 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     try:
         if settings.pack and job.data.train:
             check_packed(settings, job, federation)
-        federation.try_out({device: batch for device, batch in largest.items() if batch is not None})
+        federation.try_out(
+            {device: batch for device, batch in largest.items() if batch is not None}, find_autocast(settings)
+        )
     except ValueError as error:
         raise ValueError(f"model={settings.model!r}: {error}") from error
     return federation
@@ -192,11 +180,6 @@ def check_packed(settings: Settings, job: Job, federation: Federation) -> None:
     part = examples.select(np.arange(4) % len(examples))  # a single text may follow itself
     padded, packed = (replace(part, is_packed=is_packed).batch() for is_packed in (False, True))
     check_packing(federation.model, padded, packed)
-
-
-def local_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:
-    """Return what makes the optimiser of a site."""
-    return partial(bind("optimiser", vars(settings)), lr=settings.learning_rate)
 
 
 def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:

@@ -80,9 +80,11 @@ def _check_schedule(settings: Settings) -> None:
 
 def _check_trainer(settings: Settings) -> None:
     """Refuse what the default trainer alone knows, if there is another one."""
+    if settings.force_autocast and settings.autocast is None:
+        raise ValueError("force_autocast: expected False, as there is no autocast, got True")
     if settings.trainer == "default":
         return
-    unset: dict[str, Any] = {"site_deadline_s": None, "local_steps": None, "max_grad_norm": None}
+    unset: dict[str, Any] = dict.fromkeys(("site_deadline_s", "local_steps", "max_grad_norm", "autocast"))
     unset |= {"gradient_accumulation": 1, "lr_schedule": "constant", "warmup_steps": 0} | find_defaults(
         "optimiser", settings.optimiser
     )

@@ -12,12 +12,12 @@ from scaling_fl.experiment.build import (
     build,
     find_largest,
     largest_training_batch,
-    local_optimiser,
     make_evaluation,
     make_federation,
     server_optimiser,
 )
 from scaling_fl.experiment.evaluation import describe_evaluation
+from scaling_fl.experiment.local_training import find_autocast, local_optimiser
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.schedule import count_steps
 from scaling_fl.experiment.settings import Settings, of_site
@@ -90,7 +90,14 @@ def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int |
     )
     make_optimiser = local_optimiser(settings)
     try:
-        num_bytes = estimate_bytes(job.loaded.model, training, testing, make_optimiser, accumulates=accumulates)
+        num_bytes = estimate_bytes(
+            job.loaded.model,
+            training,
+            testing,
+            make_optimiser,
+            accumulates=accumulates,
+            autocast=find_autocast(settings),
+        )
     except Exception:  # some models look at the values of their tensors, and there are none
         return None
     if device == job.topology.devices[0]:

@@ -70,8 +70,12 @@ class Federation:
         """The model of this rank's first device, with the global weights."""
         return self._devices.load(self._first_device).release()
 
-    def try_out(self, batches: Mapping[torch.device, Batch]) -> None:
+    def try_out(self, batches: Mapping[torch.device, Batch], autocast: torch.dtype | None = None) -> None:
         """Pass a batch forward and backward through the model of each device, and leave everything as it was.
+
+        Args:
+            batches: by device.
+            autocast: what matrix products are computed in; None: the type of the weights.
 
         Raises:
             ValueError: the model does not take it, or its loss is not finite.
@@ -82,7 +86,7 @@ class Federation:
             try:
                 # A trainer of a plugin is not tried out, and so may not fail at its kernels later.
                 is_tried = device.type != "cpu" and leaves_nothing(self._train_site)
-                step = partial(try_step, replica.model, batch)
+                step = partial(try_step, replica.model, batch, autocast)
                 loss = with_fixed_kernels(step) if is_tried else step()
             except Exception as error:
                 hint = ". A smaller batch_size or max_seq_len takes less" if "memory" in str(error) else ""

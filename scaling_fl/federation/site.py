@@ -92,6 +92,7 @@ class LocalTraining:
         gradient_accumulation: how many batches of an epoch make a step; the last step of an epoch may have fewer.
         max_grad_norm: the longest gradient of a step, with FedProx's pull.
         schedule: of the learning rate, of which the optimiser's is the peak; None: it stays.
+        autocast: what matrix products are computed in; None: the type of the weights.
     """
 
     make_optimiser: Callable[[Iterable[Tensor]], Optimizer]
@@ -104,6 +105,7 @@ class LocalTraining:
     gradient_accumulation: int = 1
     max_grad_norm: float | None = None
     schedule: RateSchedule | None = None
+    autocast: torch.dtype | None = None
     leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class LocalTraining:
                 num_seen += sum(map(count_texts, step))
                 yield step
 
-        scores = take_steps(model, counted(), optimiser, self.score).totals()
+        scores = take_steps(model, counted(), optimiser, self.score, self.autocast).totals()
         return {"num_examples": min(site.num_examples, num_seen), **scores}
 
     def _steps(self, site: Site, round_: int) -> Iterator[list[Batch]]:

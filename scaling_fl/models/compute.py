@@ -1,6 +1,8 @@
-"""How a model computes: the kernels of its attention, and which activations it keeps for the backward pass."""
+"""How a model computes: the kernels of its attention, the activations that it keeps, the type of its products."""
 
 from typing import Any
+
+import torch
 
 from scaling_fl.errors import one_line
 
@@ -35,6 +37,23 @@ def checkpoint_activations(model: Any) -> None:
     name = "activation_checkpointing_enable"  # the older one is deprecated
     enable = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Check that a device multiplies matrices of bfloat16 by instructions of its own.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if device.type == "cpu":
+        is_fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    else:
+        is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if not is_fast:
+        raise ValueError(
+            f"autocast: expected None, as this {device.type} has no instructions for bfloat16 and is several times "
+            "slower in it, got 'bfloat16'. force_autocast=True uses it all the same"
+        )
 
 
 def _base_of(model: Any) -> Any:

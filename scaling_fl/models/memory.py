@@ -55,6 +55,7 @@ def estimate_bytes(
     make_optimiser: Callable[[list[Tensor]], Optimizer],
     *,
     accumulates: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> int:
     """Return the most bytes that a device needs to train and evaluate a model.
 
@@ -64,11 +65,12 @@ def estimate_bytes(
         testing: the largest evaluation batch, None if there is none.
         make_optimiser: of the trained weights.
         accumulates: a step has several training batches, so that the gradients of the first stay in memory.
+        autocast: what matrix products are computed in when it trains; None: the type of the weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
     num_trained = sum(weight.numel() for weight in trained_weights(model).values())
     passes = [
-        activation_bytes(model, batch, is_training, accumulates=accumulates)
+        activation_bytes(model, batch, is_training, accumulates=accumulates, autocast=autocast if is_training else None)
         for batch, is_training in ((training, True), (testing, False))
         if batch is not None
     ]
@@ -82,19 +84,27 @@ class Step(nn.Module):
     So `functional_call` has other tensors in the model in both.
     """
 
-    def __init__(self, model: nn.Module, num_passes: int) -> None:
+    def __init__(self, model: nn.Module, num_passes: int, autocast: torch.dtype | None) -> None:
         super().__init__()
-        self.model, self._num_passes = model, num_passes
+        self.model, self._num_passes, self._autocast = model, num_passes, autocast
 
     def forward(self, batch: Batch) -> None:
         """Pass a batch."""
         for _ in range(self._num_passes):
-            output = self.model(**batch)
+            with torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None):
+                output = self.model(**batch)
             if self.model.training:
                 output.loss.backward()
 
 
-def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accumulates: bool = False) -> int:
+def activation_bytes(
+    model: nn.Module,
+    batch: Batch,
+    is_training: bool,
+    *,
+    accumulates: bool = False,
+    autocast: torch.dtype | None = None,
+) -> int:
     """Return the peak bytes of activations, and in training of gradients, for a batch, or for a later one of a step."""
     from torch._subclasses import fake_tensor  # takes a second to import
 
@@ -103,7 +113,7 @@ def activation_bytes(model: nn.Module, batch: Batch, is_training: bool, *, accum
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
-    step = Step(model.train(is_training), 1 + (is_training and accumulates))
+    step = Step(model.train(is_training), 1 + (is_training and accumulates), autocast)
     # functional_call leaves the fakes in a module that the model has at two places, as the embeddings of prompt tuning.
     held: list[dict[str, Any]] = [of for module in model.modules() for of in (module._parameters, module._buffers)]
     before = [(of, {**of}) for of in held]

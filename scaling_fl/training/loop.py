@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,13 @@ def train(model: nn.Module, batches: Iterable[Batch], optimiser: Optimizer, scor
     return take_steps(model, ([batch] for batch in batches), optimiser, score)
 
 
-def take_steps(model: nn.Module, steps: Iterable[Sequence[Batch]], optimiser: Optimizer, score: Score) -> Means:
+def take_steps(
+    model: nn.Module,
+    steps: Iterable[Sequence[Batch]],
+    optimiser: Optimizer,
+    score: Score,
+    autocast: torch.dtype | None = None,
+) -> Means:
     """Take optimiser steps, each as on one large batch but in the memory of its micro-batches, and return the scores.
 
     Args:
@@ -33,6 +40,7 @@ def take_steps(model: nn.Module, steps: Iterable[Sequence[Batch]], optimiser: Op
         steps: the micro-batches of each step.
         optimiser: of the model's weights.
         score: adds the output of a micro-batch to the means.
+        autocast: what matrix products are computed in; None: the type of the weights.
     """
     model.train()
     means = Means()
@@ -42,11 +50,17 @@ def take_steps(model: nn.Module, steps: Iterable[Sequence[Batch]], optimiser: Op
             if fraction == 0:
                 continue  # the loss is 0 / 0
             batch = _to_device(batch, model)
-            output = model(**batch)
+            with in_type(autocast, next(iter(batch.values())).device):
+                output = model(**batch)
             (output.loss if fraction == 1 else output.loss * fraction).backward()
             score(output, batch, means)
         optimiser.step()
     return means.settle()
+
+
+def in_type(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which matrix products are computed in a type; None: in that of the weights."""
+    return nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
 
 
 def count_targets(batch: Batch) -> int:
@@ -91,7 +105,7 @@ def stop_after(seconds: float | None, device: torch.device, steps: Iterable[T]) 
             return
 
 
-def try_step(model: nn.Module, batch: Batch) -> float:
+def try_step(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> float:
     """Pass a batch forward and backward as in training, and return its loss.
 
     Restores buffers, gradients, modes and random generators; weights do not change.
@@ -107,7 +121,8 @@ def try_step(model: nn.Module, batch: Batch) -> float:
             for weight, _ in gradients:
                 weight.grad = None
             model.train()
-            loss = functional_call(model, buffers, (), _to_device(batch, model)).loss
+            with in_type(autocast, device):
+                loss = functional_call(model, buffers, (), _to_device(batch, model)).loss
             loss.backward()
             return loss.item()
     finally:
