@@ -179,9 +179,9 @@ def differ(a: tuple[Tensor, Any], b: tuple[Tensor, Any]) -> float:
 @pytest.mark.parametrize("how", [{"num_local_epochs": 2}, {"local_steps": 3}], ids=["epochs", "steps"])
 def test_accumulated_gradients_are_those_of_the_large_batch(how: dict[str, int]) -> None:
     answers, texts = make_answers(), make_texts(11)  # of 5 answers two steps have 4 and 1, and a micro-batch has 1 text
-    whole = trained(make_llama(), answers, 4, score_tokens, **how)
-    assert differ(trained(make_llama(), answers, 2, score_tokens, gradient_accumulation=2, **how), whole) < 1e-12
-    assert differ(trained(make_llama(), answers, 1, score_tokens, gradient_accumulation=4, **how), whole) < 1e-12
+    whole = trained(make_llama(), answers, 4, score_tokens, **how)  # whose loss is in float32
+    assert differ(trained(make_llama(), answers, 2, score_tokens, gradient_accumulation=2, **how), whole) < 1e-6
+    assert differ(trained(make_llama(), answers, 1, score_tokens, gradient_accumulation=4, **how), whole) < 1e-6
     packed = replace(answers, is_packed=True)
     assert differ(trained(make_llama(), packed, 1, score_tokens, gradient_accumulation=4, **how), whole) < 1e-6
     whole = trained(make_bert(dropout=0.0), texts, 6, **how)
@@ -350,7 +350,7 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any]) -> None:
     with world():
         job = build(Settings(**small_run, attn_implementation="eager", activation_checkpointing=True))
         assert job.loaded.model.config._attn_implementation == "eager"
-        assert job.loaded.model.is_gradient_checkpointing
+        assert any(getattr(module, "gradient_checkpointing", False) for module in job.loaded.model.modules())
     model, batch = make_bert().eval(), make_texts(5).batch()
     scores = model(**batch).logits
     assert model.config._attn_implementation == "sdpa"

@@ -115,7 +115,7 @@ class Settings:
     gradient_accumulation: int = setting(1, whole_number(1), "batches in a step of a site's optimiser: a step is that of a batch so many times as large, in the memory of one", page="local_training")
     max_grad_norm: float | None = setting(None, optional(number(above=0)), "scale the gradient of a step to this norm if it is longer; None: do not", page="local_training")
     weight_decay: float | None = setting(None, optional(number(least=0, below=LARGE)), "of the sites' optimiser, on all trained weights; None: the optimiser's own, 0 of `sgd` and 0.01 of `adamw`", page="local_training")
-    activation_checkpointing: bool = setting(False, FLAG, "compute the activations of each layer again in the backward pass in place of keeping them: less memory, more time, the same bits", page="local_training")
+    activation_checkpointing: bool = setting(False, FLAG, "compute the activations of each layer again in the backward pass in place of keeping them: less memory, more time, the same bits", may_change=True, page="local_training")
     attn_implementation: str | None = setting(None, optional(one_of(ATTENTION)), "the kernels of attention: `eager`, `sdpa` or `flex_attention`; None: what transformers chooses for the model", page="local_training")
     autocast: str | None = setting(None, optional(one_of(("bfloat16",))), "train with matrix products in this type, and weights and their changes in float32; None: all in float32", page="local_training")
     force_autocast: bool = setting(False, FLAG, "use `autocast` on devices that have no instructions for it, too, where it is several times slower", may_change=True, page="local_training")
