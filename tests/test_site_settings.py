@@ -83,7 +83,8 @@ def test_other_forms_are_refused(value: Any) -> None:
 def test_each_wrong_value_is_a_sentence() -> None:
     by_site = {0: {"seed": 1}, 2: {"learning_rate": "1e-5", "num_local_epochs": 0, "batch_size": 4}}
     assert find_contradictions(Settings(site_settings=by_site)) == [
-        "site_settings[0]: expected one of learning_rate, num_local_epochs, local_steps, batch_size, got 'seed'",
+        "site_settings[0]: expected one of learning_rate, num_local_epochs, local_steps, batch_size, "
+        "gradient_accumulation, got 'seed'",
         "site_settings[2]['learning_rate']: expected a number > 0, got '1e-5'. To YAML this is a text: write 1.0e-5",
         "site_settings[2]['num_local_epochs']: expected a whole number >= 1, got 0",
     ]
