@@ -346,7 +346,7 @@ def test_activations_that_are_computed_again_change_no_bit_and_take_less_memory(
     assert all(map(torch.equal, same, weights))
 
 
-def test_attention_is_computed_as_asked(small_run: dict[str, Any]) -> None:
+def test_attention_is_computed_as_asked(small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with world():
         job = build(Settings(**small_run, attn_implementation="eager", activation_checkpointing=True))
         assert job.loaded.model.config._attn_implementation == "eager"
@@ -360,6 +360,12 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any]) -> None:
     says = refusal(lambda: set_attention(model, "flash_attention_2"))
     assert says.startswith(
         "attn_implementation: expected one that BertForSequenceClassification has, got 'flash_attention_2': "
+    )
+    monkeypatch.setattr(
+        type(model), "_can_set_attn_implementation", lambda: False
+    )  # as of models with code of their own
+    assert refusal(lambda: set_attention(model, "sdpa")) == (
+        "attn_implementation: expected one that BertForSequenceClassification has, such as 'eager', got 'sdpa'"
     )
     model.supports_gradient_checkpointing = False
     assert refusal(lambda: checkpoint_activations(model)) == (

@@ -14,7 +14,7 @@ from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.models.memory import Meter, activation_bytes, estimate_bytes, state_bytes
-from scaling_fl.training.loop import train
+from scaling_fl.training.loop import take_steps, train
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
@@ -88,3 +88,14 @@ def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
         tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1
     }
     assert server.nbytes == sum(storages.values())
+
+
+def test_the_estimate_has_the_gradients_that_wait_for_the_next_batch_of_a_step() -> None:
+    model, batch = make_bert(), make_examples(40).batch()
+    make_optimiser = partial(OPTIMISERS["sgd"], lr=1e-3)
+    alone, first = (estimate_bytes(model, batch, None, make_optimiser, accumulates=more) for more in (False, True))
+    weights = [*model.parameters(), *model.buffers()]
+    with Meter([*weights, *batch.values()]) as meter:
+        take_steps(model, [[batch, batch]], make_optimiser(model.parameters()), score_classes)
+    assert first == pytest.approx(meter.peak + sum(tensor.nbytes for tensor in weights), rel=0.05)
+    assert first - alone == pytest.approx(sum(weight.nbytes for weight in model.parameters()), rel=0.2)
