@@ -362,7 +362,7 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any], monkeypatch: 
         "attn_implementation: expected one that BertForSequenceClassification has, got 'flash_attention_2': "
     )
     monkeypatch.setattr(
-        type(model), "_can_set_attn_implementation", lambda: False
+        type(model), "_can_set_attn_implementation", classmethod(lambda cls: False)
     )  # as of models with code of their own
     assert refusal(lambda: set_attention(model, "sdpa")) == (
         "attn_implementation: expected one that BertForSequenceClassification has, such as 'eager', got 'sdpa'"
