@@ -1,24 +1,54 @@
-"""Answers of causal language models, each token the most probable one."""
+"""Answers of causal language models: each token is the most probable one, or drawn."""
 
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
 
 CHANGED = ("training", "generation_config", "prepare_inputs_for_generation")  # by generation here, and by peft's
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, in place of taking the most probable one.
+
+    Args:
+        temperature: divides the logits; above 0.
+        top_p: draws out of the most probable tokens whose probabilities add up to so much; above 0, 1 takes all.
+        seeds: one for each prompt, of a generator of its own.
+    """
+
+    temperature: float
+    top_p: float
+    seeds: Sequence[int]
+
+
 @torch.inference_mode()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_ids: Sequence[int], pad_id: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    pad_id: int,
+    sampling: Sampling | None = None,
+    on_token: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy answers to prompts, without dropout and without the settings of the model's generation.
+    """Return the answers to prompts, without dropout and without the settings of the model's generation.
 
     An answer is the one to its prompt alone, but for rounding where two tokens are as probable as each other. The model
     and random generators stay as they were.
@@ -29,6 +59,8 @@ def generate(
         max_new_tokens: an answer is cut to so many, or to fewer where the model has no more positions.
         end_ids: of the tokens that end an answer; without one, all answers are cut.
         pad_id: any id that the model takes.
+        sampling: how tokens are drawn; None takes the most probable ones.
+        on_token: of a single prompt, is called with the answer so far after each token.
 
     Returns:
         The ids of each answer, without the token that ended it.
@@ -51,9 +83,54 @@ def generate(
                 eos_token_id=list(end_ids) or None,
                 pad_token_id=pad_id,
             )
-            rows = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+            options: dict[str, Any] = {}
+            if sampling is not None:
+                options["logits_processor"] = LogitsProcessorList([_Draw(sampling, indices)])
+            if on_token is not None:
+                options["streamer"] = _Stream(on_token, end_ids)
+            found = model.generate(**batch, generation_config=config, **options)
+            rows = found[:, batch["input_ids"].shape[1] :].tolist()
             answers |= {index: _cut(row, end_ids) for index, row in zip(indices, rows, strict=True)}
     return [answers[index] for index in range(len(prompts))]
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each prompt possible, which a generator of the prompt's own draws.
+
+    So a prompt draws the same tokens in any batch, and no generator of others is used.
+    """
+
+    def __init__(self, sampling: Sampling, indices: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(sampling.seeds[index]) for index in indices]
+        warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        warpers += [TopPLogitsWarper(float(sampling.top_p))] * (sampling.top_p < 1)
+        self.warpers = LogitsProcessorList(warpers)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = self.warpers(input_ids, scores).softmax(-1).cpu()
+        drawn = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probabilities, self.generators, strict=True)
+        ]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn).to(scores.device), 0.0)
+
+
+class _Stream(BaseStreamer):
+    """Hands on the answer so far; of what transformers hands on, the first is the prompt."""
+
+    def __init__(self, on_token: Callable[[list[int]], None], end_ids: Sequence[int]) -> None:
+        self.on_token, self.end_ids = on_token, end_ids
+        self.ids: list[int] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+        else:
+            self.ids += value.tolist()
+            self.on_token(_cut(self.ids, self.end_ids))
+
+    def end(self) -> None:
+        pass
 
 
 def find_end_ids(model: Any, end_id: int | None) -> list[int]:
