@@ -31,6 +31,12 @@ SUBCOMMANDS = {
     "report": Subcommand(
         "report", "report runs/1 runs/2 --output report.html", "draw one or several runs on a page that opens offline"
     ),
+    "generate": Subcommand(
+        "generate", 'generate --model runs/3/model --question "..."', "let a language model answer questions"
+    ),
+    "predict": Subcommand(
+        "predict", "predict --model runs/3/model --texts file.csv", "let a classifier label texts, with probabilities"
+    ),
     "new": Subcommand("new", "new my_project", "write a small project with a model, data and training of your own"),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}

@@ -199,6 +199,8 @@ def tokenise_questions(
     for number, question in enumerate(questions, start=1):
         asked = question if isinstance(question, Question) else Question(question)
         try:
+            if not asked.text.strip():
+                raise ValueError("expected a text, got none")
             prompts.append(encoder.tokenise_prompt(Conversation((Turn("user", asked.text),), asked.context)))
             find_room(model, len(prompts[-1]), 1)
         except ValueError as error:

@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from scaling_fl.data.tasks import is_generative
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER
 from scaling_fl.records.rounds import ROUNDS
@@ -120,6 +122,47 @@ class Run:
 
         return AutoTokenizer.from_pretrained(self._folder_of(MODEL_FOLDER, "a model"))
 
+    def ask(
+        self,
+        question: str,
+        *,
+        context: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Return what the language model answers, by the template with which it was trained.
+
+        Args:
+            question: alone: no answer depends on earlier ones.
+            context: what it is about.
+            max_new_tokens: a longer answer is cut.
+            temperature: 0 takes the most probable tokens; above it they are drawn by `seed`.
+            top_p: out of the most probable tokens whose probabilities add up to so much.
+            seed: of what is drawn.
+
+        Raises:
+            ValueError: it is no run of a language model, or did not reach its end, or the question is too long.
+        """
+        from scaling_fl.experiment.answers import Answering, Question, answer
+
+        self._check_kind("ask", is_a_language_model=True)
+        how = Answering(max_new_tokens, temperature, top_p, seed)
+        return next(answer(self.model, self._encoder, [Question(question, context)], how))
+
+    def predict(self, texts: Sequence[str]) -> list[Any]:
+        """Return the label of each text, and the probability of each label, as `label` and `probability`.
+
+        Raises:
+            ValueError: it is no run of a classifier, or did not reach its end, or a text is none.
+        """
+        from scaling_fl.experiment.predictions import predict
+
+        self._check_kind("predict", is_a_language_model=False)
+        settings = self.settings
+        return list(predict(self.model, self._encoder, settings.task_name, self.labels, texts, settings.val_batch_size))
+
     def report(self, output: str | os.PathLike[str]) -> list[str]:
         """Write the report of the run, a page and its charts beside it.
 
@@ -137,20 +180,31 @@ class Run:
 
         return report.write([self.folder], os.fspath(output))
 
-    def _load_model(self, name: str, what: str) -> Any:
-        from transformers.utils import logging
+    @cached_property
+    def _encoder(self) -> Any:
+        """What turns texts into tokens, as in training."""
+        from scaling_fl.experiment.objectives import make_encoder
+        from scaling_fl.models.pretrained import load_pretrained
 
+        folder, settings = self._folder_of(MODEL_FOLDER, "a model"), self.settings
+        generates = is_generative(settings.task_name)
+        return make_encoder(settings, load_pretrained(folder, settings.max_seq_len, generates=generates))
+
+    def _check_kind(self, method: str, *, is_a_language_model: bool) -> None:
+        if is_generative(self.settings.task_name) != is_a_language_model:
+            wanted = "a language model" if is_a_language_model else "a classifier"
+            raise ValueError(
+                f"{method}: expected a run of {wanted}, got {self.folder} with task_name={self.settings.task_name!r}"
+            )
+
+    def _load_model(self, name: str, what: str) -> Any:
         from scaling_fl.experiment.objectives import find_objective
         from scaling_fl.models.adapter_files import load_saved
+        from scaling_fl.models.loading import without_bars
 
         folder, loader = self._folder_of(name, what), find_objective(self.settings).auto_class.from_pretrained
-        had_bar = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with without_bars():
             return load_saved(folder, loader)
-        finally:
-            if had_bar:
-                logging.enable_progress_bar()
 
     def _folder_of(self, name: str, what: str) -> str:
         folder = os.path.join(self.folder, name)

@@ -1,16 +1,18 @@
 """Find and configure models by nickname, hub id or folder."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from scaling_fl.errors import one_line
 from scaling_fl.hub import from_hub
@@ -161,3 +163,18 @@ def load(model: str, loader: Callable[..., Any], **options: Any) -> Any:
             f"model: expected a nickname ({', '.join(MODELS)}), a folder with a Hugging Face model, or a hub id that "
             f"can be reached, got {model!r} ({one_line(error)})"
         ) from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let the body load and tokenise without bars of progress, of which there may be more than of results."""
+    had = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had[0]:
+            logging.enable_progress_bar()
+        if had[1]:
+            datasets.enable_progress_bars()
