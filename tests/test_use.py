@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from conftest import LABELS, ROOT, Command, fork_script, refusal, succeed, wait_for_exit
 from test_answers import LEARNED, encoder, learned
 from test_instruct import PAIRS, put_model, put_rows
+from test_readme import commands_of
 from tiny_llm import make_tokenizer
 from transformers import pipeline
 
@@ -361,3 +364,31 @@ def test_a_run_of_the_command_labels_texts(command: Command, tmp_path: Path) -> 
     (row,) = rows_of(succeed((wait_for_exit(pid), output.read_text())))
     assert row["label"] in LABELS
     assert sum(row["probability"].values()) == pytest.approx(1)
+
+
+def test_the_commands_and_the_python_of_the_page_run(
+    of_answers: str, of_labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/3").symlink_to(of_answers)
+    Path("runs/1").symlink_to(of_labels)
+    Path("questions.txt").write_text("Who?\n")
+    Path("questions.jsonl").write_text('{"question": "Who?", "context": "It is red."}\n')
+    Path("texts.csv").write_text("text\nsoup\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n"))
+    commands = commands_of("docs/use_the_model.md")
+    assert len(commands) == 6
+    for command in commands:
+        _, name, *arguments = shlex.split(command)
+        short = ["--max-new-tokens", "5"] if name == "generate" else []
+        assert say(capsys, {"generate": generate, "predict": predict}[name], *arguments, *short)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/use_the_model.md").read_text(), re.DOTALL)
+    exec("\n".join(blocks).replace("max_new_tokens=100", "max_new_tokens=5"), {})
+    merged = load_for_use("merged", generates=True, template="vicuna")
+    answers = list(answer(merged.model, merged.encoder, list(map(Question, QUESTIONS)), Answering(12)))
+    run = Run.load("runs/3")
+    assert answers == [run.ask(text, max_new_tokens=12) for text in QUESTIONS]
+    for place in ("runs/3/model_merged", "runs/3/model"):
+        text = pipeline("text-generation", place, max_new_tokens=5)("Which?")[0]["generated_text"]
+        assert text.startswith("Which?")
