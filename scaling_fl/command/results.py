@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
+from scaling_fl.errors import one_line
+
 ENDINGS = (".jsonl", ".csv")
 
 
@@ -102,4 +104,5 @@ def one_sentence() -> Iterator[None]:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename!r} cannot be read or written: {error.strerror}")
+        place = repr(error.filename) if error.filename else "a file"
+        sys.exit(f"error: {place} cannot be read or written: {error.strerror or one_line(error)}")

@@ -75,20 +75,14 @@ def generate(
     with _evaluating(model):
         for (most, _), indices in groups.items():
             batch = _pad_left([prompts[index] for index in indices], pad_id, next(model.parameters()).device)
-            config = GenerationConfig(
-                max_new_tokens=most,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=list(end_ids) or None,
-                pad_token_id=pad_id,
+            ends = {"eos_token_id": list(end_ids) or None, "pad_token_id": pad_id}
+            config = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, **ends)
+            found = model.generate(
+                **batch,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([] if sampling is None else [_Draw(sampling, indices)]),
+                streamer=None if on_token is None else _Stream(on_token, end_ids),
             )
-            options: dict[str, Any] = {}
-            if sampling is not None:
-                options["logits_processor"] = LogitsProcessorList([_Draw(sampling, indices)])
-            if on_token is not None:
-                options["streamer"] = _Stream(on_token, end_ids)
-            found = model.generate(**batch, generation_config=config, **options)
             rows = found[:, batch["input_ids"].shape[1] :].tolist()
             answers |= {index: _cut(row, end_ids) for index, row in zip(indices, rows, strict=True)}
     return [answers[index] for index in range(len(prompts))]
