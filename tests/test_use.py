@@ -16,14 +16,14 @@ from conftest import LABELS, ROOT, Command, fork_script, refusal, succeed, wait_
 from test_answers import LEARNED, encoder, learned
 from test_instruct import PAIRS, put_model, put_rows
 from test_readme import commands_of
-from tiny_llm import make_tokenizer
+from tiny_llm import make_llama, make_tokenizer
 from transformers import pipeline
 
 from scaling_fl import Run
 from scaling_fl.command import generate, predict
 from scaling_fl.command.experiment import with_text_keys
 from scaling_fl.distributed.world import world
-from scaling_fl.experiment.answers import Answering, Question, _Stream, answer
+from scaling_fl.experiment.answers import Answering, Question, _Stream, answer, tokenise_questions
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.saved import load_for_use
 from scaling_fl.experiment.settings import Settings
@@ -32,7 +32,7 @@ from scaling_fl.records.rounds import Record
 pytest.importorskip("peft")
 QUESTIONS = [question for question, _ in PAIRS[:3]]
 TEXTS = ["goal match team", "chip code disk and was very old", "soup", "the bread in the disk " * 20]
-DRAWN = Answering(12, temperature=1.5, top_p=0.9, seed=3)
+DRAWN = Answering(12, temperature=4.0, top_p=0.9, seed=3)
 
 
 def keep_run(folder: Path, settings: Settings) -> str:
@@ -53,10 +53,10 @@ def of_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("answers")
     settings = Settings(
         task_name="instruct",
-        model=put_model(folder),
+        model=put_model(folder, make_llama(num_positions=512)),
         train_path=put_rows(folder, "train.jsonl", PAIRS),
         test_path=put_rows(folder, "test.jsonl", PAIRS[:2]),
-        **{"template": "vicuna", "max_seq_len": 64, "site_ids": [0], "num_rounds": 1, "learning_rate": 0.1},
+        **{"template": "chat", "max_seq_len": 256, "site_ids": [0], "num_rounds": 1, "learning_rate": 0.02},
         **{"batch_size": 2, "report": False, "adapter": "lora", "lora_targets": "all-linear", "merge": True},
     )
     return keep_run(folder / "run", settings)
@@ -66,7 +66,7 @@ def of_answers(tmp_path_factory: pytest.TempPathFactory) -> str:
 def of_labels(tmp_path_factory: pytest.TempPathFactory, small_run: dict[str, Any]) -> str:
     """The run of a classifier."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in small_run.items()}
-    settings = Settings(**values | {"num_rounds": 1, "site_ids": [0], "max_seq_len": 16})
+    settings = Settings(**values | {"num_rounds": 1, "num_local_epochs": 8, "site_ids": [0], "max_seq_len": 16})
     return keep_run(tmp_path_factory.mktemp("labels") / "run", settings)
 
 
@@ -108,7 +108,7 @@ def test_a_question_that_is_asked_again_draws_another_answer_and_the_seed_decide
     found = list(answer(saved.model, saved.encoder, often, DRAWN))
     assert len(set(found)) > 1
     assert list(answer(saved.model, saved.encoder, often, DRAWN)) == found
-    assert list(answer(saved.model, saved.encoder, often, Answering(12, 1.5, 0.9, seed=4))) != found
+    assert list(answer(saved.model, saved.encoder, often, Answering(12, 4.0, 0.9, seed=4))) != found
     assert len(set(answer(saved.model, saved.encoder, often, Answering(12)))) == 1
 
 
@@ -118,16 +118,16 @@ def test_a_run_its_model_its_merged_model_and_python_answer_alike_and_not_as_the
     found = []
     for place in places:
         saved = load_for_use(place, generates=True)
-        assert (saved.encoder.template, saved.settings.max_seq_len) == ("vicuna", 64)
+        assert (saved.encoder.template, saved.settings.max_seq_len) == ("chat", 256)
         assert not saved.model.training
         found.append(list(answer(saved.model, saved.encoder, questions, Answering(12))))
-    base = load_for_use(run.settings.model, generates=True, template="vicuna")
+    base = load_for_use(run.settings.model, generates=True, template="chat")
     untrained = list(answer(base.model, base.encoder, questions, Answering(12)))
     assert found[0] == found[1] == found[2] != untrained
     assert [run.ask(text, max_new_tokens=12) for text in QUESTIONS] == found[0]
     saved = load_for_use(of_answers, generates=True)
     drawn = next(answer(saved.model, saved.encoder, questions[:1], DRAWN))
-    assert run.ask(QUESTIONS[0], max_new_tokens=12, temperature=1.5, top_p=0.9, seed=3) == drawn
+    assert run.ask(QUESTIONS[0], max_new_tokens=12, temperature=4.0, top_p=0.9, seed=3) == drawn
 
 
 def test_answers_end_with_the_token_of_the_template_though_the_model_lists_another_one() -> None:
@@ -145,8 +145,8 @@ def test_answers_end_with_the_token_of_the_template_though_the_model_lists_anoth
 def test_a_context_is_written_as_in_training(of_answers: str) -> None:
     saved = load_for_use(of_answers, generates=True)
     both, joined = Question("Which?", "It is red."), Question("Which?\n\nIt is red.")
-    assert len(set(answer(saved.model, saved.encoder, [both, joined], Answering(12)))) == 1
-    assert next(answer(saved.model, saved.encoder, [Question("Which?")], Answering(12))) != ""
+    found = tokenise_questions(saved.model, saved.encoder, [both, joined, Question("Which?")])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
@@ -161,7 +161,6 @@ def test_what_streams_is_never_half_a_character_and_is_all_of_the_text(kind: str
     stream.finish(whole)
     assert "".join(pieces) == whole == text
     assert len(pieces) > 5
-    assert not any(piece.startswith("\ufffd") and piece != "\ufffd" * len(piece) for piece in pieces)
 
 
 def test_the_command_answers_one_question_a_file_and_standard_input(
@@ -191,10 +190,10 @@ def test_the_command_answers_one_question_a_file_and_standard_input(
 def test_a_question_that_is_too_long_does_not_end_a_conversation(
     of_answers: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 99}\nWhich?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 999}\nWhich?\n"))
     generate.main(["--model", of_answers, "--max-new-tokens", "12", "--interactive"])
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: questions: question 1: expected a prompt of 1 to 64 tokens, got ")
+    assert printed.err.startswith("error: questions: question 1: expected a prompt of 1 to 512 tokens, got ")
     assert printed.out == f"{Run.load(of_answers).ask('Which?', max_new_tokens=12)}\n"
 
 
@@ -256,8 +255,8 @@ def test_a_text_is_changed_as_the_task_of_the_training_changes_it(tmp_path: Path
 
 REFUSED_ANSWERS = [
     (["--question", " "], "questions: question 1: expected a text, got none"),
-    (["--question", "Who? " * 99], "questions: question 1: expected a prompt of 1 to 64 tokens, got "),
-    (["--question", "Q", "--template", "alpaca"], "template: expected none, as {run} was trained with 'vicuna', got "),
+    (["--question", "Who? " * 999], "questions: question 1: expected a prompt of 1 to 512 tokens, got "),
+    (["--question", "Q", "--template", "alpaca"], "template: expected none, as {run} was trained with 'chat', got "),
     (["--question", "Q", "--temperature", "-1"], "temperature: expected a number >= 0, got -1.0"),
     (["--question", "Q", "--temperature", "nan"], "temperature: expected a number >= 0, got nan"),
     (["--question", "Q", "--top-p", "0.5"], "--top-p: expected none without --temperature, as nothing is drawn"),
@@ -385,7 +384,7 @@ def test_the_commands_and_the_python_of_the_page_run(
         assert say(capsys, {"generate": generate, "predict": predict}[name], *arguments, *short)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/use_the_model.md").read_text(), re.DOTALL)
     exec("\n".join(blocks).replace("max_new_tokens=100", "max_new_tokens=5"), {})
-    merged = load_for_use("merged", generates=True, template="vicuna")
+    merged = load_for_use("merged", generates=True, template="chat")
     answers = list(answer(merged.model, merged.encoder, list(map(Question, QUESTIONS)), Answering(12)))
     run = Run.load("runs/3")
     assert answers == [run.ask(text, max_new_tokens=12) for text in QUESTIONS]

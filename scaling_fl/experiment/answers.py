@@ -147,7 +147,7 @@ def answer(
     asked = Counter[tuple[int, ...]]()
     seeds = []
     for prompt in map(tuple, prompts):
-        seeds.append(derive_seed(how.seed, "answer", asked[prompt]))
+        seeds.append(derive_seed(how.seed, "answer", asked[prompt], *prompt))
         asked[prompt] += 1
     size = TOGETHER if write is None else 1
     for first in range(0, len(prompts), size):
