@@ -173,8 +173,9 @@ def test_the_command_answers_one_question_a_file_and_standard_input(
     assert alone == [f"{text}\n" for text in expected]
     (tmp_path / "q.txt").write_text("\n".join(QUESTIONS) + "\n\n")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": text, "id": 1}) + "\n" for text in QUESTIONS))
+    (tmp_path / "q.csv").write_text("id,question\n" + "".join(f"1,{text}\n" for text in QUESTIONS))
     wanted = [{"question": text, "answer": found} for text, found in zip(QUESTIONS, expected, strict=True)]
-    for name in ("q.txt", "q.jsonl"):
+    for name in ("q.txt", "q.jsonl", "q.csv"):
         assert rows_of(say(capsys, generate, *given, "--questions", str(tmp_path / name))) == wanted
     for name in ("a.jsonl", "a.csv"):
         target = tmp_path / name
@@ -273,7 +274,9 @@ REFUSED_ANSWERS = [
     (["--question", "Q", "--overwrite"], "--overwrite: expected none without --output"),
     (["--questions", "{tmp}/none.txt"], "'{tmp}/none.txt': expected a file that can be read, got "),
     (["--questions", "{tmp}/empty.txt"], "'{tmp}/empty.txt': expected a question or more, got none"),
-    (["--questions", "{tmp}/bad.jsonl"], "'{tmp}/bad.jsonl': line 2: expected JSON such as "),
+    (["--questions", "{tmp}/bad.jsonl"], "'{tmp}/bad.jsonl': row 2: expected a text in 'question', got none"),
+    (["--questions", "{tmp}/broken.jsonl"], "'{tmp}/broken.jsonl': row 1: expected JSON, got an error: "),
+    (["--questions", "{tmp}/bad.csv"], "'{tmp}/bad.csv': expected a column 'question', got 'prompt'"),
     (["--questions", "{tmp}/latin.txt"], "'{tmp}/latin.txt': line 1: expected UTF-8, got "),
 ]
 
@@ -282,6 +285,8 @@ REFUSED_ANSWERS = [
 def test_what_cannot_be_asked_is_one_sentence(of_answers: str, tmp_path: Path, options: list[str], says: str) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bad.jsonl").write_text('{"question": "Q"}\n{"prompt": "Q"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": "Q')
+    (tmp_path / "bad.csv").write_text("prompt\nWho?\n")
     (tmp_path / "latin.txt").write_bytes("Où?\n".encode("latin-1"))
     places = {"tmp": str(tmp_path), "run": of_answers}
 

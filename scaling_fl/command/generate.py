@@ -28,7 +28,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_common(parser)
     asks = parser.add_mutually_exclusive_group(required=True)
     asks.add_argument("--question", metavar="TEXT", help="print its answer as it comes about")
-    asks.add_argument("--questions", metavar="FILE", help='one a line, or .jsonl with {"question": "..."} in each')
+    asks.add_argument("--questions", metavar="FILE", help="one a line, or a table such as .jsonl with question")
     asks.add_argument("--interactive", action="store_true", help="ask until the end of input; each question is alone")
     parser.add_argument("--template", help="of a model without a run beside it, as in training, such as chat")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="a longer answer is cut (default: 256)")

@@ -1,38 +1,37 @@
 """Questions and texts in files."""
 
-import json
 from collections.abc import Iterator, Sequence
 
 from scaling_fl.data.columns import check_characters, open_text
 from scaling_fl.data.files import is_table, read_table
 from scaling_fl.data.tasks import find_task
-from scaling_fl.errors import one_line
+from scaling_fl.errors import one_line, preview
 from scaling_fl.experiment.answers import Question
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.storage import host_path
 
-LINES = (".jsonl", ".ndjson")
+FIELDS = ("question", "context")
 
 
 def read_questions(path: str) -> list[Question]:
-    """Read questions: one a line, or JSON Lines with a `question`, and perhaps a `context`, each.
+    """Read questions: one a line, or a table with a column `question`, and perhaps one `context`.
 
     Raises:
-        ValueError: the file cannot be read, or a line is no question.
+        ValueError: the file cannot be read, or a row has no question.
     """
-    is_json = path.lower().endswith(LINES)
-    found = []
-    for number, line in _read_lines(path):
-        question = _parse(line) if is_json else Question(line.strip())
-        if question is None:
-            raise ValueError(
-                f'{path!r}: line {number}: expected JSON such as {{"question": "..."}}, and perhaps a "context", got '
-                "another value"
-            )
-        found.append(question)
-    if not found:
-        raise ValueError(f"{path!r}: expected a question or more, got none")
-    return found
+    if not is_table(path):
+        found = [Question(line.strip()) for _, line in _read_lines(path)]
+        if not found:
+            raise ValueError(f"{path!r}: expected a question or more, got none")
+        return found
+    table = read_table(host_path(path), fields=FIELDS)
+    if FIELDS[0] not in table.column_names:
+        raise ValueError(f"{path!r}: expected a column {FIELDS[0]!r}, got {preview(map(repr, table.column_names))}")
+    texts, contexts = (table[name][:] if name in table.column_names else [None] * len(table) for name in FIELDS)
+    for number, text in enumerate(texts, start=1):
+        if not (text or "").strip():
+            raise ValueError(f"{path!r}: row {number}: expected a text in {FIELDS[0]!r}, got none")
+    return [Question(text, context or "") for text, context in zip(texts, contexts, strict=True)]
 
 
 def read_texts(path: str, settings: Settings, column: str | None = None) -> list[str]:
@@ -67,17 +66,3 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
                     yield number, line.rstrip("\r\n")
     except OSError as error:
         raise ValueError(f"{path!r}: expected a file that can be read, got {one_line(error)}") from error
-
-
-def _parse(line: str) -> Question | None:
-    """Return the question of a line of JSON, None if it has none."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    text, context = row.get("question"), row.get("context") or ""
-    if not isinstance(text, str) or not isinstance(context, str):
-        return None
-    return Question(text, context)
