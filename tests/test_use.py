@@ -24,6 +24,7 @@ from scaling_fl.command import generate, predict
 from scaling_fl.command.experiment import with_text_keys
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.answers import Answering, Question, _Stream, answer, tokenise_questions
+from scaling_fl.experiment.predictions import predict as label
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.saved import load_for_use
 from scaling_fl.experiment.settings import Settings
@@ -221,6 +222,38 @@ def test_predictions_are_those_of_transformers(of_labels: str, capsys: pytest.Ca
             assert row["probability"] == pytest.approx(prediction.probability, abs=1e-6)
 
 
+def test_an_adapter_of_a_classifier_labels_as_the_merged_model(tmp_path: Path, small_run: dict[str, Any]) -> None:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in small_run.items()}
+    adapter = {"adapter": "lora", "lora_targets": "all-linear", "merge": True, "learning_rate": 0.02}
+    folder = keep_run(tmp_path / "run", Settings(**values | adapter | {"num_rounds": 1, "site_ids": [0]}))
+    found = []
+    for name in ("model", "model_merged"):
+        saved = load_for_use(f"{folder}/{name}", generates=False)
+        found.append(list(label(saved.model, saved.encoder, "text", saved.labels, TEXTS, 4)))
+    assert Run.load(folder).predict(TEXTS) == found[0]
+    for adapted, merged in zip(*found, strict=True):
+        assert adapted.probability == pytest.approx(merged.probability, abs=1e-6)
+
+
+def test_a_model_with_prompt_tuning_answers_a_file_as_each_question_alone(tmp_path: Path) -> None:
+    settings = Settings(
+        task_name="instruct",
+        model=put_model(tmp_path, make_llama(num_positions=256)),
+        train_path=put_rows(tmp_path, "train.jsonl", PAIRS),
+        test_path=put_rows(tmp_path, "test.jsonl", PAIRS[:2]),
+        **{"template": "chat", "max_seq_len": 128, "site_ids": [0], "num_rounds": 0, "report": False},
+        adapter_config={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    )
+    saved = load_for_use(keep_run(tmp_path / "run", settings), generates=True)
+    questions = [Question(text) for text in [*QUESTIONS, "Who?"]]
+    for how in (Answering(12), DRAWN):
+        pieces: list[str] = []
+        alone = [next(answer(saved.model, saved.encoder, [question], how)) for question in questions]
+        assert list(answer(saved.model, saved.encoder, questions, how)) == alone
+        assert list(answer(saved.model, saved.encoder, questions, how, pieces.append)) == alone
+        assert "".join(pieces) == "".join(alone)
+
+
 def test_texts_of_a_file_are_labelled_in_their_order(
     of_labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,8 +271,8 @@ def test_texts_of_a_file_are_labelled_in_their_order(
         assert [row["text"] for row in rows] == texts
         for row, prediction in zip(rows, expected, strict=True):
             assert row["label"] == prediction.label
-            for label, probability in prediction.probability.items():
-                assert float(row[f"probability_{label}"]) == pytest.approx(probability, abs=1e-6)
+            for class_, probability in prediction.probability.items():
+                assert float(row[f"probability_{class_}"]) == pytest.approx(probability, abs=1e-6)
 
 
 def test_a_text_is_changed_as_the_task_of_the_training_changes_it(tmp_path: Path, tiny_model: str) -> None:
@@ -297,9 +330,9 @@ def test_what_cannot_be_asked_is_one_sentence(of_answers: str, tmp_path: Path, o
 
 
 def test_a_model_of_the_other_kind_or_none_is_one_sentence(of_answers: str, of_labels: str, tiny_model: str) -> None:
-    ask, label = ["--question", "Q"], ["--text", "soup"]
+    ask, labels = ["--question", "Q"], ["--text", "soup"]
     assert "expected a language model, got a classifier" in refuse(generate, "--model", of_labels, *ask)
-    assert "expected a classifier, got a language model" in refuse(predict, "--model", of_answers, *label)
+    assert "expected a classifier, got a language model" in refuse(predict, "--model", of_answers, *labels)
     base = Run.load(of_answers).settings.model
     assert refuse(generate, "--model", base, *ask).startswith(
         "template: expected one of alpaca, vicuna, flowertune, plain, chat, as no run is beside the model"
@@ -309,9 +342,11 @@ def test_a_model_of_the_other_kind_or_none_is_one_sentence(of_answers: str, of_l
     )
     says = refuse(generate, "--model", tiny_model, *ask, "--template", "plain")
     assert says.startswith("model: expected a language model, got a classifier")
-    assert refuse(predict, "--model", base, *label, "--max-seq-len", "32").startswith("model")
-    assert refuse(predict, "--model", "no/where", *label).startswith("model: expected a nickname (")
-    assert refuse(generate, "--model", "nowhere", *ask, "--template", "chat").startswith("model: expected a nickname (")
+    assert refuse(predict, "--model", base, *labels, "--max-seq-len", "32").startswith("model")
+    assert refuse(predict, "--model", "no/where", *labels).startswith("model: expected a nickname (")
+    for template in ([], ["--template", "chat"]):
+        says = refuse(generate, "--model", f"{of_answers}/modle", *ask, *template)
+        assert says.startswith("model: expected a nickname (")
 
 
 def test_what_cannot_be_labelled_is_one_sentence(of_labels: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from scaling_fl.experiment.objectives import make_encoder, make_model
 from scaling_fl.experiment.result import Run
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.classifier import labels_of
-from scaling_fl.models.loading import model_defaults, without_bars
+from scaling_fl.models.loading import MODELS, model_defaults, read_file, without_bars
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records.export import MODEL_FOLDER
 from scaling_fl.storage import host_path
@@ -114,6 +114,8 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
 
 
 def _without_run(path: str, generates: bool, template: str | None, max_seq_len: int | None) -> Settings:
+    if path not in MODELS:
+        read_file(path, "config.json")  # a model that cannot be found is named before a missing template
     if not generates:
         return Settings(task_name="text", model=path, adapter=None, max_seq_len=max_seq_len or MAX_SEQ_LEN)
     template = template or model_defaults(path).get("template")
