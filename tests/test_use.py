@@ -379,7 +379,7 @@ def test_rows_of_a_run_that_is_stopped_stay(of_answers: str, tmp_path: Path, mon
 
     monkeypatch.setattr(generate, "answer", stop)
     (tmp_path / "q.txt").write_text("Who?\nWhich?\n")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         generate.main(["--model", of_answers, "--questions", f"{tmp_path}/q.txt", "--output", f"{tmp_path}/a.jsonl"])
     assert not (tmp_path / "a.jsonl").exists()
     assert rows_of((tmp_path / "a.jsonl.part").read_text()) == [{"question": "Who?", "answer": "one"}]

@@ -101,6 +101,8 @@ def one_sentence() -> Iterator[None]:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it
     except ValueError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
