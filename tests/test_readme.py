@@ -26,7 +26,19 @@ def commands_of(page: str) -> list[str]:
 
 
 # Those of distributed.md, elastic.md, networks.md and clusters.md are in test_deploy.py.
-NAMES = ("install", "running", "settings", "tasks", "instruct", "models", "resuming", "reports", "trackers", "speed")
+NAMES = (
+    "install",
+    "running",
+    "settings",
+    "tasks",
+    "instruct",
+    "models",
+    "resuming",
+    "sweeps",
+    "reports",
+    "trackers",
+    "speed",
+)
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 # Below, and in other files:
@@ -51,6 +63,16 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "overhead": ({}, "--cases try --repetitions 1"),
     "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} max_test_examples_per_site=2 template=chat"),
     "SmolLM2-360M": ({"/path/to": "{llm}", "HuggingFaceTB/SmolLM2-360M": "{llm}"}, SMALL_LLM),
+    "sweep.py with learning_rate": ({"num_rounds=3": "num_rounds=1"}, SMALL),
+    "open_llama": (
+        {
+            "openlm-research/open_llama_3b_v2,openlm-research/open_llama_7b_v2": "{llm},{llm}/.",
+            "train_path=alpaca_gpt4": "train_path={llm}/rows.jsonl",
+            "num_sites=20": "num_sites=4",
+            "fraction=0.01": "fraction=0.1",
+        },
+        f"{SMALL_LLM} local_steps=1",
+    ),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},
@@ -188,7 +210,7 @@ def test_packing_saves_padding_and_lora_sends_and_keeps_only_its_matrices(tmp_pa
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=pytest.mark.long if "benchmarks/" in command else ())
+        pytest.param(command, marks=pytest.mark.long if re.search("benchmarks/|sweep", command) else ())
         for command in COMMANDS[2:]
         if not re.search(IN_OTHER_TESTS, command)
     ],

@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "predict": Subcommand(
         "predict", "predict --model runs/3/model --texts file.csv", "let a classifier label texts, with probabilities"
     ),
+    "sweep": Subcommand("sweep", "sweep with model=a,b seed=1,2,3", "train a run for each combination, and compare"),
     "new": Subcommand("new", "new my_project", "write a small project with a model, data and training of your own"),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
