@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights_hash
 from sacred.arg_parser import get_config_updates
+from test_report import write_run
 
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
+from scaling_fl.experiment.settings import Settings
 from scaling_fl.experiment.sweep import find_variables
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -207,14 +209,13 @@ def test_a_sweep_trains_what_the_command_trains_lists_failures_and_skips_what_is
     (folder,) = tmp_path.glob("runs/sweep-seed-train_path-*")
     failed = output[output.index("error: ") :].splitlines()
     assert [line.partition(": expected")[0] for line in failed] == [
-        f"error: train_path=later.csv seed={seed}: train_path='later.csv'" for seed in (1, 2)
+        f"error: train_path=later.csv seed={seed}: 'later.csv'" for seed in (1, 2)
     ]
     first = runs_of(folder)
     assert sorted(run["status"] for run in first.values()) == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"]
     times = sorted((run["start_time"], run["stop_time"]) for run in first.values())
     assert all(ended <= started for (_, ended), (started, _) in pairwise(times)), "one at a time"
-    page = (folder / "report.html").read_text()
-    assert "2 runs side by side" in page
+    assert not [*folder.glob("report*")], "report=False"
 
     (tmp_path / "later.csv").write_text(corpus[0].read_text())
     status, output = sweep(**grid, author="another")
@@ -222,7 +223,6 @@ def test_a_sweep_trains_what_the_command_trains_lists_failures_and_skips_what_is
     second = runs_of(folder)
     assert first.items() <= second.items()
     assert len(second) == 6
-    assert "4 runs side by side" in (folder / "report.html").read_text()
     rows = [line.split(" | ") for line in output.splitlines() if " | " in line]
     assert [cell.strip() for cell in rows[0][:2]] == ["train_path", "seed"]
     assert [cell.strip() for row in rows[1:] for cell in row[:2]] == [
@@ -241,6 +241,21 @@ def test_a_sweep_trains_what_the_command_trains_lists_failures_and_skips_what_is
     losses = [row[column].strip() for row in rows[1:]]
     least = min(losses, key=lambda loss: float(loss.strip("*")))
     assert ["*" in loss for loss in losses] == [loss.strip("*") == least.strip("*") for loss in losses]
+
+
+def test_runs_that_are_done_are_compared_in_one_report(tmp_path: Path) -> None:
+    points = make_grid({"seed": "1,2", "task_name": "bbcnews"})
+    for number, point in enumerate(points):
+        config = json.loads(json.dumps(vars(Settings(**point.settings()))))
+        write_run(tmp_path / "here" / point.folder / "1", num_rounds=2, seed=number, config=config)
+    pid = fork_script(
+        SCRIPT, ["with", "seed=1,2", "task_name=bbcnews", "--folder", "here"], tmp_path / "o", tmp_path, {}
+    )
+    assert wait_for_exit(pid) == 0
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "2 runs side by side" in page
+    assert all(f"<b>{point.settings()['job_name']}</b>" in page for point in points)
+    assert "report    here/report.html" in (tmp_path / "o").read_text()
 
 
 def test_nothing_starts_if_a_setting_of_any_run_is_wrong(sweep: Command, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def sweep(words: Sequence[str], parallel: int, folder: str | None) -> None:
     folders = [str(outcome.record) for outcome in outcomes if outcome.record]
     if folders:
         say(*make_table(outcomes, dict(zip(folders, read(folders), strict=True))))
+    if folders and any(point.given.get("report", True) for point in points):
         try:
             say(f"report    {report.write(folders, str(place / REPORT))[0]}")
         except (OSError, ValueError) as error:
