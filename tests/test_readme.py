@@ -71,7 +71,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
             "num_sites=20": "num_sites=4",
             "fraction=0.01": "fraction=0.1",
         },
-        f"{SMALL_LLM} local_steps=1",
+        "max_train_examples_per_site=4 max_seq_len=256 local_steps=1 num_rounds=1 report=False",
     ),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
