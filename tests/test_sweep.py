@@ -62,7 +62,7 @@ def sweep(begin: Start) -> Command:
             [{0: {"learning_rate": 1e-5, "batch_size": 1}}, None],
         ),
         ("text_column", "'a,b',c", ["a,b", "c"]),
-        ("text_column", '"a,\\"b",c', ['a,"b', "c"]),
+        ("text_column", '"a\\",b",c', ['a",b', "c"]),
         ("text_column", "it's,theirs", ["it's", "theirs"]),
         ("job_name", "20261121_0900,None", ["20261121_0900", None]),
         ("model", "a", ["a"]),
@@ -142,13 +142,14 @@ def test_a_folder_stays_if_a_resumed_run_may_change_what_changes_and_if_values_a
 
     sweep, folders = names()
     assert names(num_rounds="3", author="me") == (sweep, folders)
-    more = names(seed="1,2,3")
+    more = names(seed="3,1,2")
     assert more[0] == sweep
     assert set(folders) < set(more[1])
     other = names(batch_size="8")
     assert other[0] != sweep
     assert not set(folders) & set(other[1])
     assert len({*names(num_rounds="2,3")[1]}) == 8, "a value of its own is a run of its own"
+    assert len({*names(test_path=f"{'x' * 90}1,{'x' * 90}2")[1]}) == 8, "of a long name, too"
 
 
 def test_runs_have_names_and_places_for_checkpoints_of_their_own() -> None:
