@@ -12,7 +12,7 @@ from torch import nn
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import Site
-from scaling_fl.training.loop import Batch, train
+from scaling_fl.training.loop import Batch, take_steps
 from scaling_fl.training.metrics import Means
 
 BROKEN = Play(site_ids=(0,) * 5, broken=(1, 3))
@@ -64,7 +64,7 @@ def test_skipped_sites_are_counted_and_named_and_the_other_sites_continue(caplog
 def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
     """Train, and set the last weight to infinity if the disk fails."""
     try:
-        return train(model, *arguments)
+        return take_steps(model, *arguments)
     except OSError:
         *_, last = model.parameters()
         last.data[-1] = torch.inf
@@ -74,7 +74,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 @pytest.mark.parametrize("what", ["disk", "weight"])
 def test_the_placement_of_a_failed_site_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
-        monkeypatch.setattr("scaling_fl.federation.site.train", train_or_overflow)
+        monkeypatch.setattr("scaling_fl.federation.site.take_steps", train_or_overflow)
         monkeypatch.setattr("scaling_fl.federation.aggregation.PIECE", 1_000)  # so that it is not in the first
     play = BROKEN.but(min_sites=3)
     alone = play.on_ranks(1)

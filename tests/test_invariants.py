@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch: pytest.Monke
     monkeypatch.setattr("conftest.score_classes", measured)
     gc.collect()
     for num_sites in (2, 16):
-        Play(site_ids=(0,) * num_sites, num_examples=64, batch_size=4, num_rounds=1, optimiser="adamw").play()
+        Play(site_ids=(0,) * num_sites, num_examples=128, batch_size=4, num_rounds=1, optimiser="adamw").play()
         gc.collect()
     assert peaks[16] == pytest.approx(peaks[2], rel=0.01)
 

@@ -83,7 +83,7 @@ def test_the_recipes_train(root: Path, tiny_model: str) -> None:
         rows = [f"{row % 2 * 3 + 1},{WORDS[row % 9]} {WORDS[row % 7]}" for row in range(24)]
         (root / f"{name}.csv").write_text("\n".join(["stars,review", *rows]))
     given = (
-        f"task_name=reviews partition=linear strategy=fedamsgrad weight_decay=0.5 optimiser=adamw model={tiny_model}"
+        f"task_name=reviews partition=linear strategy=fedamsgrad local_momentum=0.5 optimiser=sgd model={tiny_model}"
     )
     command = f"with {given} train_path=train.csv test_path=test.csv site_ids=[0,0,0] num_rounds=1"
     code = (
@@ -97,7 +97,7 @@ def test_the_recipes_train(root: Path, tiny_model: str) -> None:
     assert done.stdout.startswith("google/electra-small-discriminator\n")
     folder = root / "runs" / "1"
     settings = json.loads((folder / "config.json").read_text())
-    assert (settings["weight_decay"], settings["max_seq_len"]) == (0.5, 64)
+    assert (settings["local_momentum"], settings["max_seq_len"]) == (0.5, 64)
     assert json.loads((folder / "info.json").read_text())["labels"] == ["bad", "good"]
     last = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
     assert last["site.examples"] == {"0": 4, "1": 8, "2": 12}
