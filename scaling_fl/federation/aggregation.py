@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from scaling_fl.distributed.collectives import RankVector, all_gather, world_size
+from scaling_fl.distributed.collectives import RankVector, all_gather, broadcast_, world_size
 from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free, to_sum_
 
 LEAST_WEIGHT = Fraction(1, 2**16)  # of a round: the mean is divided by it, and so is its error
@@ -48,6 +48,8 @@ class Mean:
         self._vector = RankVector(size, origin.dtype, wire, origin.device, self._piece)
         self._sum = self._vector.values
         self._weights: list[Fraction] = []  # of the sites that this rank has added
+        self._only = self._sum.view(torch.float32)[:size]  # the weights of a round's only site
+        self._has_only = False
         self._lock = Lock()
 
     @property
@@ -136,6 +138,22 @@ class Mean:
         mean = self._vector.all_reduce(drift_of, float(total), self._scale)
         self._weights = []
         return mean
+
+    def keep(self, global_weights: Tensor, local_weights: Tensor) -> None:
+        """Keep the weights of a round's only site as they are, and overwrite them with the global ones.
+
+        Takes and raises what `check` does.
+        """
+        self.check(global_weights, local_weights)
+        self._only.copy_(local_weights)
+        local_weights.copy_(global_weights)
+        self._has_only = True
+
+    def take(self) -> Tensor | None:
+        """Return on all ranks what `keep` was given on one; None if it was not called."""
+        owners = [number for number, has_only in enumerate(all_gather(self._has_only)) if has_only]
+        self._has_only = False
+        return broadcast_(self._only, owners[0]) if owners else None
 
     def _pieces(self, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(vector.split(self._piece) for vector in vectors), strict=True)

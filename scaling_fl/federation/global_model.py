@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from scaling_fl.distributed.collectives import broadcast_, world_size
 from scaling_fl.federation.aggregation import Mean, make_mean
 from scaling_fl.federation.buffers import BufferMean
+from scaling_fl.federation.strategies import takes_mean
 from scaling_fl.federation.turns import divide
 from scaling_fl.models.flat import Slot, lay_out, pack, trained_weights
 
@@ -53,11 +54,15 @@ class GlobalModel:
         self._means = [make_mean(size, comm_dtype, self.weights.device) for size in self.num_moving]
         self._turn = 0
         self._buffers = BufferMean(self._slots[self._num_tensors :])
+        self._is_exact = comm_dtype == "exact"
+        self._takes_site = False  # the round has one site, whose weights become the global ones
         self._is_in_round = False
 
     @property
     def bytes_a_round(self) -> int:
         """How many bytes all ranks hand to each other for the mean of this round, or of the last or first one."""
+        if self._takes_site:
+            return self.num_moving[self._turn] * self.weights.itemsize if world_size() > 1 else 0
         return world_size() * self._mean.num_bytes_sent
 
     @property
@@ -78,8 +83,13 @@ class GlobalModel:
         """Overwrite a model's flat vector with the global weights."""
         vector.copy_(self.weights)
 
-    def start_round(self, round_: int = 1) -> None:
-        """Note that sites are about to train in a round, from 1. All ranks call it.
+    def start_round(self, round_: int = 1, num_sites: int | None = None) -> None:
+        """Note that sites are about to train. All ranks call it.
+
+        Args:
+            round_: the number of the round, from 1.
+            num_sites: on all ranks; of a single one FedAvg takes the weights as they are, without a sum, so that one
+                site is ordinary training, bit for bit. None: not known.
 
         Raises:
             ValueError: the last round's sites were not followed by a `step`.
@@ -91,6 +101,7 @@ class GlobalModel:
             )
         self._is_in_round = True
         self._turn = (round_ - 1) % len(self._means)
+        self._takes_site = num_sites == 1 and self._is_exact and takes_mean(self._optimiser)
 
     @torch.no_grad()
     def check(self, local_weights: Tensor) -> None:
@@ -123,7 +134,10 @@ class GlobalModel:
         """
         local = local_weights.to(self.weights.device)
         self._check_resting(local)
-        self._mean.add(self._moving(self.weights), self._moving(local), weight)
+        if self._takes_site:
+            self._mean.keep(self._moving(self.weights), self._moving(local))
+        else:
+            self._mean.add(self._moving(self.weights), self._moving(local), weight)
         self._buffers.add(self.weights, local, weight)
         if len(self._means) > 1:  # of which a copy was added
             local.copy_(self.weights)
@@ -139,10 +153,14 @@ class GlobalModel:
         Raises:
             ValueError: the sites' weights add up to more than 1, or to too little. All ranks raise it.
         """
-        drift = self._mean.finish(self._moving(self.weights))
-        if drift is not None:
-            moving = [w for part, w in zip(self._parts, self._trained, strict=True) if self._turn in part.turns]
-            for weights, piece in zip(moving, drift.split([*map(len, moving)]), strict=True):
+        moving = [w for part, w in zip(self._parts, self._trained, strict=True) if self._turn in part.turns]
+        sizes = [*map(len, moving)]
+        if self._takes_site:
+            if (only := self._mean.take()) is not None:
+                for weights, piece in zip(moving, only.split(sizes), strict=True):
+                    weights.copy_(piece)
+        elif (drift := self._mean.finish(self._moving(self.weights))) is not None:
+            for weights, piece in zip(moving, drift.split(sizes), strict=True):
                 weights.grad = piece  # others have none, so that the strategy leaves them out
             self._optimiser.step()
             for weights in self._trained:

@@ -112,9 +112,9 @@ class Federation:
             ValueError: a site's loss or weights are not finite, too few sites are left, or the last round was not
                 followed by a step.
         """
-        self.global_model.start_round(round_)
         self._failures, self._by_site = {}, {}
         cohort = self._cohort = Cohort(self._sites_of(round_), self._weight_by)
+        self.global_model.start_round(round_, cohort.num_sites)
         seconds = dict.fromkeys(self._devices.replicas, 0.0)
         for replica in self._devices.replicas.values():
             replica.is_reset = False  # as the global model may have moved

@@ -13,6 +13,12 @@ def fedavg(weights: Iterable[Tensor], learning_rate: float = 1.0) -> Optimizer:
     return SGD(weights, lr=learning_rate)
 
 
+def takes_mean(optimiser: Optimizer) -> bool:
+    """Tell whether a step sets the weights to the mean of the sites and leaves no state, as FedAvg does at rate 1."""
+    of_fedavg = fedavg([torch.zeros(1)]).defaults
+    return type(optimiser) is SGD and all(of_fedavg.items() <= group.items() for group in optimiser.param_groups)
+
+
 def fedavgm(weights: Iterable[Tensor], learning_rate: float = 1.0, momentum: float = 0.9) -> Optimizer:
     """FedAvg with server momentum (Hsu et al. 2019, arXiv 1909.06335)."""
     return SGD(weights, lr=learning_rate, momentum=momentum)
