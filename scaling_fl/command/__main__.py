@@ -20,13 +20,16 @@ class Subcommand(NamedTuple):
 
 SUBCOMMANDS = {
     "with": Subcommand(
-        TRAINING, "with site_ids=[0,0,0,0] num_rounds=5", "train; without any settings, the first run of README.md"
+        TRAINING, "with site_ids=[0,0,0,0] num_rounds=5", "train; without settings, the first run of README.md"
+    ),
+    "centralised": Subcommand(
+        TRAINING, "centralised with num_rounds=5", "train on all data in one place, as a baseline"
     ),
     "plan": Subcommand(
-        TRAINING, "plan with partition=dirichlet", "print what would run where, its memory and bytes, or all errors"
+        TRAINING, "plan with partition=dirichlet", "print what would run, its memory and bytes, or all errors"
     ),
     "print_config": Subcommand(
-        TRAINING, "print_config with task_name=text", "print every setting with its value and its meaning"
+        TRAINING, "print_config with task_name=text", "print each setting with its value and its meaning"
     ),
     "report": Subcommand(
         "report", "report runs/1 runs/2 --output report.html", "draw one or several runs on a page that opens offline"
@@ -34,11 +37,9 @@ SUBCOMMANDS = {
     "generate": Subcommand(
         "generate", 'generate --model runs/3/model --question "..."', "let a language model answer questions"
     ),
-    "predict": Subcommand(
-        "predict", "predict --model runs/3/model --texts file.csv", "let a classifier label texts, with probabilities"
-    ),
+    "predict": Subcommand("predict", "predict --model runs/3/model --texts file.csv", "let a classifier label texts"),
     "sweep": Subcommand("sweep", "sweep with model=a,b seed=1,2,3", "train a run for each combination, and compare"),
-    "new": Subcommand("new", "new my_project", "write a small project with a model, data and training of your own"),
+    "new": Subcommand("new", "new my_project", "write a project with a model, data and training of yours"),
 }
 OF_SACRED = {"train_federated", "save_config", "print_named_configs", "print_dependencies"}
 PACKAGES = {"pkg_resources": '"setuptools<80.9"', "docopt": "docopt-ng"}  # which bring modules of other names
@@ -51,6 +52,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
+    if arguments[:1] == ["centralised"]:
+        sys.argv[1:] = arguments = add_setting(arguments[1:], "centralised=True")
     name = arguments[0] if arguments else "with"
     is_option_or_setting = name.startswith("-") or "=" in name
     if not (is_option_or_setting or name in SUBCOMMANDS or name in OF_SACRED):
@@ -64,6 +67,12 @@ def main() -> None:
     else:
         experiment = load(module)
         load("scaling_fl.distributed.ending").run_program(experiment.main)
+
+
+def add_setting(arguments: list[str], setting: str) -> list[str]:
+    """Return the arguments of a run with one more setting."""
+    end = arguments.index("with") if "with" in arguments else len(arguments)
+    return [*arguments[:end], "with", setting, *arguments[end + 1 :]]
 
 
 def load(module: str) -> ModuleType:
@@ -81,7 +90,8 @@ def load(module: str) -> ModuleType:
 
 def usage() -> str:
     """Return the screen that explains the command."""
-    subcommands = "\n".join(f"  scaling-fl {each.example}\n      {each.meaning}" for each in SUBCOMMANDS.values())
+    width = max(len(each.example) for each in SUBCOMMANDS.values())
+    subcommands = "\n".join(f"  scaling-fl {each.example:<{width}}  {each.meaning}" for each in SUBCOMMANDS.values())
     return f"""\
 scaling-fl fine-tunes one language model on the data of many sites, each of which keeps its data.
 In a clone, ./run-local.sh scripts/train_federated.py is the same command.

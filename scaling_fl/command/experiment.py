@@ -19,9 +19,10 @@ from scaling_fl.command.arguments import check_updates, insert_files
 from scaling_fl.distributed import caller, signals
 from scaling_fl.distributed.collectives import local_rank
 from scaling_fl.distributed.heartbeat import PeerError
-from scaling_fl.distributed.launch import launch, num_ranks, was_launched_here
+from scaling_fl.distributed.launch import launch, was_launched_here
 from scaling_fl.distributed.world import launched, lost_after, num_threads, world
 from scaling_fl.errors import escape_unprintable, one_line
+from scaling_fl.experiment.centralised import count_ranks
 from scaling_fl.experiment.checks import check, find_changed, find_problems, quote_text
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.plan import plan as plan_run
@@ -87,11 +88,6 @@ def check_settings(config: dict[str, Any], command_name: str, logger: logging.Lo
     if problems:
         raise SystemExit("\n".join(f"error: {problem}" for problem in dict.fromkeys(problems)))
     return {}
-
-
-def count_ranks(settings: Settings) -> int:
-    """Return how many ranks this node starts."""
-    return num_ranks(settings.num_sites or len(settings.site_ids))
 
 
 @experiment.main

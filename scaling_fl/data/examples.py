@@ -143,6 +143,25 @@ class Examples:
         return np.argsort(-self.lengths, kind="stable")
 
 
+def join(parts: Sequence[Examples]) -> Examples:
+    """Return the examples of one or more parts of one task and tokenizer; selections go on to share their columns."""
+    first = parts[0]
+    if all(part.columns is first.columns for part in parts):
+        columns, offsets = first.columns, [0] * len(parts)
+    else:
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in first.columns}
+        ends = np.cumsum([len(next(iter(part.columns.values()))) for part in parts])
+        offsets = [0, *ends[:-1].tolist()]
+
+    def all_of(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    starts = np.concatenate([part.starts + offset for part, offset in zip(parts, offsets, strict=True)])
+    of_each = {name: all_of(name) for name in ("lengths", "labels", "num_trained")}
+    return replace(first, columns=columns, starts=starts, groups=None, **of_each)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Tokenised rows, and what was lost of them."""

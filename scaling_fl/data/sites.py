@@ -40,6 +40,7 @@ class SiteData:
     lost: dict[str, int] = field(default_factory=dict)  # rows of all sites that were left out or cut
     test: Held = Held()
     validation: Held = Held()
+    is_pooled: bool = False  # site 0 trains on the examples of all sites
 
     @property
     def num_test(self) -> int:
@@ -47,7 +48,9 @@ class SiteData:
         return self.num_common or sum(self.test.counts.values())
 
     def name_of(self, site: int) -> str:
-        """Return the name of a site, "" if it has none."""
+        """Return the name of a site that trains, "" if it has none."""
+        if self.is_pooled:
+            return "all sites"
         return self.names[site] if self.names else ""
 
     def test_on(self, device: torch.device, topology: Topology) -> list[Examples]:
@@ -68,13 +71,13 @@ class SiteData:
         places |= merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
         return [
             {
-                **({"name": self.names[site]} if self.names else {}),
+                **({"name": name} if (name := self.name_of(site)) else {}),
                 "rank": places[site][0],
                 "device": places[site][1],
                 "examples": size.num_examples,
                 "tokens": size.num_tokens,
                 **({"trained_tokens": size.num_trained_tokens} if size.num_trained_tokens else {}),
-                "test_examples": self.test.counts.get(site, 0),
+                "test_examples": sum(self.test.counts.values()) if self.is_pooled else self.test.counts.get(site, 0),
                 "labels": list(size.label_counts),
             }
             for site, size in enumerate(self.sizes)

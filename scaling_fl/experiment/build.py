@@ -20,6 +20,7 @@ from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
+from scaling_fl.experiment.centralised import pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
@@ -85,6 +86,8 @@ def build(settings: Settings) -> Job:
     data, topology = read_data(settings, topology, encoder.encode, rows)
     check_held_out(settings, data)
     schedule = make_schedule(settings, data, topology)
+    if settings.centralised:
+        data, schedule = pool(data, schedule)
     loaded = local_first(partial(make_model, settings, pretrained, data.label_names, encoder.end_id))
     loaded = adapt(settings, pretrained, loaded, data.label_names)
     identity |= identity_of_data(settings, data, topology, schedule.cohorts)
@@ -190,7 +193,7 @@ def server_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimiz
 def largest_training_batch(settings: Settings, job: Job, device: torch.device) -> Batch | None:
     """Return the largest batch that the sites of a device train on; None if it has no site."""
     fixed = job.topology.is_fixed
-    sites = [site for site in job.topology.hosted if not fixed or job.topology.sites[site] == device]
+    sites = [site for site in job.data.train if not fixed or job.topology.sites[site] == device]
     return find_largest(job.data.train[site].longest_batch(of_site(settings, site)["batch_size"]) for site in sites)
 
 

@@ -1,5 +1,6 @@
 """What would run where, its memory and bytes, found out without training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from scaling_fl.experiment.build import (
     make_federation,
     server_optimiser,
 )
+from scaling_fl.experiment.centralised import find_unused, without_federation
 from scaling_fl.experiment.evaluation import describe_evaluation
 from scaling_fl.experiment.local_training import find_autocast, local_optimiser
 from scaling_fl.experiment.parameters import find_arguments
@@ -45,6 +47,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: something of the run would be refused.
     """
+    unused, settings = find_unused(settings), without_federation(settings)
     job = build(settings)
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
@@ -72,7 +75,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "resumed_after": len(job.history) - 1 if job.history else None,
     }
     console.print_once(
-        *describe(settings, job),
+        *describe(settings, job, unused),
         f"round     {planned['weights']:,} weights shared, {planned['bytes'] * 1e-6:.1f} MB sent by all ranks",
         *console.site_table(planned["sites"]),
         *console.device_table(planned["devices"]),
@@ -143,29 +146,53 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> list[expor
     )
 
 
-def describe(settings: Settings, job: Job) -> list[str]:
-    """Return lines on what is about to run."""
-    loaded, topology = job.loaded, job.topology
+def describe(settings: Settings, job: Job, unused: Sequence[str] = ()) -> list[str]:
+    """Return lines on what is about to run.
+
+    Args:
+        settings: of the run.
+        job: what it is made of.
+        unused: names of settings that were given and do nothing.
+    """
+    loaded = job.loaded
     weights = trained_weights(loaded.model)
     num_trained = sum(weight.numel() for weight in weights.values())
     num_weights = sum(weight.numel() for weight in loaded.model.parameters())
     new = "all" if weights.keys() <= set(loaded.new) else ", ".join(loaded.new) or "none"
-    parameters = ", ".join(f"{key} {value:g}" for key, value in find_arguments("strategy", vars(settings)).items())
     sizes = [size.num_examples for size in job.data.sizes]
-    how = settings.partition if settings.site_paths is None else "of their own"
-    where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
-    where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
     return [
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(settings, job.data)}",
+        *(describe_pool(settings, job, unused) if settings.centralised else describe_federation(settings, job)),
+        f"evaluated {describe_evaluation(settings, job.data)}",
+        *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
+    ]
+
+
+def describe_federation(settings: Settings, job: Job) -> list[str]:
+    """Return lines on the sites and how they are averaged."""
+    topology, sizes = job.topology, [size.num_examples for size in job.data.sizes]
+    parameters = ", ".join(f"{key} {value:g}" for key, value in find_arguments("strategy", vars(settings)).items())
+    how = settings.partition if settings.site_paths is None else "of their own"
+    where = f"{topology.num_devices} device{'s' * (topology.num_devices > 1)} ({topology.devices[0].type})"
+    where += f" of {world_size()} rank{'s' * (world_size() > 1)}"
+    return [
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
         f"cohorts   {describe_cohorts(settings, job.schedule.cohorts)}",
-        f"evaluated {describe_evaluation(settings, job.data)}",
-        *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
+    ]
+
+
+def describe_pool(settings: Settings, job: Job, unused: Sequence[str]) -> list[str]:
+    """Return lines on the training without a federation."""
+    return [
+        f"sites     none: centralised, on the examples of {job.topology.num_sites} sites together, on "
+        f"{job.topology.devices[0]}",
+        *([f"unused    {', '.join(unused)}, which are of a federation alone"] if unused else []),
+        f"rounds    {settings.num_rounds}, each of {describe_amount(settings)}",
     ]
 
 
@@ -201,11 +228,15 @@ def describe_cohorts(settings: Settings, cohorts: Cohorts) -> str:
     minimum = f"min_sites {settings.min_sites}"
     limits = [f"sites_per_round {given}", minimum] if isinstance(given, float) else []
     limits = limits or [minimum] * (settings.on_site_failure == "skip")
-    amount = "for {} step{}" if settings.local_steps else "for {} epoch{}"
-    count = settings.local_steps or settings.num_local_epochs
     of_limits = f" ({', '.join(limits)})" * bool(limits)
     rounds = f"{settings.num_rounds} round{'s' * (settings.num_rounds != 1)}"
     others = ", but for sites in site_settings" * any(
         name in own for own in (settings.site_settings or {}).values() for name in ("local_steps", "num_local_epochs")
     )
-    return f"{sites}{of_limits} in each of {rounds}, {amount.format(count, 's' * (count > 1))}{others}"
+    return f"{sites}{of_limits} in each of {rounds}, for {describe_amount(settings)}{others}"
+
+
+def describe_amount(settings: Settings) -> str:
+    """Return in words how much a site trains in a round."""
+    count, unit = (settings.local_steps, "step") if settings.local_steps else (settings.num_local_epochs, "epoch")
+    return f"{count} {unit}{'s' * (count > 1)}"

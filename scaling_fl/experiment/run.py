@@ -10,6 +10,7 @@ from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
+from scaling_fl.experiment.centralised import find_unused, without_federation
 from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
 from scaling_fl.experiment.plan import check_output, describe
@@ -41,11 +42,14 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
     """
     record = record or Record()
     clock = Clock()
+    given, settings = settings, without_federation(settings)
     with clock("setup"):
         job = build(settings)
         check_output(settings, job, record.folder)
         places = [*record.places, *([f"checkpoints in {job.checkpoints_dir}"] if job.checkpoints_dir else [])]
-        console.print_once(*describe(settings, job), f"results   {', '.join(places) or 'not on record'}")
+        console.print_once(
+            *describe(settings, job, find_unused(given)), f"results   {', '.join(places) or 'not on record'}"
+        )
         record.add_info(
             {
                 "labels": list(job.data.label_names),

@@ -43,7 +43,10 @@ class Schedule:
     def evaluate(self, round_: int) -> list[Site]:
         """Return the sites of this rank that are evaluated after a round, which is 1 or more."""
         numbers, sites = self.evaluated(round_), self.topology.sites
-        return [self._site(number, sites[number], round_) for number in numbers if number in sites]
+        names = self.data.names
+        return [
+            Site(number, sites[number], 0, name=names[number] if names else "") for number in numbers if number in sites
+        ]
 
     def count_examples(self, site: int) -> int:
         """Return about how many examples pass through the model while a site trains in a round."""

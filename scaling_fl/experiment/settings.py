@@ -88,6 +88,7 @@ class Settings:
     # fmt: off
     site_ids: list[int] = setting([0, 0, 0, 0], DEVICE_IDS, "the GPU id of each site of this node; an id given twice hosts two sites. Without a GPU the ids name CPU slots", may_change=True)
     num_sites: int | None = setting(None, optional(whole_number(1)), "how many sites there are in all; they use the entries of all nodes' `site_ids` in turn, so `num_sites=1000` simulates a thousand on one device. None: one for each entry, or for each name in `site_column`", may_change=True)
+    centralised: bool = setting(False, FLAG, "train on the examples of all sites as one site, without a federation, as the baseline of a federated run; see [Centralised runs](centralised.md)")
     num_rounds: int = setting(3, whole_number(0), "how often the sites train and their weights are averaged", may_change=True)
     sites_per_round: int | float | None = setting(None, optional(COUNT_OR_FRACTION), "how many sites take part in a round, sampled for each: a whole number, or a fraction below or equal to 1.0 of the eligible sites, rounded down, but at least `min_sites`. None: all. See [Cohorts](cohorts.md)")
     eligible_sites: list | None = setting(None, optional(SITES), "the sites that may take part in training, by number, or by name where sites have names. None: all", may_change=True)

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from scaling_fl.distributed.launch import num_ranks, python_path
+from scaling_fl.distributed.launch import python_path
 from scaling_fl.distributed.signals import GRACE_SECONDS, Interrupted, ending_signals, set_handlers
 from scaling_fl.errors import one_line
+from scaling_fl.experiment.centralised import count_ranks
 from scaling_fl.experiment.child import COMMAND
 from scaling_fl.experiment.grid import Point, find_done
 from scaling_fl.experiment.settings import Settings
@@ -122,9 +123,7 @@ def find_variables(settings: Mapping[str, Any], parallel: int) -> dict[str, str]
     """Return the variables of a run: modules are found where this process finds them, and runs share the cores."""
     found = {"PYTHONPATH": python_path()}
     if os.environ.get("RANKS") == "auto":
-        resolved = Settings(**settings)
-        ranks = num_ranks(resolved.num_sites or len(resolved.site_ids))
-        found["RANKS"] = str(max(1, ranks // parallel))
+        found["RANKS"] = str(max(1, count_ranks(Settings(**settings)) // parallel))
     return found
 
 

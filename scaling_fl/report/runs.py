@@ -191,7 +191,8 @@ def read_run(folder: str) -> dict[str, Any]:
         raise ValueError(f"{folder!r}: expected a run with a finished round, got none")
     return {
         "folder": folder,
-        "name": str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}"),
+        "name": str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}")
+        + ", centralised" * (config.get("centralised") is True),
         "config": {key: value for key, value in config.items() if not key.startswith("__")},
         "record": record,
         "info": read_object(os.path.join(folder, "info.json")),
