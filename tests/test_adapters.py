@@ -387,6 +387,7 @@ def size_of(place: Path) -> int:
     return sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keeps_checkpoints", [True, False])
 @pytest.mark.parametrize("merges", [True, False])
 def test_the_space_that_is_asked_for_is_what_a_run_writes(
@@ -453,6 +454,7 @@ def test_a_mean_is_not_called_exact_where_a_third_factor_trains(mean: str, tiny_
     assert says.startswith("lora_mean: expected ab, as base_model.model.")
 
 
+@pytest.mark.long
 def test_ranks_whose_adapters_differ_refuse_each_other() -> None:
     """As where a node has an old folder at the path of the setting."""
 

@@ -56,7 +56,12 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
 
 
 @pytest.mark.parametrize(
-    ("size", "largest"), [(1, 1.0), (PIECE - 1, 100.0), pytest.param(3 * PIECE + 17, 1.0, marks=pytest.mark.long)]
+    ("size", "largest"),
+    [
+        pytest.param(1, 1.0, marks=pytest.mark.long),
+        (PIECE - 1, 100.0),
+        pytest.param(3 * PIECE + 17, 1.0, marks=pytest.mark.long),
+    ],
 )
 def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size: int, largest: float) -> None:
     runs = [
@@ -80,7 +85,7 @@ def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size:
         assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "both kinds count the bytes"
 
 
-@pytest.mark.parametrize("largest", [1.0, 100.0])
+@pytest.mark.parametrize("largest", [1.0, pytest.param(100.0, marks=pytest.mark.long)])
 def test_ranks_without_sites_change_no_bit_of_the_mean(largest: float) -> None:
     """The second of four sites is refused, and the fourth rank has none."""
     size = 3 * PIECE + 1  # so that the fourth rank has a part of the mean
@@ -126,6 +131,7 @@ def test_shared_memory_is_written_by_one_rank_read_by_all_and_unnamed() -> None:
     assert launch(write_and_read, num_ranks=1, fork=True) == [[]]
 
 
+@pytest.mark.long
 def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for ranks in containers with separate process ids."""
     read_link = os.readlink

@@ -144,6 +144,7 @@ def test_an_error_of_a_file_is_not_reported_as_an_error_of_the_cache(
     assert not list(folder.rglob("rows*"))
 
 
+@pytest.mark.long
 def test_a_run_continues_without_the_cache_and_warns_once(command: Command, folder: Path) -> None:
     with_cache = succeed(command("--unobserved", num_rounds=1, ranks=2))
     shutil.rmtree(folder)

@@ -382,6 +382,7 @@ def test_all_sites_with_test_files_are_evaluated_or_those_that_are_named(
     assert weights_hash(named) == weights_hash(whole), "evaluation changes nothing"
 
 
+@pytest.mark.long
 def test_of_many_sites_those_of_the_round_are_evaluated(
     command: Command,
     small_run: dict[str, object],

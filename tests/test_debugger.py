@@ -81,7 +81,8 @@ def is_open(port: int, host: str = "127.0.0.1") -> bool:
     return True
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, 0), pytest.param(2, 1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "number"), [(1, 0), (2, 1)])
 def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     program: Callable[..., Program], command: Command, free_port: int, tmp_path: Path, ranks: int, number: int
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_debugger_stops_a_rank_in_the_loop_of_rounds_and_changes_no_bit(
     wait_until(lambda: not is_open(free_port), "left the port")
 
 
+@pytest.mark.long
 def test_a_run_continues_after_its_debugger_disconnects(program: Callable[..., Program], free_port: int) -> None:
     running = program({})
     running.says("waits for a debugger")
@@ -117,6 +119,7 @@ def test_a_run_continues_after_its_debugger_disconnects(program: Callable[..., P
     wait_until(lambda: not is_open(free_port), "left the port")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_while_it_waits_for_a_debugger_leaves_no_process(
     program: Callable[..., Program], free_port: int, number: int
@@ -146,6 +149,7 @@ def test_an_invalid_rank_is_one_sentence_of_all_ranks(command: Command) -> None:
     assert command(ranks=2, env={"DEBUG": "1", "DEBUG_RANK": "2"}) == (1, sentence)
 
 
+@pytest.mark.long
 def test_a_port_in_use_is_one_sentence(command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as occupied:
         port = occupied.getsockname()[1]

@@ -119,6 +119,7 @@ def test_a_rank_that_raises_prints_its_traceback(capfd: pytest.CaptureFixture[st
     assert "error: rank 1 failed with KeyError: 'weight'\n" in printed
 
 
+@pytest.mark.long
 def test_a_killed_rank_ends_the_other_ranks_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         if rank() == 1:

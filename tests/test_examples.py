@@ -236,6 +236,7 @@ def train_and_describe(options: dict[str, Any]) -> list[Any]:
         return seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

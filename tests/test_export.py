@@ -180,6 +180,7 @@ def test_a_run_whose_model_cannot_be_saved_is_refused_before_training(
     succeed(command("--unobserved", **{**checkpoints, "num_rounds": 6}))  # there is space for one more
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "number", "name", "round_"), [(1, 5, "round-2.pt", 2), (2, 3, "best.pt", 1)])
 def test_a_full_disk_at_a_checkpoint_loses_no_round(
     command: Command,

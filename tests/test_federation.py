@@ -71,7 +71,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
         return Means()
 
 
-@pytest.mark.parametrize("what", ["disk", "weight"])
+@pytest.mark.parametrize("what", [pytest.param("disk", marks=pytest.mark.long), "weight"])
 def test_the_placement_of_a_failed_site_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
         monkeypatch.setattr("scaling_fl.federation.site.take_steps", train_or_overflow)

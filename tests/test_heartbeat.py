@@ -73,6 +73,7 @@ def meet(*_: object) -> None:
     all_gather("the others are late")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("others", [train_for_hours, meet])
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ def test_a_signal_to_one_rank_ends_all_of_them(start: Callable, number: int, oth
     assert time.monotonic() - began < SOON
 
 
-@pytest.mark.parametrize("others", [train_for_hours, meet])
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("others", [train_for_hours, pytest.param(meet, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_rank_that_dies_or_hangs_is_detected_within_the_stated_time(
     start: Callable, capfd: pytest.CaptureFixture[str], how: int, number: int, others: Callable

@@ -279,6 +279,7 @@ def test_rows_that_are_left_out_move_no_row_to_another_site(given: dict[str, Any
     assert job.data.lost["rows_left_out"] == 3
 
 
+@pytest.mark.long
 def test_sites_with_files_of_their_own_show_counts_only(
     given: dict[str, Any], tmp_path: Path, command: Command
 ) -> None:

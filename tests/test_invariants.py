@@ -31,6 +31,7 @@ def test_where_a_site_runs_changes_no_bit(strategy: str) -> None:
         assert play.but(site_ids=site_ids).on_ranks(num_ranks) == alone
 
 
+@pytest.mark.long
 def test_more_ranks_than_sites_changes_no_bit() -> None:
     play = Play(site_ids=(0, 0, 0))
     assert play.on_ranks(4) == play.on_ranks(1)
@@ -43,6 +44,7 @@ def test_a_rank_with_two_devices_drives_each_with_a_thread_and_changes_no_bit(tw
     assert play.on_ranks(1) == alone
 
 
+@pytest.mark.long
 def test_a_float32_mean_is_close_but_depends_on_placement() -> None:
     play = Play(comm_dtype="float32", site_ids=(0,) * 6, num_rounds=1, watch=lambda server, _: server.weights.tolist())
     one, two = (torch.tensor(play.on_ranks(num_ranks)[1][-1]) for num_ranks in (1, 2))

@@ -237,6 +237,7 @@ def test_two_torchrun_nodes_end_with_the_weights_of_one_process(
     assert job.weights() == alone
 
 
+@pytest.mark.long
 def test_three_nodes_with_the_variables_of_kubeflow_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:

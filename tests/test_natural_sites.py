@@ -122,6 +122,7 @@ def test_another_column_or_other_names_are_another_partition_of_the_same_tokens(
     assert len({identity["partition (SHA-256)"] for identity in identities}) == 4
 
 
+@pytest.mark.long(seconds=7)
 def test_a_run_that_is_resumed_has_the_same_partition(command: Command, tmp_path: Path) -> None:
     given = {"partition": "natural", "site_column": "site", "test_path": "s.csv", "train_path": "s.csv"}
     given |= {"checkpoints_dir": "checkpoints", "num_rounds": 1}

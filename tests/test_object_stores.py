@@ -373,6 +373,7 @@ def test_a_killed_writer_leaves_no_partial_checkpoint(store: Store, bucket: str,
     assert apart(store, lambda: restored(url)) == 3
 
 
+@pytest.mark.long
 def test_a_damaged_object_is_skipped_with_a_warning(
     store: Store, bucket: str, command: Command, corpus: tuple[Path, Path]
 ) -> None:
@@ -465,6 +466,7 @@ NOT_WRITABLE = "checkpoints_dir: expected a folder that can be written to, got "
 NO_DATA = {"train_path": "none.csv", "test_path": "none.csv"}  # the error comes before data is read
 
 
+@pytest.mark.long
 def test_a_missing_bucket_is_one_sentence_before_data_is_read_and_is_not_created(
     store: Store, command: Command
 ) -> None:
@@ -491,6 +493,7 @@ def guarded(start_store: Callable[..., Store]) -> tuple[Store, dict[str, str]]:
     return store, {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -559,6 +562,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", ["401", "403"])
 def test_denied_access_to_gs_is_one_sentence_at_once(
     answering: Callable[..., Store], command: Command, status: str

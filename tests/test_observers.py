@@ -113,6 +113,7 @@ def test_a_run_is_recorded_once_and_without_its_password(
         assert all(secret not in text for text in [output, str(run), *written])
 
 
+@pytest.mark.long
 def test_a_resumed_job_keeps_its_entry_and_has_every_step_once(
     command: Command, mongo: dict[str, str], database: pymongo.database.Database, tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ def test_a_running_job_is_not_taken_over_and_resumes_after_an_interruption(
     assert metric(database, "validation.loss")["steps"] == list(range(last + 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("what", "lives"), [("beats", True), ("is silent", False), ("ends", False)])
 def test_a_run_is_alive_if_its_heartbeat_changes(
     database: pymongo.database.Database, monkeypatch: pytest.MonkeyPatch, what: str, lives: bool

@@ -206,15 +206,9 @@ def test_packing_saves_padding_and_lora_sends_and_keeps_only_its_matrices(tmp_pa
     assert float(numbers["whole"][0].replace(",", "")) > 100 * weights
 
 
+@pytest.mark.long(seconds=8)
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(command, marks=pytest.mark.long if re.search("benchmarks/|sweep", command) else ())
-        for command in COMMANDS[2:]
-        if not re.search(IN_OTHER_TESTS, command)
-    ],
-)
+@pytest.mark.parametrize("command", [command for command in COMMANDS[2:] if not re.search(IN_OTHER_TESTS, command)])
 def test_every_other_command_works(command: str, places: dict[str, str], tmp_path: Path) -> None:
     run_warm(fill(command, places), tmp_path)
 

@@ -199,6 +199,7 @@ def test_charts_have_the_colours_of_the_light_or_dark_page(written: list[Path]) 
     assert all(f"stroke: var(--run{index})" in charts[0] for index in range(3))
 
 
+@pytest.mark.long
 def test_each_chart_is_also_a_png(written: list[Path]) -> None:
     charts = written[1:]
     assert {path.name.removeprefix("sweep-").removesuffix(".png") for path in charts} == {
@@ -213,6 +214,7 @@ def test_each_chart_is_also_a_png(written: list[Path]) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20, path.name
 
 
+@pytest.mark.long
 def test_a_page_of_a_thousand_sites_is_as_large_as_one_of_a_few(tmp_path: Path) -> None:
     sizes = []
     for num_sites in (50, 1000):

@@ -84,6 +84,7 @@ def two_nodes(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+@pytest.mark.long(seconds=14)
 def test_the_same_sites_have_the_same_weights_on_any_nodes(
     command: Command, two_nodes: Callable[..., list[str]], files: list
 ) -> None:
@@ -299,6 +300,7 @@ BAD = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("what", BAD)
 def test_wrong_files_are_one_sentence(command: Command, files: list, tmp_path: Path, what: str, ranks: int) -> None:

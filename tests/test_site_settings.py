@@ -21,6 +21,7 @@ SITES = {"site_ids": [0, 0, 0, 0]}  # of the corpus's 61 examples they have 16, 
 OWN = {"learning_rate": 1e-3, "num_local_epochs": 2, "batch_size": 7}
 
 
+@pytest.mark.long
 def test_settings_of_all_sites_are_those_of_the_run(command: Command) -> None:
     of_all = weights_hash(succeed(command(**SITES | OWN | {"num_rounds": 1})))
     by_site = {site: dict(OWN) for site in range(4)}

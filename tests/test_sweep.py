@@ -244,6 +244,7 @@ def test_a_sweep_trains_what_the_command_trains_lists_failures_and_skips_what_is
     assert ["*" in loss for loss in losses] == [loss.strip("*") == least.strip("*") for loss in losses]
 
 
+@pytest.mark.long
 def test_runs_that_are_done_are_compared_in_one_report(tmp_path: Path) -> None:
     points = make_grid({"seed": "1,2", "task_name": "bbcnews"})
     for number, point in enumerate(points):

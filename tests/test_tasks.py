@@ -187,6 +187,7 @@ def test_the_settings_name_the_columns(tmp_path: Path) -> None:
     assert named_rows(others.train) == [("x", "u"), ("x", "v")]
 
 
+@pytest.mark.long
 def test_a_resumed_run_requires_the_same_named_labels(command: Command, tmp_path: Path) -> None:
     settings = {"checkpoints_dir": tmp_path / "checkpoints", "labels": str(LABELS[::-1]).replace(" ", "")}
     succeed(command(num_rounds=1, **settings))
@@ -548,6 +549,7 @@ print([encoder.encode(sample(rows[split], counts[split], seed=1), names).example
 """
 
 
+@pytest.mark.long(seconds=8)
 def test_tokens_are_cached_for_another_process(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -145,6 +145,7 @@ def test_without_trackers_nothing_of_them_is_imported_or_written(command: Comman
     assert "error: trackers: expected the package accelerate, got " in output
 
 
+@pytest.mark.long
 def test_a_tracker_that_fails_later_warns_once_and_changes_nothing(
     command: Command, plugin: dict[str, Any], tmp_path: Path
 ) -> None:

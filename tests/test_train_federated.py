@@ -139,6 +139,7 @@ def test_every_column_of_a_round_matches_its_description(command: Command, tmp_p
             assert incidental.search(name) or line[name] == other[name]
 
 
+@pytest.mark.long
 def test_a_stopped_run_has_all_rounds_of_all_sites_in_its_last_record(command: Command, tmp_path: Path) -> None:
     settings = {"checkpoints_dir": tmp_path / "checkpoints"}
     succeed(command(num_rounds=1, **settings))
@@ -185,6 +186,7 @@ def test_every_byte_that_ranks_send_is_recorded(command: Command, tmp_path: Path
     assert alone == [0, 0], "a world of one sends nothing"
 
 
+@pytest.mark.long
 def test_the_number_of_ranks_changes_no_bit(command: Command) -> None:
     settings = {"site_ids": "[0,0,1,1,0]", "strategy": "fedadam", "proximal_mu": 0.1, "partition": "dirichlet"}
     outputs = [succeed(command(ranks=ranks, **settings)) for ranks in (1, 2, 3)]
@@ -192,6 +194,7 @@ def test_the_number_of_ranks_changes_no_bit(command: Command) -> None:
     assert len({tuple(accuracies(output)) for output in outputs}) == 1
 
 
+@pytest.mark.long(seconds=12)
 def test_every_training_setting_has_an_effect(command: Command) -> None:
     changes: list[dict[str, object]] = [
         {},
@@ -453,6 +456,7 @@ def ask_for_the_end(call: Callable, swallowed: tuple[type[BaseException], ...]) 
     return called
 
 
+@pytest.mark.long
 def test_a_signal_at_any_moment_ends_a_run_and_leaves_no_partial_file(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
