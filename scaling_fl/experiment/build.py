@@ -22,7 +22,7 @@ from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapte
 from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.centralised import pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
-from scaling_fl.experiment.local_training import find_autocast, make_training, prepare_model
+from scaling_fl.experiment.local_training import find_autocast, make_step_log, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
@@ -33,6 +33,7 @@ from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import Site
+from scaling_fl.federation.step_log import StepLog
 from scaling_fl.federation.turns import InTurn
 from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
@@ -44,6 +45,7 @@ from scaling_fl.training.scores import check_packing
 OF_ALL_RANKS: tuple[str, ...] = (  # what a resumed run may change, but all ranks have alike
     *("num_rounds", "checkpoints_dir", "on_site_failure", "min_sites", "val_batch_size", "evaluation_sites"),
     *("evaluate_local", "evaluate_every", "best_metric", "early_stopping_rounds", "score_by", "sample_questions"),
+    *("log_every_steps", "log_sites_by_step"),
 )
 
 
@@ -60,6 +62,7 @@ class Job:
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
+    step_log: StepLog | None  # collects what the sites of this rank train on in a round
 
 
 def build(settings: Settings) -> Job:
@@ -113,6 +116,7 @@ def build(settings: Settings) -> Job:
         history,
         identity,
         checkpoints_dir,
+        make_step_log(settings),
     )
 
 
@@ -145,7 +149,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
 
-    train_site = make_training(settings, site_batches)
+    train_site = make_training(settings, site_batches, job.step_log)
     if len(turns := find_turns(settings, job.loaded.model)) > 1:
         train_site = InTurn(train_site, turns)
     federation = Federation(

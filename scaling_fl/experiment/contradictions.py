@@ -82,9 +82,13 @@ def _check_trainer(settings: Settings) -> None:
     """Refuse what the default trainer alone knows, if there is another one."""
     if settings.force_autocast and settings.autocast is None:
         raise ValueError("force_autocast: expected False, as there is no autocast, got True")
+    if settings.log_sites_by_step and settings.log_every_steps is None:
+        raise ValueError("log_sites_by_step: expected False, as there is no log_every_steps, got True")
     if settings.trainer == "default":
         return
-    unset: dict[str, Any] = dict.fromkeys(("site_deadline_s", "local_steps", "max_grad_norm", "autocast"))
+    unset: dict[str, Any] = dict.fromkeys(
+        ("site_deadline_s", "local_steps", "max_grad_norm", "autocast", "log_every_steps")
+    )
     unset |= {"gradient_accumulation": 1, "lr_schedule": "constant", "warmup_steps": 0} | find_defaults(
         "optimiser", settings.optimiser
     )

@@ -12,16 +12,20 @@ from scaling_fl.experiment.objectives import find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
+from scaling_fl.federation.step_log import StepLog
 from scaling_fl.models.compute import check_bfloat16, checkpoint_activations, set_attention
 from scaling_fl.training.loop import Batch
 
 
-def make_training(settings: Settings, batches: Callable[[Site, int, int], Iterable[Batch]]) -> SiteFunction:
+def make_training(
+    settings: Settings, batches: Callable[[Site, int, int], Iterable[Batch]], step_log: StepLog | None = None
+) -> SiteFunction:
     """Return what trains a site.
 
     Args:
         settings: of the run.
         batches: of a site, as `LocalTraining` takes them.
+        step_log: collects losses and rates by steps.
     """
     if settings.trainer != "default":
         return TRAINERS[settings.trainer]
@@ -35,7 +39,14 @@ def make_training(settings: Settings, batches: Callable[[Site, int, int], Iterab
         max_grad_norm=settings.max_grad_norm,
         schedule=bind("lr_schedule", vars(settings))(),
         autocast=find_autocast(settings),
+        step_log=step_log,
     )
+
+
+def make_step_log(settings: Settings) -> StepLog | None:
+    """Return what collects losses and rates by steps; None if that is not asked for."""
+    every = settings.log_every_steps
+    return None if every is None else StepLog(every, with_sites=settings.log_sites_by_step)
 
 
 def local_optimiser(settings: Settings) -> Callable[[Iterable[Tensor]], Optimizer]:

@@ -194,11 +194,21 @@ def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int,
             size, num_epochs = job.data.sizes[site], of_site(settings, site)["num_local_epochs"]
             num_examples += num_epochs * trained
             num_tokens += num_epochs * trained * size.num_tokens / size.num_examples
-    return {
+    by_step = {}
+    if job.step_log is not None:
+        by_step = job.step_log.gather(metrics["site.examples"], count_steps_before(job))
+    return by_step | {
         "speed.examples_per_s": num_examples / metrics["time.train_s"],
         "speed.tokens_per_s": num_tokens / metrics["time.train_s"],
         "comm.expected_bytes": job.global_model.bytes_a_round,
     }
+
+
+def count_steps_before(job: Job) -> int:
+    """Return the steps of the rounds that are done: of each the most that a site took, or was to take if unknown."""
+    last = max((round_ for round_, metrics in enumerate(job.history) if "train.steps" in metrics), default=0)
+    rounds = range(last + 1, len(job.history))
+    return job.history[last].get("train.steps", 0) + sum(map(job.schedule.count_steps, rounds))
 
 
 def is_resumed(values: Mapping[str, Any]) -> bool:

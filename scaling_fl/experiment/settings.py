@@ -120,6 +120,8 @@ class Settings:
     attn_implementation: str | None = setting(None, optional(one_of(ATTENTION)), "the kernels of attention: `eager`, `sdpa` or `flex_attention`; None: what transformers chooses for the model", page="local_training")
     autocast: str | None = setting(None, optional(one_of(("bfloat16",))), "train with matrix products in this type, and weights and their changes in float32; None: all in float32", page="local_training")
     force_autocast: bool = setting(False, FLAG, "use `autocast` on devices that have no instructions for it, too, where it is several times slower", may_change=True, page="local_training")
+    log_every_steps: int | None = setting(None, optional(whole_number(1)), "record the loss and the learning rate of the sites for every so many steps of their optimisers, by a number of the step that goes on over all rounds. None: do not", may_change=True, page="local_training")
+    log_sites_by_step: bool = setting(False, FLAG, "of `log_every_steps`: record those of each site, too", may_change=True, page="local_training")
     trainer: str = setting("default", one_of(TRAINERS, "default"), "what trains a site: `default`, or the name of a function that a module of `plugins` adds")
     site_settings: dict | None = setting(None, optional(SITE_SETTINGS), "`learning_rate`, `num_local_epochs`, `local_steps`, `batch_size` and `gradient_accumulation` of single sites, as in `{3:{'learning_rate':1e-5}}`. Sites have numbers from 0; `plan` prints them, which sites with `site_paths` get by the contents of their files")
     max_seq_len: int = setting(128, whole_number(1), "longer texts are cut to so many tokens")

@@ -14,7 +14,7 @@ from scaling_fl.errors import one_line
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.isolation import isolated
 from scaling_fl.records.rounds import Record
-from scaling_fl.training.metrics import Metrics
+from scaling_fl.training.metrics import Metrics, by_step
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ def _start(name: str, settings: Settings, folder: str) -> Any:
         with _alone():
             tracker = kind(name if kind.requires_logging_directory else PROJECT, **arguments)
             tracker.start()
+            if name == "wandb":
+                tracker.tracker.define_metric("*", step_metric="round")
+                tracker.tracker.define_metric("step.*", step_metric="step.number")
             tracker.store_init_configuration(flatten_settings(vars(settings), with_sites=settings.track_sites))
     except Exception as error:
         reason = _hide_secrets(one_line(error))
@@ -133,7 +136,16 @@ def _start(name: str, settings: Settings, folder: str) -> Any:
 
 def _log_round(running: dict[str, Any], settings: Settings, round_: int, metrics: Metrics) -> None:
     values = flatten_metrics(metrics, with_sites=settings.track_sites)
-    _call_all(running, lambda tracker: tracker.log(values, step=round_))
+    points = [("step.number", *point) for point in by_step(metrics, with_sites=settings.track_sites)]
+
+    def log_all(tracker: Any) -> None:
+        for axis, place, of_place in (*points, ("round", round_, values)):
+            if tracker.name == "wandb":  # whose steps may not fall, as from step 90 to round 3
+                tracker.log({axis: place, **of_place})
+            else:
+                tracker.log(of_place, step=place)
+
+    _call_all(running, log_all)
 
 
 def _call_all(running: dict[str, Any], call: Callable[[Any], object]) -> None:

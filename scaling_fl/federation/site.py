@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scaling_fl.errors import printable
+from scaling_fl.federation.step_log import StepLog
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.training.loop import Batch, Score, count_texts, stop_after, take_steps
 from scaling_fl.training.metrics import Means
@@ -93,6 +94,7 @@ class LocalTraining:
         max_grad_norm: the longest gradient of a step, with FedProx's pull.
         schedule: of the learning rate, of which the optimiser's is the peak; None: it stays.
         autocast: what matrix products are computed in; None: the type of the weights.
+        step_log: collects losses and rates by steps.
     """
 
     make_optimiser: Callable[[Iterable[Tensor]], Optimizer]
@@ -106,6 +108,7 @@ class LocalTraining:
     max_grad_norm: float | None = None
     schedule: RateSchedule | None = None
     autocast: torch.dtype | None = None
+    step_log: StepLog | None = None
     leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
@@ -133,7 +136,10 @@ class LocalTraining:
                 num_seen += sum(map(count_texts, step))
                 yield step
 
-        scores = take_steps(model, counted(), optimiser, self.score, self.autocast).totals()
+        score, taken = self.score, counted()
+        if self.step_log is not None:
+            score, taken = self.step_log.watch(site.number, optimiser, score, taken)
+        scores = take_steps(model, taken, optimiser, score, self.autocast).totals()
         return {"num_examples": min(site.num_examples, num_seen), **scores}
 
     def _steps(self, site: Site, round_: int) -> Iterator[list[Batch]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from scaling_fl.distributed.collectives import all_gather, bytes_sent
 from scaling_fl.storage import naming_place
-from scaling_fl.training.metrics import Metrics
+from scaling_fl.training.metrics import Metrics, by_step
 
 ROUNDS = "rounds.jsonl"
 
@@ -43,6 +43,14 @@ METRICS: dict[str, Metric] = {
         "train loss",
     ),
     "train.accuracy": Metric("fraction", "the same, of right answers (of `instruct`: of right tokens)", "accuracy"),
+    "train.steps": Metric(
+        "steps", "of the sites' optimisers so far, with `log_every_steps`: of each round the most that a site took"
+    ),
+    "step.number": Metric("steps", "a list: `train.steps` at the end of each `log_every_steps` steps of the round"),
+    "step.loss": Metric("nats", "a list: `train.loss` of the steps up to each of these; null without any target"),
+    "step.learning_rate": Metric("", "a list: the rate at each of these, its mean over the sites that took the step"),
+    "step.site_loss": Metric("nats", "by site, `step.loss` of its own steps (`log_sites_by_step`)"),
+    "step.site_learning_rate": Metric("", "by site, likewise"),
     "validation.loss": Metric(
         "nats",
         "of the global model, mean over the examples by which the best round is chosen ([Evaluation](evaluation.md)), "
@@ -122,18 +130,8 @@ METRICS: dict[str, Metric] = {
     "sites.test_exact_match.weighted": Metric("fraction", "the same, of generated answers"),
 }
 OVER_SITES: tuple[str, ...] = (  # metrics of single sites whose spread is measured
-    *(
-        "loss",
-        "accuracy",
-        "test_loss",
-        "test_accuracy",
-        "test_exact_match",
-        "local_loss",
-        "local_accuracy",
-        "gain",
-        "seconds",
-    ),
-    *("local_exact_match", "memory_mb"),
+    *("loss", "accuracy", "test_loss", "test_accuracy", "test_exact_match", "local_loss", "local_accuracy"),
+    *("gain", "seconds", "local_exact_match", "memory_mb"),
 )
 SPREAD = {
     "worst": "the lowest of `site.{0}`, if that is an accuracy, a gain or an exact match, else the highest",
@@ -216,12 +214,17 @@ class Record:
     def add_round(self, round_: int, metrics: Metrics) -> None:
         """Keep a round's metrics: those of the whole by `log_scalar`, all by `log_round` and in `rounds.jsonl`.
 
+        `log_scalar` gets those by step with the number of the step in place of that of the round.
+
         Raises:
             WriteError: a disk cannot be written to.
         """
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 self.log_scalar(name, value, round_)
+        for step, values in by_step(metrics, with_sites=False):
+            for name, value in values.items():
+                self.log_scalar(name, value, step)
         if self.folder is not None:
             _append_line(os.path.join(self.folder, ROUNDS), {"round": round_, **metrics})
         self.check()

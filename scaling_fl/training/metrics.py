@@ -1,7 +1,7 @@
 """Weighted means that do not depend on the order of adding: sums and counts, divided once, last."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from statistics import fmean, pstdev
 from typing import Any
@@ -28,6 +28,10 @@ class Means:
         Tensors are read by `settle`, so that not every batch waits for an accelerator.
         """
         self._pending.append((name, total.detach(), count))
+
+    def extend(self, other: "Means") -> None:
+        """Add what was added to `other` and not read yet, without reading it."""
+        self._pending += other._pending
 
     def settle(self) -> "Means":
         """Read the tensors added so far.
@@ -90,3 +94,14 @@ def spread(by_site: Mapping[int, Mapping[str, float]]) -> Metrics:
         metrics |= {f"site.{name}": column, f"sites.{name}.worst": worst(column.values())}
         metrics |= {f"sites.{name}.mean": fmean(column.values()), f"sites.{name}.std": pstdev(column.values())}
     return metrics
+
+
+def by_step(metrics: Mapping[str, Any], *, with_sites: bool) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the number of each step that a round has metrics of, and these by name, of site 3 as `step.site_loss/3`."""
+    columns = {name: values for name, values in metrics.items() if name.startswith("step.")}
+    of_sites = {name: columns.pop(name) for name in list(columns) if isinstance(columns[name], Mapping)}
+    if with_sites:
+        columns |= {f"{name}/{site}": values for name, of in of_sites.items() for site, values in of.items()}
+    for place, step in enumerate(columns.pop("step.number", ())):
+        values = {name: of[place] for name, of in columns.items() if place < len(of)}
+        yield step, {name: value for name, value in values.items() if value is not None}
