@@ -21,6 +21,7 @@ from scaling_fl.report.drawings import (
     seconds_of_sites,
 )
 from scaling_fl.report.runs import Run
+from scaling_fl.report.steps import draw_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +121,21 @@ PLOTS = [
         "Loss",
         "Both should fall and then level off. If the loss jumps, try a smaller learning rate.",
         partial(draw_learning, name="loss"),
+    ),
+    Plot(
+        "loss-by-step",
+        "Learning",
+        "Training loss by step",
+        "A small rise at the start of a round is usual, as the mean of the weights is new to each site. If the loss "
+        "starts each round at the same height, the sites do not train the global weights.",
+        partial(draw_by_step, name="loss", y="training loss"),
+    ),
+    Plot(
+        "learning-rate-by-step",
+        "Learning",
+        "Learning rate by step",
+        "It should go on from round to round, and not start again.",
+        partial(draw_by_step, name="learning_rate", y="learning rate"),
     ),
     Plot(
         "accuracy-by-time",

@@ -242,6 +242,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """Return the rounds of Sacred's metrics.json, which has steps and values for each metric."""
     rounds: dict[int, dict[str, Any]] = {}
     for name, metric in read_object(path).items():
+        if name.startswith("step."):
+            continue  # its steps are no rounds
         for step, value in zip(metric["steps"], metric["values"], strict=True):
             rounds.setdefault(step, {"round": step})[name] = value
     return [rounds[step] for step in sorted(rounds)]
