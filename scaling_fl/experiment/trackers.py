@@ -126,7 +126,7 @@ def _start(name: str, settings: Settings, folder: str) -> Any:
             tracker.start()
             if name == "wandb":
                 tracker.tracker.define_metric("*", step_metric="round")
-                tracker.tracker.define_metric("step.*", step_metric="step.number")
+                tracker.tracker.define_metric("step.*", step_metric="step")
             tracker.store_init_configuration(flatten_settings(vars(settings), with_sites=settings.track_sites))
     except Exception as error:
         reason = _hide_secrets(one_line(error))
@@ -136,12 +136,12 @@ def _start(name: str, settings: Settings, folder: str) -> Any:
 
 def _log_round(running: dict[str, Any], settings: Settings, round_: int, metrics: Metrics) -> None:
     values = flatten_metrics(metrics, with_sites=settings.track_sites)
-    points = [("step.number", *point) for point in by_step(metrics, with_sites=settings.track_sites)]
+    points = [("step", *point) for point in by_step(metrics, with_sites=settings.track_sites)]
 
     def log_all(tracker: Any) -> None:
         for axis, place, of_place in (*points, ("round", round_, values)):
             if tracker.name == "wandb":  # whose steps may not fall, as from step 90 to round 3
-                tracker.log({axis: place, **of_place})
+                tracker.log({"round": round_, axis: place, **of_place})
             else:
                 tracker.log(of_place, step=place)
 
