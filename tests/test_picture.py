@@ -1,11 +1,13 @@
-"""README's picture: four runs of one federation, of which the last was killed; see benchmarks/picture.py."""
+"""The pictures of README and docs show what they say: see benchmarks/picture.py, partitions.py and zigzag.py."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import partitions
 import picture
 import pytest
+import zigzag
 from PIL import Image
 
 from scaling_fl import PARTITIONERS
@@ -43,3 +45,16 @@ def test_every_partition_is_in_the_picture(tmp_path: Path) -> None:
     partitions.draw(tmp_path / "partitions.png", seed=1)
     with Image.open(tmp_path / "partitions.png") as image:
         assert image.width == 1200
+
+
+def test_the_loss_by_step_goes_back_to_the_start_only_if_sites_load_a_fixed_start(tmp_path: Path) -> None:
+    losses = zigzag.compare(num_rounds=3, num_steps=8)
+    start = losses["the global weights"][0][0]
+    for before, after in pairwise(losses["the global weights"]):
+        assert after[0] - before[-1] < (start - before[-1]) / 8
+    for before, after in pairwise(losses["a fixed start"]):
+        assert before[-1] < start - 0.2
+        assert after[0] == pytest.approx(start, abs=0.1)
+    zigzag.draw(tmp_path / "zigzag.png", losses)
+    with Image.open(tmp_path / "zigzag.png") as image:
+        assert image.width == picture.SHOWN_WIDTH
