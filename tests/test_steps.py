@@ -32,6 +32,7 @@ from scaling_fl.federation.step_log import StepLog
 from scaling_fl.records.rounds import Record
 from scaling_fl.report.steps import bounds, draw_by_step
 from scaling_fl.training.loop import Batch
+from scaling_fl.training.metrics import by_step
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.schedules import linear
 from scaling_fl.training.scores import score_classes
@@ -238,6 +239,7 @@ LINE = {
 def test_trackers_get_points_at_their_steps_and_those_of_sites_only_if_asked(
     small_run: dict[str, Any], tmp_path: Path, track_sites: bool
 ) -> None:
+    assert dict(by_step(LINE, with_sites=track_sites))[11] == {"step.learning_rate": 0.1}
     settings = Settings(**small_run, trackers=["tensorboard"], track_sites=track_sites)
     with world(), tracked(settings, Record(str(tmp_path))) as record:
         record.add_round(2, LINE)

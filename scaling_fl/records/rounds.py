@@ -35,7 +35,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "round": Metric("", "0 is the model before training, and has no `train.*`, `site*` and `speed.*`"),
+    "round": Metric("", "0 is the model before training, and has no `train.*`, `step.*`, `site*` and `speed.*`"),
     "train.loss": Metric(
         "nats",
         "mean over all examples (of `instruct`: the tokens of all answers) that the sites trained on, while the "
@@ -44,13 +44,15 @@ METRICS: dict[str, Metric] = {
     ),
     "train.accuracy": Metric("fraction", "the same, of right answers (of `instruct`: of right tokens)", "accuracy"),
     "train.steps": Metric(
-        "steps", "of the sites' optimisers so far, with `log_every_steps`: of each round the most that a site took"
+        "steps", "of the sites' optimisers so far, of each round the most that a site took (`log_every_steps`)"
     ),
-    "step.number": Metric("steps", "a list: `train.steps` at the end of each `log_every_steps` steps of the round"),
-    "step.loss": Metric("nats", "a list: `train.loss` of the steps up to each of these; null without any target"),
-    "step.learning_rate": Metric("", "a list: the rate at each of these, its mean over the sites that took the step"),
-    "step.site_loss": Metric("nats", "by site, `step.loss` of its own steps (`log_sites_by_step`)"),
-    "step.site_learning_rate": Metric("", "by site, likewise"),
+    "step.number": Metric(
+        "steps", "a list: the last step of each point ([Loss by step](local_training.md#loss-by-step)) of the round"
+    ),
+    "step.loss": Metric("nats", "a list: `train.loss` of the steps of each point; null without any target"),
+    "step.learning_rate": Metric("", "a list: the rate of the last step of each point, mean over its sites"),
+    "step.site_loss": Metric("nats", "by site, the list of its own losses (`log_sites_by_step`)"),
+    "step.site_learning_rate": Metric("", "by site, the list of its own rates"),
     "validation.loss": Metric(
         "nats",
         "of the global model, mean over the examples by which the best round is chosen ([Evaluation](evaluation.md)), "
