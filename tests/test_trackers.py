@@ -178,10 +178,12 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_training(
 
 def test_wandb_gets_neither_the_command_line_nor_the_output(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    succeed(command(trackers=["wandb"], site_settings={3: {"learning_rate": 0.0012345}}, env={"WANDB_MODE": "offline"}))
+    settings = {"trackers": ["wandb"], "site_settings": {3: {"learning_rate": 0.0012345}}, "log_every_steps": 2}
+    succeed(command(env={"WANDB_MODE": "offline"}, **settings))
     (run,) = (tmp_path / "runs/1/wandb").glob("offline-run-*/run-*.wandb")
     sent = [run.read_bytes(), *(file.read_bytes() for file in (run.parent / "files").iterdir())]
     assert b"validation.loss" in run.read_bytes()
+    assert b"step.loss" in run.read_bytes()
     assert not any(secret in part for part in sent for secret in (b"0.0012345", b"| train loss |", b"SHA-256"))
 
 

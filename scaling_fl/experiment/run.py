@@ -180,7 +180,7 @@ def answer_samples(settings: Settings, job: Job, federation: Federation) -> Metr
 
 
 def count_round(settings: Settings, job: Job, metrics: Metrics, seen: tuple[int, int]) -> Metrics:
-    """Return how much was trained on in a round, how fast, and how many bytes that should have sent.
+    """Return how much was trained on in a round, how fast, and how many bytes that should have sent; losses by step.
 
     Args:
         settings: of the run.
