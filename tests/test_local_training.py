@@ -36,7 +36,7 @@ from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import activation_bytes
 from scaling_fl.training.loop import Batch, evaluate, take_steps
 from scaling_fl.training.metrics import Means
-from scaling_fl.training.optimisers import OPTIMISERS, clip_gradients
+from scaling_fl.training.optimisers import OPTIMISERS, change_gradients
 from scaling_fl.training.schedules import RateSchedule, constant, cosine, linear
 from scaling_fl.training.scores import score_classes, score_tokens
 
@@ -229,8 +229,7 @@ def test_a_gradient_is_clipped_after_it_is_accumulated() -> None:
     def step(bound: float, *batches: Batch) -> list[float]:
         model = Straight(0.0, 0.0)
         optimiser = OPTIMISERS["sgd"]([model.weight], lr=1.0)
-        clip_gradients(bound, optimiser)
-        take_steps(model, [batches], optimiser, no_score)
+        take_steps(model, [batches], optimiser, no_score, before_step=change_gradients(optimiser, 0.0, bound))
         return (-model.weight).tolist()
 
     assert step(1.0, push(30.0, 40.0)) == pytest.approx([0.6, 0.8])
