@@ -23,6 +23,7 @@ from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
+from scaling_fl.experiment.optimiser_states import KeptStates, keep_states
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.reading import read_data, read_rows
@@ -59,6 +60,7 @@ class Job:
     history: checkpoint.History  # of the rounds that are done
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
+    states: KeptStates | None  # of the sites' optimisers
 
 
 def build(settings: Settings) -> Job:
@@ -110,6 +112,7 @@ def build(settings: Settings) -> Job:
         history,
         identity,
         checkpoints_dir,
+        keep_states(schedule, loaded.model, history, identity, checkpoints_dir),
     )
 
 
@@ -142,7 +145,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
 
-    train_site = make_training(settings, site_batches)
+    train_site = make_training(settings, site_batches, job.states.files if job.states else None)
     if len(turns := find_turns(settings, job.loaded.model)) > 1:
         train_site = InTurn(train_site, turns)
     federation = Federation(

@@ -14,14 +14,18 @@ from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
 from scaling_fl.models.compute import check_bfloat16, checkpoint_activations, set_attention
 from scaling_fl.training.loop import Batch
+from scaling_fl.training.optimisers import OptimiserStates
 
 
-def make_training(settings: Settings, batches: Callable[[Site, int, int], Iterable[Batch]]) -> SiteFunction:
+def make_training(
+    settings: Settings, batches: Callable[[Site, int, int], Iterable[Batch]], states: OptimiserStates | None = None
+) -> SiteFunction:
     """Return what trains a site.
 
     Args:
         settings: of the run.
         batches: of a site, as `LocalTraining` takes them.
+        states: of the optimisers, if they are kept.
     """
     if settings.trainer != "default":
         return TRAINERS[settings.trainer]
@@ -35,6 +39,7 @@ def make_training(settings: Settings, batches: Callable[[Site, int, int], Iterab
         max_grad_norm=settings.max_grad_norm,
         schedule=bind("lr_schedule", vars(settings))(),
         autocast=find_autocast(settings),
+        states=states,
     )
 
 

@@ -63,6 +63,9 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
         state = job.global_model.state_dict()
         where = save_elsewhere(saved, state, job.history, job.identity, record.folder, job.checkpoints_dir)
         raise ValueError(f"{error}. {where}") from error
+    finally:
+        if job.states is not None:
+            job.states.files.close()
     evaluated = (metrics for metrics in reversed(job.history) if "validation.accuracy" in metrics)
     return next(evaluated)["validation.accuracy"]
 
@@ -107,6 +110,8 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
                 save_best(best_dir, state["weights"], history, job.identity)
             if round_ > 0:
                 checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
+            if job.states is not None:
+                job.states.files.remove_old(job.topology.sites)
         metrics |= clock.read()
         table.print_round(round_, metrics)
         console.print_once(*console.describe_answers(settings.sample_questions, metrics))
