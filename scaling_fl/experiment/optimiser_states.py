@@ -62,8 +62,8 @@ def keep_states(
         checkpoints_dir: as this machine knows it.
 
     Raises:
-        ValueError: sites do not stay on their nodes, the folder cannot be written to, or a state is missing with which a
-            site of a resumed run goes on.
+        ValueError: sites do not stay on their nodes, the folder cannot be written to, or a state is missing with which
+            a site of a resumed run goes on.
     """
     settings, topology, cohorts = schedule.settings, schedule.topology, schedule.cohorts
     if settings.optimiser_state == "reset":
