@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import stat
+import tempfile
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,6 +31,7 @@ from scaling_fl.federation.isolation import seed_site
 from scaling_fl.federation.site import TRAINERS
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.records import checkpoint
+from scaling_fl.records.rounds import Record
 from scaling_fl.records.site_states import SiteStates
 from scaling_fl.training.optimisers import OPTIMISERS, load_state_
 from scaling_fl.training.schedules import linear
@@ -242,6 +244,39 @@ def test_what_states_take_is_planned_and_refused_before_the_disk_is_full(
     assert "states    0.2 MB for a site's optimiser, at most 1.3 MB on this node, in " in capsys.readouterr().out
     assert planned(9, 10_000_000)["node_state_bytes"] == 9 * found["state_bytes"]
     assert "for another checkpoint and 3 states of optimisers, got 0.6 MB" in refusal(lambda: planned(2, 600_000))
+
+
+def test_states_stay_if_the_weights_had_to_be_saved_elsewhere(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Blocking(AdamW):
+        """AdamW, in whose seventh step the record becomes a folder."""
+
+        def step(self, closure: Any = None) -> Any:
+            if len(self.param_groups[0]["params"]) > 1:
+                steps.append(0)
+                if len(steps) == 7:
+                    (tmp_path / "rounds.jsonl").unlink()
+                    (tmp_path / "rounds.jsonl").mkdir()
+            return super().step(closure)
+
+    steps: list[int] = []
+    monkeypatch.setitem(OPTIMISERS, "blocking", Blocking)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    given = small_run | {"site_ids": [0], "num_rounds": 3, "local_steps": 4, "optimiser": "blocking"}
+    given |= {"optimiser_state": "keep"}
+
+    with world(), pytest.raises(ValueError, match="expected a disk") as caught:
+        train_on_rank(Settings(**given), Record(str(tmp_path)))
+    found = re.search(
+        r"The weights of round 2 are in (.*)/round-2.pt. Run the same .* to resume. The states of the optimisers are "
+        r"in (.*): first copy that folder there, as 'optimisers'$",
+        str(caught.value),
+    )
+    assert found, caught.value
+    shutil.copytree(found[2], f"{found[1]}/optimisers")
+    resumed = run(given, Path(found[1]))
+    assert all(torch.equal(resumed[name], weight) for name, weight in run(given, tmp_path / "whole").items())
 
 
 class Counting(SGD):

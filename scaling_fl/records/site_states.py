@@ -118,6 +118,11 @@ class SiteStates:
         """How many states are on the disk."""
         return sum(map(len, self._list_files().values()))
 
+    def leave(self) -> str:
+        """Let the files stay, and return a sentence on how a run goes on with them."""
+        self.is_temporary = False
+        return f"The states of the optimisers are in {self.folder}: first copy that folder there, as {FOLDER!r}"
+
     def close(self) -> None:
         """Remove a temporary folder."""
         if self.is_temporary:
