@@ -1,6 +1,5 @@
 """The states of the sites' optimisers that a run keeps: where they are, and how many bytes they take."""
 
-import hashlib
 import os
 import secrets
 import tempfile
@@ -19,6 +18,7 @@ from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import state_bytes
 from scaling_fl.records.checkpoint import History
+from scaling_fl.records.checksum import sha256
 from scaling_fl.records.export import SpaceNeeded
 from scaling_fl.records.site_states import SiteStates, local_folder
 
@@ -68,9 +68,8 @@ def keep_states(
     settings, topology, cohorts = schedule.settings, schedule.topology, schedule.cohorts
     if settings.optimiser_state == "reset":
         return None
-    run = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()
     folder = _find_folder(topology, checkpoints_dir)
-    files = SiteStates(folder, history, run, is_temporary=checkpoints_dir is None)
+    files = SiteStates(folder, history, sha256(dict(identity)), is_temporary=checkpoints_dir is None)
     files.check(topology.sites)
     num_sites = sum(gather_on_node(len({*cohorts.eligible} & {*topology.sites})))
     size = _measure_state(settings, model)

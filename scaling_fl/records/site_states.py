@@ -10,7 +10,6 @@ from typing import Any
 import fsspec
 import torch
 
-from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.checksum import sign
@@ -63,7 +62,7 @@ class SiteStates:
             raise ValueError(
                 f"{wanted} a damaged file ({error}). Use another checkpoints_dir to start again"
             ) from error
-        if (found["run"], found["site"], found["round"]) != (self._run, site, round_):
+        if (found.get("run"), found.get("site"), found.get("round")) != (self._run, site, round_):
             raise ValueError(f"{wanted} that of another run, site or round")
         return found["state"]
 
@@ -88,20 +87,13 @@ class SiteStates:
                 torch.save(signed, file)
 
     def check(self, sites: Iterable[int]) -> None:
-        """Check that the states with which the sites of this rank go on are whole. All ranks call it.
+        """Check that the states with which sites go on are whole.
 
         Raises:
-            ValueError: one of any rank's is not.
+            ValueError: one is not.
         """
-        problem = ""
         for site in sites:
-            try:
-                self.load(site)
-            except ValueError as error:
-                problem = str(error)
-                break
-        if problems := [of_rank for of_rank in all_gather(problem) if of_rank]:
-            raise ValueError(problems[0])
+            self.load(site)
 
     def remove_old(self, sites: Collection[int]) -> None:
         """Remove the states of sites that no checkpoint needs with which the run may go on after the last round."""
