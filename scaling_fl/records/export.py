@@ -187,7 +187,8 @@ def complete(path: str, part: str) -> Iterator[None]:
         yield
         os.rename(part, path)
     except Exception as error:  # the errors of torch, safetensors and tokenizers are not OSErrors
-        raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(error)}") from error
+        disk = error.__context__ if isinstance(error.__context__, OSError) else error  # which torch replaces by its own
+        raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(disk)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):
