@@ -261,7 +261,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
 
     for row in board.rows:
         row.process = row.phase = row.killed = 0
-    watch(site, "train", TRAINING, within)
+    watch(site, "take_steps", TRAINING, within)
     watch(Federation, "score", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)

@@ -40,9 +40,9 @@ if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
 
 @pytest.fixture(scope="module")
 def settings(small_run: dict[str, object]) -> dict[str, object]:
-    """A federation of six sites, with dropout, AdamW and only the last two checkpoints on disk."""
+    """A federation of six sites, with dropout, AdamW that goes on and only the last two checkpoints on disk."""
     runpy.run_path(str(SCRIPT))  # imports what the forks need
-    return small_run | {"num_rounds": NUM_ROUNDS, "site_ids": [0] * 6, "keep_checkpoints": 2}
+    return small_run | {"num_rounds": NUM_ROUNDS, "site_ids": [0] * 6, "keep_checkpoints": 2, "optimiser_state": "keep"}
 
 
 def play(settings: dict[str, object], folder: Path, seed: int) -> tuple[Result, Result]:

@@ -5,11 +5,14 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from scaling_fl.distributed.collectives import all_gather, local_rank, rank
 from scaling_fl.distributed.world import accelerator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
         num_entries=sum(len(node_ids) for local_rank_, node_ids in nodes if local_rank_ == 0),
         is_fixed=num_sites is None,
     )
+
+
+def gather_on_node(value: T) -> list[T]:
+    """Return the values of the ranks of this rank's node. All ranks call it."""
+    values = all_gather((local_rank(), value))
+    starts = [number for number, (of_node, _) in enumerate(values) if of_node == 0] + [len(values)]
+    (node,) = (slice(start, end) for start, end in pairwise(starts) if start <= rank() < end)
+    return [found for _, found in values[node]]
 
 
 def assign_sites(nodes: Sequence[tuple[int, Sequence[int]]], num_sites: int | None = None) -> list[dict[int, int]]:

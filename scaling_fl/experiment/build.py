@@ -24,6 +24,7 @@ from scaling_fl.experiment.centralised import pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_step_log, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
+from scaling_fl.experiment.optimiser_states import KeptStates, keep_states
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.reading import read_data, read_rows
@@ -63,6 +64,7 @@ class Job:
     identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
     checkpoints_dir: str | None  # as this machine knows it
     step_log: StepLog | None  # collects what the sites of this rank train on in a round
+    states: KeptStates | None  # of the sites' optimisers
 
 
 def build(settings: Settings) -> Job:
@@ -117,6 +119,7 @@ def build(settings: Settings) -> Job:
         identity,
         checkpoints_dir,
         make_step_log(settings),
+        keep_states(schedule, loaded.model, history, identity, checkpoints_dir),
     )
 
 
@@ -149,7 +152,8 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     def site_batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
         return training.watch(site.data.shuffled_batches(site.settings["batch_size"], seed, start))
 
-    train_site = make_training(settings, site_batches, job.step_log)
+    states = job.states.files if job.states else None
+    train_site = make_training(settings, site_batches, job.step_log, states)
     if len(turns := find_turns(settings, job.loaded.model)) > 1:
         train_site = InTurn(train_site, turns)
     federation = Federation(

@@ -1,5 +1,6 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
+from contextlib import suppress
 from typing import Any
 
 from scaling_fl.data.label_skew import BY_LABELS
@@ -7,10 +8,13 @@ from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, find_problems
+from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
+from scaling_fl.models.memory import has_state
 from scaling_fl.records.best import DIRECTIONS
+from scaling_fl.records.site_states import local_folder
 
 EXACT_MATCH = "validation.exact_match"
 OF_LABELS, OF_ANSWERS = ("validation.macro_f1", "validation.balanced_accuracy"), ("validation.perplexity", EXACT_MATCH)
@@ -24,6 +28,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_site_settings(settings),
             lambda: _check_schedule(settings),
             lambda: _check_trainer(settings),
+            lambda: _check_optimiser_state(settings),
             lambda: _check_learning_rate(settings),
             lambda: _check_evaluation(settings),
             lambda: name_labels(settings.task_name, settings.labels),
@@ -89,9 +94,8 @@ def _check_trainer(settings: Settings) -> None:
     unset: dict[str, Any] = dict.fromkeys(
         ("site_deadline_s", "local_steps", "max_grad_norm", "autocast", "log_every_steps")
     )
-    unset |= {"gradient_accumulation": 1, "lr_schedule": "constant", "warmup_steps": 0} | find_defaults(
-        "optimiser", settings.optimiser
-    )
+    unset |= {"gradient_accumulation": 1, "lr_schedule": "constant", "warmup_steps": 0, "optimiser_state": "reset"}
+    unset |= find_defaults("optimiser", settings.optimiser)
     problems = []
     for name, default in unset.items():
         by_site = [given[name] for given in (settings.site_settings or {}).values() if name in given]
@@ -101,6 +105,25 @@ def _check_trainer(settings: Settings) -> None:
             )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _check_optimiser_state(settings: Settings) -> None:
+    """Check that the states of the sites' optimisers can be kept, if they are to be."""
+    if settings.optimiser_state != "keep" or settings.trainer != "default":
+        return
+    reason = ""
+    if settings.lora_mean == "alternate":
+        reason = "lora_mean='alternate' trains other weights in each round"
+    elif settings.checkpoints_dir is not None and local_folder(str(settings.checkpoints_dir)) is None:
+        reason = (
+            f"the states of sites stay on their nodes, and checkpoints_dir={settings.checkpoints_dir!r} is elsewhere"
+        )
+    else:
+        with suppress(Exception):  # of an optimiser that is unknown, or has other needs than a vector of weights
+            if not has_state(local_optimiser(settings)):
+                reason = f"optimiser={settings.optimiser!r} has no state"
+    if reason:
+        raise ValueError(f"optimiser_state: expected 'reset', as {reason}, got 'keep'")
 
 
 def _check_learning_rate(settings: Settings) -> None:

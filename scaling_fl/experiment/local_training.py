@@ -15,10 +15,14 @@ from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFuncti
 from scaling_fl.federation.step_log import StepLog
 from scaling_fl.models.compute import check_bfloat16, checkpoint_activations, set_attention
 from scaling_fl.training.loop import Batch
+from scaling_fl.training.optimisers import OptimiserStates
 
 
 def make_training(
-    settings: Settings, batches: Callable[[Site, int, int], Iterable[Batch]], step_log: StepLog | None = None
+    settings: Settings,
+    batches: Callable[[Site, int, int], Iterable[Batch]],
+    step_log: StepLog | None = None,
+    states: OptimiserStates | None = None,
 ) -> SiteFunction:
     """Return what trains a site.
 
@@ -26,6 +30,7 @@ def make_training(
         settings: of the run.
         batches: of a site, as `LocalTraining` takes them.
         step_log: collects losses and rates by steps.
+        states: of the optimisers, if they are kept.
     """
     if settings.trainer != "default":
         return TRAINERS[settings.trainer]
@@ -40,6 +45,7 @@ def make_training(
         schedule=bind("lr_schedule", vars(settings))(),
         autocast=find_autocast(settings),
         step_log=step_log,
+        states=states,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from scaling_fl.data.sites import SiteData
-from scaling_fl.distributed.collectives import all_gather, rank, world_size
+from scaling_fl.distributed.collectives import all_gather, local_rank, rank, world_size
 from scaling_fl.experiment.build import (
     Job,
     build,
@@ -42,7 +42,8 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         `labels`; `sites`, a dict for each with `rank` and `device` (None: any), `examples`, `tokens`, `steps` of a
         round, `labels` (examples by label), `trained_tokens` of a language model, and `name`, if sites have names;
         `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and `weights` and `bytes` that
-        a round sends, `num_test`, `newly_initialised`, and `resumed_after` (a round).
+        a round sends, `num_test`, `newly_initialised`, `resumed_after` (a round), and `state_bytes` of a site's
+        optimiser that is kept and `node_state_bytes`, the most on the disk of the first node.
 
     Raises:
         ValueError: something of the run would be refused.
@@ -73,6 +74,8 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
             for device, size in of_rank.items()
         ],
         "resumed_after": len(job.history) - 1 if job.history else None,
+        "state_bytes": job.states and job.states.site_bytes,
+        "node_state_bytes": job.states and job.states.node_bytes,
     }
     console.print_once(
         *describe(settings, job, unused),
@@ -109,18 +112,22 @@ def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int |
 
 
 def check_output(settings: Settings, job: Job, folder: str | None) -> list[export.SpaceNeeded]:
-    """Check on rank 0, before training, whether the checkpoints and the models can be written; return what they need.
+    """Check before training whether the files of the run can be written; return what they need on rank 0.
 
     Raises:
         ValueError: they cannot.
     """
+    of_states = job.states.space if job.states else []
     if rank() != 0:
+        if local_rank() == 0:  # of another node
+            export.check_disks(of_states)
         return []
     weights = job.global_model.weights
     beside = 256 * len(job.global_model.state_dict()["weights"])  # their names and places in the file
     size = weights.nbytes + state_bytes(server_optimiser(settings), weights.numel()) + beside
     num_rounds = settings.num_rounds - max(len(job.history) - 1, 0)
     needs = export.space_for_checkpoints(job.checkpoints_dir, size, num_rounds, settings.keep_checkpoints)
+    needs += of_states
     keeps_best = settings.best_metric is not None
     if keeps_best and job.checkpoints_dir is not None:
         of_best = export.space_for_checkpoints(
@@ -166,6 +173,7 @@ def describe(settings: Settings, job: Job, unused: Sequence[str] = ()) -> list[s
         *describe_adapter(settings, job, num_trained, num_weights),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(settings, job.data)}",
         *(describe_pool(settings, job, unused) if settings.centralised else describe_federation(settings, job)),
+        *([job.states.describe()] if job.states else []),
         f"evaluated {describe_evaluation(settings, job.data)}",
         *([f"resumed   after round {len(job.history) - 1}, from {settings.checkpoints_dir}"] if job.history else []),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from scaling_fl.data.site_files import files_of
 from scaling_fl.data.tokens import ConversationEncoder
-from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.distributed.collectives import all_gather, local_rank, rank
 from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
@@ -66,7 +66,12 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
         saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
         state = job.global_model.state_dict()
         where = save_elsewhere(saved, state, job.history, job.identity, record.folder, job.checkpoints_dir)
+        if job.states is not None and saved is None and len(job.history) > 1:
+            where += f". {job.states.files.leave()}"
         raise ValueError(f"{error}. {where}") from error
+    finally:
+        if job.states is not None and local_rank() == 0:
+            job.states.files.close()
     evaluated = (metrics for metrics in reversed(job.history) if "validation.accuracy" in metrics)
     return next(evaluated)["validation.accuracy"]
 
@@ -111,6 +116,8 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
                 save_best(best_dir, state["weights"], history, job.identity)
             if round_ > 0:
                 checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
+            if job.states is not None:
+                job.states.files.remove_old(job.topology.sites)
         metrics |= clock.read()
         table.print_round(round_, metrics)
         console.print_once(*console.describe_answers(settings.sample_questions, metrics))

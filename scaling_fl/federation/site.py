@@ -21,7 +21,7 @@ from scaling_fl.federation.step_log import StepLog
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.training.loop import Batch, Score, count_texts, stop_after, take_steps
 from scaling_fl.training.metrics import Means
-from scaling_fl.training.optimisers import add_proximal_term, clip_gradients
+from scaling_fl.training.optimisers import OptimiserStates, change_gradients, load_state_
 from scaling_fl.training.schedules import RateSchedule, follow
 from scaling_fl.training.seeds import derive_seed
 
@@ -80,7 +80,7 @@ OWN_PREFIXES = ("local_", "test_")
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """The default `SiteFunction` that trains: over the batches of a site, with a new optimiser each round.
+    """The default `SiteFunction` that trains: over the batches of a site.
 
     Args:
         make_optimiser: takes the trained weights and returns an optimiser.
@@ -95,6 +95,7 @@ class LocalTraining:
         schedule: of the learning rate, of which the optimiser's is the peak; None: it stays.
         autocast: what matrix products are computed in; None: the type of the weights.
         step_log: collects losses and rates by steps.
+        states: of the optimisers, which go on in the next round; None: a site starts each round with a new one.
     """
 
     make_optimiser: Callable[[Iterable[Tensor]], Optimizer]
@@ -109,6 +110,7 @@ class LocalTraining:
     schedule: RateSchedule | None = None
     autocast: torch.dtype | None = None
     step_log: StepLog | None = None
+    states: OptimiserStates | None = None
     leaves_nothing: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, site: Site, round_: int) -> dict[str, Any]:
@@ -117,14 +119,12 @@ class LocalTraining:
         Raises:
             FloatingPointError: a score is not finite.
         """
-        weights = list(trained_weights(model).values())
-        optimiser = self.make_optimiser(weights)
+        optimiser = self.make_optimiser(list(trained_weights(model).values()))
+        if self.states is not None and (state := self.states.load(site.number)) is not None:
+            load_state_(optimiser, state)
         for group in optimiser.param_groups:
             group["lr"] = site.settings.get("learning_rate", group["lr"])
-        if self.proximal_mu:
-            add_proximal_term([weight.detach().clone() for weight in weights], self.proximal_mu, optimiser)
-        if self.max_grad_norm is not None:
-            clip_gradients(self.max_grad_norm, optimiser)
+        change = change_gradients(optimiser, self.proximal_mu, self.max_grad_norm)
         steps = self._steps(site, round_)
         if self.schedule is not None:
             steps = follow(self.schedule, optimiser, round_, site.num_steps, steps)
@@ -139,7 +139,9 @@ class LocalTraining:
         score, taken = self.score, counted()
         if self.step_log is not None:
             score, taken = self.step_log.watch(site.number, optimiser, score, taken)
-        scores = take_steps(model, taken, optimiser, score, self.autocast).totals()
+        scores = take_steps(model, taken, optimiser, score, self.autocast, change).totals()
+        if self.states is not None:
+            self.states.save(site.number, round_, optimiser.state_dict())
         return {"num_examples": min(site.num_examples, num_seen), **scores}
 
     def _steps(self, site: Site, round_: int) -> Iterator[list[Batch]]:

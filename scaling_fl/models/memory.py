@@ -128,9 +128,22 @@ def activation_bytes(
 
 def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights: int) -> int:
     """Return the bytes of an optimiser's state for so many weights, measured on a thousand."""
+    (weights,), optimiser = _take_step(make_optimiser)
+    states = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
+    return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)
+
+
+def has_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> bool:
+    """Tell whether an optimiser has a state after a step."""
+    (weights,), optimiser = _take_step(make_optimiser)
+    before, after = (made.state_dict() for made in (make_optimiser([weights]), optimiser))
+    return bool(after["state"]) or after != before
+
+
+def _take_step(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> tuple[list[Tensor], Optimizer]:
+    """Return a thousand weights and their optimiser after a step."""
     weights = nn.Parameter(torch.ones(1_000))
     weights.grad = torch.ones_like(weights)
     optimiser = make_optimiser([weights])
     optimiser.step()
-    states = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
-    return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)
+    return [weights], optimiser

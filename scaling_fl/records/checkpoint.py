@@ -1,22 +1,19 @@
 """Save and restore the state of a run: one file a round, complete or absent, on any file system of fsspec."""
 
-import hashlib
 import io
-import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import fsspec
 import torch
-from torch import Tensor
 
 from scaling_fl.distributed.collectives import all_gather, broadcast_bytes, rank
 from scaling_fl.errors import one_line
+from scaling_fl.records.checksum import SHA256, sha256, sign
 from scaling_fl.storage import WriteError, check_reachable, is_remote, retry, with_timeout, write_bytes
 from scaling_fl.training.metrics import Metrics
 
@@ -87,7 +84,7 @@ def write(directory: str, name: str, state: dict[str, Any]) -> None:
     """
     filesystem, path = fsspec.core.url_to_fs(directory)
     data = io.BytesIO()  # torch's writer would replace the store's error by its own
-    torch.save(state | {"sha256": _sha256(state)}, data)
+    torch.save(sign(state), data)
 
     def write_and_rename() -> None:
         # One temporary name for all files, so that the file of a killed run is overwritten. A store renames by a copy,
@@ -194,12 +191,13 @@ def read(url: str) -> dict:
     return load(filesystem.cat_file(path))
 
 
-def load(data: bytes) -> dict:
-    """Return the state in the bytes of a file. Raises a ValueError if it is damaged."""
+def load(data: bytes | str) -> dict:
+    """Return the state in the bytes of a file, or in that of a path. Raises a ValueError if it is damaged."""
+    source = data if isinstance(data, str) else io.BytesIO(data)
     try:
         with warnings.catch_warnings(action="ignore"):  # about other files than torch's, which the error repeats
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        is_whole = isinstance(state, dict) and state.pop("sha256", None) == _sha256(state)
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        is_whole = isinstance(state, dict) and state.pop(SHA256, None) == sha256(state)
     except Exception as error:
         raise ValueError(f"expected a checkpoint, got another file ({one_line(error)})") from error
     if not is_whole:
@@ -218,32 +216,3 @@ def _compare(directory: str, saved: dict[str, Any], ours: dict[str, Any]) -> Non
             f"checkpoints_dir: expected checkpoints with the same settings, got {directory!r}, where "
             f"{'; '.join(changed)}. Use the same settings or another folder"
         )
-
-
-def _sha256(state: dict) -> str:
-    """Return the SHA-256 of a state, with the bytes of its tensors."""
-    digest = hashlib.sha256()
-
-    def parts(value: Any) -> Iterator[bytes | memoryview]:
-        if isinstance(value, Tensor):
-            yield f"{value.dtype}{tuple(value.shape)}".encode()
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        elif isinstance(value, dict) and all(isinstance(item, float | int) for item in value.values()):
-            yield json.dumps(list(value.items())).encode()  # a number for each of many sites
-        elif isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-            yield json.dumps(value).encode()  # the confusions of many labels
-        elif isinstance(value, dict):
-            yield f"dict of {len(value)}".encode()
-            for key, item in value.items():
-                yield repr(key).encode()
-                yield from parts(item)
-        elif isinstance(value, list | tuple):
-            yield f"list of {len(value)}".encode()
-            for item in value:
-                yield from parts(item)
-        else:
-            yield f"{json.dumps(value)} ".encode()
-
-    for part in parts(state):
-        digest.update(part)
-    return digest.hexdigest()

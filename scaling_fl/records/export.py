@@ -153,7 +153,7 @@ def save_state_dict(folder: str, weights: Mapping[str, Tensor]) -> None:
         WriteError: they cannot be written.
     """
     path, part = os.path.join(folder, STATE_DICT), os.path.join(folder, f".{STATE_DICT}.part")
-    with _complete(path, part):
+    with complete(path, part):
         torch.save({name: weight.cpu() for name, weight in weights.items()}, part)
 
 
@@ -166,7 +166,7 @@ def save_model(
         WriteError: they cannot be written.
     """
     path, part = os.path.join(folder, name), os.path.join(folder, f".{name}.part")
-    with _complete(path, part):
+    with complete(path, part):
         if hasattr(model, "peft_config"):  # it writes a card to be filled in, but no configuration of the model
             model.save_pretrained(part, save_embedding_layers=False)
             os.remove(os.path.join(part, "README.md"))
@@ -181,13 +181,14 @@ def save_model(
 
 
 @contextmanager
-def _complete(path: str, part: str) -> Iterator[None]:
+def complete(path: str, part: str) -> Iterator[None]:
     """Let the body write a file or folder under the name `part`, and rename it at the end."""
     try:
         yield
         os.rename(part, path)
     except Exception as error:  # the errors of torch, safetensors and tokenizers are not OSErrors
-        raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(error)}") from error
+        disk = error.__context__ if isinstance(error.__context__, OSError) else error  # which torch replaces by its own
+        raise WriteError(f"{path}: expected a disk that can be written to, got {one_line(disk)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):

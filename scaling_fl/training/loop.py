@@ -32,6 +32,7 @@ def take_steps(
     optimiser: Optimizer,
     score: Score,
     autocast: torch.dtype | None = None,
+    before_step: Callable[[], object] | None = None,
 ) -> Means:
     """Take optimiser steps, each as on one large batch but in the memory of its micro-batches, and return the scores.
 
@@ -41,6 +42,7 @@ def take_steps(
         optimiser: of the model's weights.
         score: adds the output of a micro-batch to the means.
         autocast: what matrix products are computed in; None: the type of the weights.
+        before_step: changes the gradients.
     """
     model.train()
     means = Means()
@@ -54,6 +56,8 @@ def take_steps(
                 output = model(**batch)
             (output.loss if fraction == 1 else output.loss * fraction).backward()
             score(output, batch, means)
+        if before_step is not None:
+            before_step()
         optimiser.step()
     return means.settle()
 

@@ -1,7 +1,8 @@
-"""The optimisers of sites, and what is added to their gradients."""
+"""The optimisers of sites, their states, and what is added to their gradients."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -14,26 +15,70 @@ OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def add_proximal_term(anchors: list[Tensor], strength: float, optimiser: Optimizer) -> None:
-    """Add the gradient of `strength / 2 * |weights - anchors|**2` at every step of `optimiser`.
+class OptimiserStates(Protocol):
+    """Keeps the states of the optimisers of sites from round to round."""
+
+    def load(self, site: int) -> dict[str, Any] | None:
+        """Return the state with which a site goes on; None: it starts."""
+
+    def save(self, site: int, round_: int, state: dict[str, Any]) -> None:
+        """Keep the state of a site after a round, with which it goes on if the round counts."""
+
+
+def load_state_(optimiser: Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state but its learning rates.
+
+    Args:
+        optimiser: a new one.
+        state: what `state_dict` of one like it returned.
+    """
+    rates = [group["lr"] for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if type(optimiser).load_state_dict is not Optimizer.load_state_dict:
+        return
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    for key, weight in zip(keys, all_weights(optimiser), strict=True):
+        loaded = optimiser.state.get(weight, {})
+        for name, value in state["state"].get(key, {}).items():
+            # torch gives all but `step` the type of the weight, whatever it had.
+            if isinstance(value, Tensor) and name in loaded and loaded[name].dtype != value.dtype:
+                loaded[name] = value.to(loaded[name].device)
+
+
+def all_weights(optimiser: Optimizer) -> list[Tensor]:
+    """Return the weights that an optimiser moves."""
+    return [weight for group in optimiser.param_groups for weight in group["params"]]
+
+
+def change_gradients(optimiser: Optimizer, proximal_mu: float, max_norm: float | None) -> Callable[[], None]:
+    """Return what is to be called before each step, as a hook of an optimiser that calls its parent's step runs twice.
+
+    It adds the pull of FedProx towards the weights that the optimiser has now, then clips.
+
+    Args:
+        optimiser: of which the gradients are.
+        proximal_mu: the strength of the pull.
+        max_norm: to which the gradient of all its weights is scaled if it is longer; None: it is not.
+    """
+    weights = all_weights(optimiser)
+    anchors = [weight.detach().clone() for weight in weights] if proximal_mu else []
+
+    def change() -> None:
+        if anchors:
+            add_proximal_term(weights, anchors, proximal_mu)
+        if max_norm is not None:
+            clip_grad_norm_(weights, max_norm)
+
+    return change
+
+
+def add_proximal_term(weights: list[Tensor], anchors: list[Tensor], strength: float) -> None:
+    """Add the gradient of `strength / 2 * |weights - anchors|**2`.
 
     With the global weights as anchors this is FedProx (Li et al. 2020, arXiv 1812.06127, eq. 2).
     """
-    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
-
-    def add_pull(*_: object) -> None:
-        for weight, anchor in zip(weights, anchors, strict=True):
-            if weight.grad is not None:
-                weight.grad.add_(weight.detach() - anchor, alpha=strength)
-
-    optimiser.register_step_pre_hook(add_pull)
-
-
-def clip_gradients(max_norm: float, optimiser: Optimizer) -> None:
-    """Scale the gradient of all weights of `optimiser` to the norm `max_norm` at every step at which it is longer."""
-    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
-
-    def clip(*_: object) -> None:
-        clip_grad_norm_(weights, max_norm)
-
-    optimiser.register_step_pre_hook(clip)
+    for weight, anchor in zip(weights, anchors, strict=True):
+        if weight.grad is not None:
+            weight.grad.add_(weight.detach() - anchor, alpha=strength)

@@ -1,0 +1,161 @@
+"""The states of sites' optimisers from round to round: a file each, on the disk of the node where the site trains."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import fsspec
+import torch
+
+from scaling_fl.errors import one_line
+from scaling_fl.records import checkpoint
+from scaling_fl.records.checksum import sign
+from scaling_fl.records.export import SpaceNeeded, complete
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"site-(\d+)-round-(\d+)\.pt")
+FOLDER = "optimisers"  # in the folder of checkpoints
+
+
+class SiteStates:
+    """The states of the optimisers of a node's sites, which its ranks share, in files for their owner alone.
+
+    A site goes on with the state of the last round in which it took part by the history of the run: a site that failed
+    is where it was before.
+
+    Args:
+        folder: of the node; it is created with its first file.
+        history: of the rounds that are done. The run adds each of the next.
+        run: what a file of this run has, and no other.
+        is_temporary: the folder goes with the run, which leaves no checkpoint. Otherwise the states of the round before
+            the last are kept, too, as a run goes on there if the last checkpoint is missing or damaged.
+    """
+
+    def __init__(self, folder: str, history: checkpoint.History, run: str, *, is_temporary: bool) -> None:
+        self.folder, self.is_temporary = folder, is_temporary
+        self.num_kept = 1 if is_temporary else 2  # rounds
+        self._history, self._run = history, run
+
+    def load(self, site: int) -> dict[str, Any] | None:
+        """Return the state with which a site goes on; None: it did not take part yet.
+
+        Raises:
+            ValueError: its file is missing, damaged, or of another run.
+        """
+        round_ = self._find_last(site)
+        if round_ == 0:
+            return None
+        path = self._path(site, round_)
+        wanted = f"{path}: expected the state of the optimiser of site {site} after round {round_}, got"
+        if not os.path.exists(path):
+            raise ValueError(
+                f"{wanted} no file. It is on the node where the site trained: copy it from there, from the folder "
+                f"{FOLDER!r} of checkpoints_dir, or use another checkpoints_dir to start again"
+            )
+        try:
+            found = checkpoint.load(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{wanted} a damaged file ({error}). Use another checkpoints_dir to start again"
+            ) from error
+        if (found.get("run"), found.get("site"), found.get("round")) != (self._run, site, round_):
+            raise ValueError(f"{wanted} that of another run, site or round")
+        return found["state"]
+
+    def save(self, site: int, round_: int, state: dict[str, Any]) -> None:
+        """Write the state of a site after a round, completely or not at all.
+
+        Raises:
+            ValueError: it has something else than tensors, numbers, texts, lists and dicts.
+            WriteError: the disk cannot be written to.
+        """
+        try:
+            signed = sign({"run": self._run, "site": site, "round": round_, "state": state})
+        except TypeError as error:
+            raise ValueError(
+                f"optimiser_state: expected 'reset', as the state of the optimiser cannot be written ({error}), got "
+                "'keep'"
+            ) from error
+        path, part = self._path(site, round_), os.path.join(self.folder, f".site-{site}.pt.part")
+        with complete(path, part):
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                torch.save(signed, file)
+
+    def check(self, sites: Iterable[int]) -> None:
+        """Check that the states with which sites go on are whole.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for site in sites:
+            self.load(site)
+
+    def remove_old(self, sites: Collection[int]) -> None:
+        """Remove the states of sites that no checkpoint needs with which the run may go on after the last round."""
+        for site, rounds in self._list_files().items():
+            needed = {self._find_last(site, age) for age in range(self.num_kept)} if site in sites else rounds
+            for path in (self._path(site, round_) for round_ in rounds - needed):
+                try:
+                    os.remove(path)
+                except OSError as error:
+                    log.warning("%s cannot be removed: %s", path, one_line(error))
+
+    @property
+    def num_files(self) -> int:
+        """How many states are on the disk."""
+        return sum(map(len, self._list_files().values()))
+
+    def leave(self) -> str:
+        """Let the files stay, and return a sentence on how a run goes on with them."""
+        self.is_temporary = False
+        return f"The states of the optimisers are in {self.folder}: first copy that folder there, as {FOLDER!r}"
+
+    def close(self) -> None:
+        """Remove a temporary folder."""
+        if self.is_temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def measure(self, size: int, num_sites: int, num_trained: int, num_rounds: int) -> SpaceNeeded:
+        """Return the additional space that the states need.
+
+        Args:
+            size: of a state in bytes.
+            num_sites: of this node.
+            num_trained: the most of them in a round.
+            num_rounds: that remain.
+        """
+        kept = num_sites + (self.num_kept - 1) * num_trained
+        num_new = num_trained * num_rounds
+        peak, final = (max(min(most - self.num_files, num_new), 0) for most in (kept + num_trained, kept))
+        folder = self.folder
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        return SpaceNeeded(folder, self.folder, f"{peak:,} states of optimisers", peak * size, final * size)
+
+    def _list_files(self) -> dict[int, set[int]]:
+        """Return the rounds of the files of each site."""
+        found: dict[int, set[int]] = {}
+        for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+            if match := NAME.fullmatch(name):
+                found.setdefault(int(match[1]), set()).add(int(match[2]))
+        return found
+
+    def _find_last(self, site: int, age: int = 0) -> int:
+        """Return the last round in which a site took part, but for the last `age` rounds; 0 if there is none."""
+        rounds = range(len(self._history) - 1 - age, 0, -1)
+        return next((round_ for round_ in rounds if site in self._history[round_]["site.examples"]), 0)
+
+    def _path(self, site: int, round_: int) -> str:
+        return os.path.join(self.folder, f"site-{site}-round-{round_}.pt")
+
+
+def local_folder(directory: str) -> str | None:
+    """Return the folder of states for a folder of checkpoints; None if that is not on a local disk."""
+    if fsspec.core.split_protocol(directory)[0] not in (None, "file", "local"):
+        return None
+    return os.path.join(fsspec.core.url_to_fs(directory)[1], FOLDER)
