@@ -164,8 +164,9 @@ def make_federation(case: Case, comm_dtype: str) -> "Federation":
     from scaling_fl.data.examples import Examples
     from scaling_fl.distributed.placement import place_sites
     from scaling_fl.federation.global_model import GlobalModel
+    from scaling_fl.federation.local_training import LocalTraining
     from scaling_fl.federation.round import Federation
-    from scaling_fl.federation.site import LocalTraining, Site
+    from scaling_fl.federation.site import Site
     from scaling_fl.federation.strategies import make_strategy
     from scaling_fl.training.loop import Batch, evaluate
     from scaling_fl.training.optimisers import OPTIMISERS

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from scaling_fl.experiment.start import plan, train
     from scaling_fl.federation.cohorts import Cohorts
     from scaling_fl.federation.global_model import GlobalModel
+    from scaling_fl.federation.local_training import LocalTraining
     from scaling_fl.federation.round import Federation
-    from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
+    from scaling_fl.federation.site import TRAINERS, Site
     from scaling_fl.federation.strategies import STRATEGIES, make_strategy
     from scaling_fl.models.loading import MODELS, Nickname
     from scaling_fl.training.optimisers import OPTIMISERS
@@ -43,7 +44,8 @@ _MODULES = {
     "federation.cohorts": ("Cohorts",),
     "federation.global_model": ("GlobalModel",),
     "federation.round": ("Federation",),
-    "federation.site": ("TRAINERS", "LocalTraining", "Site"),
+    "federation.local_training": ("LocalTraining",),
+    "federation.site": ("TRAINERS", "Site"),
     "federation.strategies": ("STRATEGIES", "make_strategy"),
     "models.loading": ("MODELS", "Nickname"),
     "training.optimisers": ("OPTIMISERS",),

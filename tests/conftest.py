@@ -28,8 +28,9 @@ from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.local_training import LocalTraining
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import LocalTraining, Site
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.federation.turns import InTurn
 from scaling_fl.records import checkpoint

@@ -14,6 +14,7 @@ from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.build import Job, build
 from scaling_fl.experiment.centralised import count_ranks, find_unused, without_federation
+from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.parameters import PARAMETERS
 from scaling_fl.experiment.result import Run
 from scaling_fl.experiment.run import train_on_rank
@@ -71,7 +72,7 @@ def but(settings: Settings, **changes: Any) -> Settings:
     return Settings(**vars(settings) | of_others | changes)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd"])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_the_twin_is_a_plain_loop_and_a_federation_of_one_site_bit_for_bit(
     twin: Settings, optimiser: str, tmp_path: Path
 ) -> None:
@@ -80,7 +81,7 @@ def test_the_twin_is_a_plain_loop_and_a_federation_of_one_site_bit_for_bit(
     expected = train_in_a_loop(twin)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     one_site = but(twin, site_ids=[0])
-    federated = but(one_site, centralised=False)
+    federated = but(one_site, centralised=False, optimiser_state="keep" if optimiser == "adamw" else "reset")
     of_twin, of_federated = (train(of, tmp_path / str(of.centralised)) for of in (one_site, federated))
     assert all(torch.equal(of_twin[1][name], of_federated[1][name]) for name in of_twin[1])
     assert [of["train.loss"] for of in of_twin[0][1:]] == [of["train.loss"] for of in of_federated[0][1:]]
@@ -141,6 +142,11 @@ def test_one_process_trains_whatever_ranks_says_and_several_are_refused(
         monkeypatch.setenv("RANKS", ranks)
         assert count_ranks(twin) == 1
     assert count_ranks(but(twin, centralised=False)) > 1
+
+    expected = "checkpoints_dir: expected a folder of this machine, as a centralised run keeps the state of its optim"
+    (problem,) = find_contradictions(but(twin, checkpoints_dir="s3://bucket/job"))
+    assert problem.startswith(expected)
+    assert find_contradictions(but(twin, checkpoints_dir="s3://bucket/job", optimiser="sgd")) == []
 
     def refused() -> str:
         with world():

@@ -26,8 +26,9 @@ from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohort, Cohorts, count_sites, share_out
 from scaling_fl.federation.global_model import GlobalModel
+from scaling_fl.federation.local_training import LocalTraining
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import LocalTraining, Site
+from scaling_fl.federation.site import Site
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.training.loop import stop_after
 

@@ -74,7 +74,7 @@ def train_or_overflow(model: nn.Module, *arguments: Any) -> Means:
 @pytest.mark.parametrize("what", [pytest.param("disk", marks=pytest.mark.long), "weight"])
 def test_the_placement_of_a_failed_site_changes_no_bit(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "weight":
-        monkeypatch.setattr("scaling_fl.federation.site.take_steps", train_or_overflow)
+        monkeypatch.setattr("scaling_fl.federation.local_training.take_steps", train_or_overflow)
         monkeypatch.setattr("scaling_fl.federation.aggregation.PIECE", 1_000)  # so that it is not in the first
     play = BROKEN.but(min_sites=3)
     alone = play.on_ranks(1)

@@ -33,7 +33,7 @@ from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.plan import plan
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.federation.site import order_seed
+from scaling_fl.federation.local_training import order_seed
 from scaling_fl.records.console import Progress
 from scaling_fl.records.rounds import METRICS, Record
 from scaling_fl.training.loop import NOT_TRAINED

@@ -30,7 +30,8 @@ from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.schedule import make_schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts
-from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
+from scaling_fl.federation.local_training import LocalTraining
+from scaling_fl.federation.site import TRAINERS, Site
 from scaling_fl.models.compute import checkpoint_activations, set_attention
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import activation_bytes

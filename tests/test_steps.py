@@ -26,8 +26,9 @@ from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.run import count_steps_before
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.experiment.trackers import tracked
+from scaling_fl.federation.local_training import LocalTraining
 from scaling_fl.federation.round import Federation
-from scaling_fl.federation.site import TRAINERS, LocalTraining, Site
+from scaling_fl.federation.site import TRAINERS, Site
 from scaling_fl.federation.step_log import StepLog
 from scaling_fl.records.rounds import Record
 from scaling_fl.report.steps import bounds, draw_by_step

@@ -1,8 +1,10 @@
-"""Tokens, labels and losses are those of trl's SFTTrainer, where trl is installed."""
+"""Tokens, labels, losses and weights are those of trl's SFTTrainer, where trl is installed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from scaling_fl.data.conversations import Conversation
 from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.data.tokens import ConversationEncoder
+from scaling_fl.distributed.world import world
+from scaling_fl.experiment.build import build
+from scaling_fl.experiment.centralised import without_federation
+from scaling_fl.experiment.run import train_on_rank
+from scaling_fl.experiment.settings import Settings
+from scaling_fl.records.rounds import Record
+from scaling_fl.training.seeds import derive_seed
 
 trl = pytest.importorskip("trl", reason="trl, whose SFTTrainer is the reference, is not installed")
 
@@ -111,3 +120,56 @@ def test_a_template_that_marks_answers_has_the_labels_of_trl(tmp_path: Path, kin
     ours = our_batch(tokenizer, "chat", *CHAT_ROWS)
     assert torch.equal(both["labels"], ours["labels"])
     check_equal(without_start(tokenizer, ours), theirs)
+
+
+def test_a_centralised_run_is_sft_trainer_called_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds of two epochs, with a schedule over all steps, accumulation and clipping."""
+    monkeypatch.chdir(tmp_path)
+    make_llama().save_pretrained(tmp_path / "start")
+    make_tokenizer().save_pretrained(tmp_path / "start")
+    words = ["a", "dog", "ran", "red", "and", "blue", "which", "colours", "are", "there"]
+    rows = [{"instruction": f"{words[k % 10]} {words[k % 7]}", "output": " ".join(words[k % 5 :])} for k in range(23)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = Settings(
+        **{"task_name": "instruct", "template": "chat", "train_path": "rows.jsonl", "test_path": "rows.jsonl"},
+        **{"model": str(tmp_path / "start"), "centralised": True, "num_rounds": 3, "num_local_epochs": 2},
+        **{"batch_size": 4, "gradient_accumulation": 2, "optimiser": "adamw", "weight_decay": 0.0, "max_seq_len": 64},
+        **{"learning_rate": 5e-3, "lr_schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5},
+    )
+    with world():
+        examples = build(without_federation(settings)).data.train[0]
+        train_on_rank(settings, Record(str(tmp_path)))
+    ours = torch.load("final_model.pt", weights_only=True)
+
+    orders = [
+        np.random.default_rng(derive_seed(settings.seed, "order", round_, 0, epoch)).permutation(len(rows)).tolist()
+        for round_ in (1, 2, 3)
+        for epoch in (0, 1)
+    ]
+
+    class InOurOrder(trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            class Epochs:
+                def __iter__(self) -> Any:
+                    return iter(orders.pop(0))
+
+                def __len__(self) -> int:
+                    return len(rows)
+
+            return Epochs()
+
+    columns = [examples.select(np.array([index])).batch() for index in range(len(rows))]
+    data = Dataset.from_list([{name: row[name][0].tolist() for name in ("input_ids", "labels")} for row in columns])
+    arguments = trl.SFTConfig(
+        **{"output_dir": str(tmp_path / "trl"), "use_cpu": True, "report_to": "none", "save_strategy": "no"},
+        **{"num_train_epochs": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": False},
+        **{"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5},
+        **{"weight_decay": 0.0, "max_length": None, "gradient_checkpointing": False, "disable_tqdm": True},
+    )
+    trainer = InOurOrder(make_llama(), args=arguments, train_dataset=data, processing_class=make_tokenizer())
+    trainer.train()
+    theirs = dict(trainer.model.named_parameters())
+    start = dict(make_llama().named_parameters())
+    assert not orders
+    assert max((ours[name] - start[name]).abs().max().item() for name in theirs) > 1e-2
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5

@@ -1,6 +1,7 @@
 """The centralised twin of a federated run: the same data and settings, trained on as one site."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +9,12 @@ from scaling_fl.data.examples import join
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import world_size
 from scaling_fl.distributed.launch import num_ranks
+from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.parameters import PARAMETERS
 from scaling_fl.experiment.schedule import Schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts
+from scaling_fl.models.memory import has_state
 
 # What a federation alone has, and the value with which it does nothing to a single site.
 OF_FEDERATION: dict[str, Any] = {
@@ -40,16 +43,13 @@ def count_ranks(settings: Settings) -> int:
 
 
 def without_federation(settings: Settings) -> Settings:
-    """Return the settings with which a centralised run trains its only site; those of others are returned unchanged.
-
-    Raises:
-        ValueError: a centralised run has several ranks.
-    """
+    """Return the settings with which a centralised run trains its only site; those of others are returned unchanged."""
     if not settings.centralised:
         return settings
-    if world_size() > 1:
-        raise ValueError(f"centralised: expected one rank, which trains on all data, got {world_size()}")
-    return replace(settings, **OF_FEDERATION)
+    keeps_state = settings.trainer == "default"
+    with suppress(Exception):  # of an optimiser that has other needs than a vector of weights
+        keeps_state = keeps_state and has_state(local_optimiser(settings))
+    return replace(settings, **OF_FEDERATION, optimiser_state="keep" if keeps_state else "reset")
 
 
 def find_unused(settings: Settings) -> list[str]:
@@ -63,7 +63,12 @@ def pool(data: SiteData, schedule: Schedule) -> tuple[SiteData, Schedule]:
     """Return the data with the examples of all sites as those of site 0, and the schedule that trains it.
 
     What is evaluated stays as it is: the common test set, and what each site holds out.
+
+    Raises:
+        ValueError: there are several ranks, none of which has all data.
     """
+    if world_size() > 1:
+        raise ValueError(f"centralised: expected one rank, which trains on all data, got {world_size()}")
     sites: Sequence[int] = schedule.cohorts.eligible
     examples = join([data.train[site] for site in sites])
     pooled = replace(data, train={0: examples}, sizes=[examples.size(len(data.label_names))], is_pooled=True)

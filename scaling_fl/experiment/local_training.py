@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from scaling_fl.experiment.objectives import find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.federation.site import TRAINERS, LocalTraining, Site, SiteFunction
+from scaling_fl.federation.local_training import LocalTraining
+from scaling_fl.federation.site import TRAINERS, Site, SiteFunction
 from scaling_fl.federation.step_log import StepLog
 from scaling_fl.models.compute import check_bfloat16, checkpoint_activations, set_attention
 from scaling_fl.training.loop import Batch

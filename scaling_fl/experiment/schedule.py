@@ -13,7 +13,8 @@ from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts, count_sites, share_out
-from scaling_fl.federation.site import Site, order_seed
+from scaling_fl.federation.local_training import order_seed
+from scaling_fl.federation.site import Site
 
 MANY_SITES = 100  # of more, only the sampled ones are evaluated by default
 
