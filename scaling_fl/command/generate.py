@@ -1,6 +1,7 @@
 """Let a language model answer questions: that of a run, by the template with which it was trained, or any other."""
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -74,6 +75,8 @@ def _print_answer(saved: Saved, question: Question, how: Answering) -> None:
 
 def _converse(saved: Saved, how: Answering) -> None:
     """Answer each line of the input; a question that cannot be answered does not end this."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are a question like others
     prompt = PROMPT if sys.stdin.isatty() else ""
     while True:
         try:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from scaling_fl.data.columns import check_characters
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.tasks import find_task
 from scaling_fl.models.loading import without_bars
@@ -40,6 +41,7 @@ def predict(
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise ValueError(f"texts: expected texts, got {type(text).__name__} in place {number}")
+        check_characters([text], f"texts: text {number}")
     if len(texts) == 0:
         return
     clean = find_task(task_name).clean

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from scaling_fl.data.tasks import is_generative
+from scaling_fl.errors import one_line
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER
 from scaling_fl.records.rounds import ROUNDS
@@ -218,10 +219,14 @@ class Run:
 
     def _read(self, name: str) -> dict[str, Any]:
         """Return the JSON of a file, of which a run that failed early may have none."""
-        if not os.path.exists(os.path.join(self.folder, name)):
+        path = os.path.join(self.folder, name)
+        if not os.path.exists(path):
             return {}
-        with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-            return json.load(file)
+        try:
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: expected JSON, got an error: {one_line(error)}") from error
 
 
 def sites_as_numbers(metrics: Metrics) -> Metrics:
