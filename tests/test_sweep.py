@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,10 +17,11 @@ from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights
 from sacred.arg_parser import get_config_updates
 from test_report import write_run
 
+from scaling_fl.command.sweep import read_points
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.experiment.sweep import find_variables
+from scaling_fl.experiment.sweep import OUTPUT, Outcome, _start, find_variables
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 Start = Callable[..., tuple[int, Path]]
@@ -269,7 +272,18 @@ def test_nothing_starts_if_a_setting_of_any_run_is_wrong(sweep: Command, tmp_pat
     assert status == 1
     assert "'lr': expected the name of a setting" in output
     assert "batch_size: expected a whole number >= 1, got 0 (of the run batch_size=0)" in output
+    status, output = sweep("--parallel=two")
+    assert (status, output) == (
+        1,
+        "error: argument --parallel: invalid int value: 'two'. `scaling-fl sweep --help` explains the options\n",
+    )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_points(["with", "seed=1", "batch_size=4", "seed=2"], 1)
+    assert caught.value.code == "error: seed: expected all values in one word, as in seed=1,2, got 2 words"
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(sweep: Command, tmp_path: Path) -> None:
@@ -282,6 +296,35 @@ def test_a_run_that_another_process_trains_is_left_to_it(sweep: Command, tmp_pat
     assert status == 1
     assert f"expected no other process that trains it, got one, which writes here/{busy.name}/output.txt" in printed
     assert [len(runs_of(tmp_path / "here")), (busy / "2").exists(), (other / "2").exists()] == [3, False, True]
+
+
+def test_a_run_that_another_sweep_has_trained_meanwhile_is_not_started(tmp_path: Path) -> None:
+    (point,) = make_grid({"seed": "1", "task_name": "bbcnews"})
+    write_run(tmp_path / "1", num_rounds=2, config=json.loads(json.dumps(vars(Settings(**point.settings())))))
+    outcome = Outcome(point)
+    assert _start(outcome, "[1/1]", tmp_path, 1) is None
+    assert (outcome.record, outcome.problem) == (tmp_path / "1", "")
+    assert (tmp_path / OUTPUT).read_text() == ""
+
+
+def test_a_sweep_whose_output_is_closed_ends_its_runs(
+    small_run: dict[str, Any], tmp_path: Path, warm: None, corpus: tuple[Path, Path]
+) -> None:
+    given = small_run | {"train_path": f"{corpus[0]},none.csv", "num_rounds": 2_000}
+    words = ["--folder=here", "--parallel=2", "with", *(f"{name}={value}" for name, value in given.items())]
+    command = [sys.executable, str(SCRIPT), *words]
+    pipe, env = subprocess.PIPE, {**os.environ, "RANKS": "1"}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=tmp_path, env=env) as process:
+        assert process.stdout is not None
+        while b"[2/2]" not in process.stdout.readline():
+            pass
+        process.stdout.close()  # before it prints that the second run has failed
+        _, errors = process.communicate(timeout=60)
+    assert errors.decode() == "error: the standard output: expected a reader, got one that has closed it\n"
+    assert process.returncode == 1
+    for path in tmp_path.glob("here/*/output.txt"):
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process has it open
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
