@@ -111,6 +111,11 @@ def test_a_value_is_read_as_the_command_reads_it(word: str) -> None:
             "north,3",
             "eligible_sites: expected a list in brackets, got north,3. Write eligible_sites=['north',3]",
         ),
+        (
+            "labels",
+            "a,'b, c'",
+            "labels: expected a list in brackets, got a,'b, c'. Write labels=['a','b, c']",
+        ),
         ("sizes", "3,1", "sizes: expected a list in brackets, got 3,1. Write sizes=[3,1]"),
         ("seed", "1,,2", "seed: expected a value before and after each comma, got '1,,2'"),
         ("seed", "1,2,", "seed: expected a value before and after each comma, got '1,2,'"),

@@ -47,7 +47,7 @@ class Point:
     def folder(self) -> str:
         """The name of its folder, which a change that a resumed run may have leaves as it is."""
         words = [f"{name}={_as_word(self.swept[name])}" for name in sorted(self.swept)]
-        return f"{_as_file_name(words)}{_digest({**_lasting(self.given), **self.swept})}"
+        return f"{_as_file_name(words)}{_digest({**_unchangeable(self.given), **self.swept})}"
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of its run: those given, and a name and a place for checkpoints that no other run has."""
@@ -164,7 +164,7 @@ def name_sweep(points: Sequence[Point]) -> str:
     point = points[0]
     fixed = {name: value for name, value in point.given.items() if name not in point.swept}
     names = sorted(point.swept)
-    return f"sweep-{_as_file_name(names)}{_digest({**_lasting(fixed), **dict.fromkeys(names)})}"
+    return f"sweep-{_as_file_name(names)}{_digest({**_unchangeable(fixed), **dict.fromkeys(names)})}"
 
 
 def find_done(folder: Path, given: Mapping[str, Any]) -> Path | None:
@@ -198,7 +198,7 @@ def _read_value(name: str, text: str) -> Any:
         return text.strip()
 
 
-def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
+def _unchangeable(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a resumed run may not change."""
     return {name: value for name, value in given.items() if not FIELDS[name]["may_change"]}
 
@@ -209,7 +209,13 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 def _as_word(value: Any) -> str:
     """Return a value as it can be typed."""
-    return value if isinstance(value, str) else repr(value).replace(", ", ",").replace(": ", ":")
+    return value if isinstance(value, str) else _as_item(value)
+
+
+def _as_item(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_as_item(key)}:{_as_item(item)}' for key, item in value.items())}}}"
+    return f"[{','.join(map(_as_item, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _as_file_name(words: Sequence[str]) -> str:
