@@ -17,7 +17,6 @@ from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights
 from sacred.arg_parser import get_config_updates
 from test_report import write_run
 
-from scaling_fl.command.sweep import read_points
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
 from scaling_fl.experiment.settings import Settings
@@ -283,12 +282,6 @@ def test_nothing_starts_if_a_setting_of_any_run_is_wrong(sweep: Command, tmp_pat
         "error: argument --parallel: invalid int value: 'two'. `scaling-fl sweep --help` explains the options\n",
     )
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_setting_that_is_given_twice_is_refused() -> None:
-    with pytest.raises(SystemExit) as caught:
-        read_points(["with", "seed=1", "batch_size=4", "seed=2"], 1)
-    assert caught.value.code == "error: seed: expected all values in one word, as in seed=1,2, got 2 words"
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(sweep: Command, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Commas outside brackets and quotes separate values. The same command again skips
 import math
 import os
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,21 +91,10 @@ def read_points(words: Sequence[str], parallel: int) -> list[Point]:
     given = (word.partition("=") for word in insert_files(["sweep", *words])[2:])
     points: list[Point] = []
 
-    def check_names() -> None:
-        names = Counter(word.partition("=")[0].strip() for word in words if "=" in word)
-        twice = {name: count for name, count in names.items() if count > 1}
-        if twice:
-            raise ValueError(
-                "\n".join(
-                    f"{name}: expected all values in one word, as in {name}=1,2, got {count} words"
-                    for name, count in twice.items()
-                )
-            )
-
     def read_grid() -> None:
         points.extend(make_grid({name.strip(): value for name, _, value in given}))
 
-    problems = find_problems([check_names, read_grid, lambda: check_start(parallel)])
+    problems = find_problems([read_grid, lambda: check_start(parallel)])
     problems = problems or find_grid_problems(points)
     if problems:
         raise SystemExit("\n".join(f"error: {problem}" for problem in problems))
