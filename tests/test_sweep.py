@@ -166,6 +166,11 @@ def test_runs_have_names_and_places_for_checkpoints_of_their_own() -> None:
         f"s3://bucket/a/{point.folder}" for point in points
     ]
     assert "checkpoints_dir" not in make_grid({"seed": "1,2"})[0].settings()
+    long = {"test_path": f"{'x' * 90}1,{'x' * 90}2"}
+    for given in (long, long | {"job_name": "mine"}):
+        names = [point.settings()["job_name"] for point in make_grid(given)]
+        assert names[0] != names[1]
+        assert max(map(len, names)) < 105
 
 
 def test_all_that_is_wrong_is_found_in_all_runs() -> None:

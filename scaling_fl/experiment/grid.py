@@ -18,7 +18,7 @@ from scaling_fl.experiment.settings import FIELDS, Settings
 OPENING, CLOSING = "([{", ")]}"
 # Settings that say where results go. A run is done whatever they were.
 OF_RESULTS = {"job_name", "checkpoints_dir", "keep_checkpoints", "report", "trackers", "track_sites", "author"}
-LONGEST_NAME = 80  # characters of the folder of a run or a sweep, without its digest
+LONGEST_NAME = 80  # characters of the name and the folder of a run, and the folder of a sweep, without the digest
 CONFIG, RECORD = "config.json", "run.json"  # Sacred's, of a run
 
 
@@ -52,8 +52,10 @@ class Point:
     def settings(self) -> dict[str, Any]:
         """Return the settings of its run: those given, and a name and a place for checkpoints that no other run has."""
         found = dict(self.given)
-        job = found.get("job_name")
-        found["job_name"] = f"{job}: {self.name}" if job else f"{self.name} ({self.folder[-8:]})"
+        job, name, digest = found.get("job_name"), self.name, f" ({self.folder[-8:]})"
+        if len(name) > LONGEST_NAME:  # trackers refuse long ones
+            name = f"{name[:LONGEST_NAME]}...{digest if job else ''}"
+        found["job_name"] = f"{job}: {name}" if job else f"{name}{digest}"
         if directory := found.get("checkpoints_dir"):
             found["checkpoints_dir"] = f"{directory.rstrip('/')}/{self.folder}"
         return found
