@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_bert, refusal
 from conftest import make_examples as make_texts
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_next_tokens import make_examples as make_answers
 from tiny_llm import make_llama
 from torch import Tensor, nn
@@ -377,6 +377,10 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any], monkeypatch: 
     )  # as of models with code of their own
     assert refusal(lambda: set_attention(model, "sdpa")) == (
         "attn_implementation: expected one that BertForSequenceClassification has, such as 'eager', got 'sdpa'"
+    )
+    prefixed = get_peft_model(make_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert refusal(lambda: checkpoint_activations(prefixed)) == (
+        "activation_checkpointing: expected False, as prefix tuning needs the cache, got True"
     )
     model.supports_gradient_checkpointing = False
     assert refusal(lambda: checkpoint_activations(model)) == (

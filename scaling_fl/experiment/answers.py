@@ -140,7 +140,7 @@ def answer(
         encoder: of the template with which it was trained.
         questions: each stands alone.
         how: it answers.
-        write: is given each answer in pieces, as it comes about. Then questions are answered one by one.
+        write: is given each answer in pieces, while it is generated. Then questions are answered one by one.
 
     Raises:
         ValueError: the template does not take a question, or it is longer than the model takes.

@@ -45,7 +45,7 @@ class Point:
 
     @property
     def folder(self) -> str:
-        """The name of its folder, which a change that a resumed run may have leaves as it is."""
+        """The name of its folder, which does not depend on what a resumed run may change."""
         words = [f"{name}={_as_word(self.swept[name])}" for name in sorted(self.swept)]
         return f"{_as_file_name(words)}{_digest({**_unchangeable(self.given), **self.swept})}"
 
@@ -144,7 +144,7 @@ def find_grid_problems(points: Sequence[Point]) -> list[str]:
     for point in points:
         for problem in dict.fromkeys(_find_problems(point)):
             found.setdefault(problem, []).append(point)
-    return [problem if len(of) == len(points) else f"{problem} ({_count(of)})" for problem, of in found.items()]
+    return [problem if len(of) == len(points) else f"{problem} ({_name_runs(of)})" for problem, of in found.items()]
 
 
 def _find_problems(point: Point) -> list[str]:
@@ -156,13 +156,13 @@ def _find_problems(point: Point) -> list[str]:
     return find_problems([lambda: check({**vars(settings), **point.given})]) or find_contradictions(settings)
 
 
-def _count(points: Sequence[Point]) -> str:
+def _name_runs(points: Sequence[Point]) -> str:
     others = f", and {len(points) - 1} more" if len(points) > 1 else ""
     return f"of the run {points[0].name}{others}"
 
 
 def name_sweep(points: Sequence[Point]) -> str:
-    """Return the name of a sweep's folder, which more values leave as it is."""
+    """Return the name of a sweep's folder, which does not depend on the values."""
     point = points[0]
     fixed = {name: value for name, value in point.given.items() if name not in point.swept}
     names = sorted(point.swept)

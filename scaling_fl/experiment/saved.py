@@ -21,7 +21,7 @@ from scaling_fl.storage import host_path
 
 MODEL_CONFIG = "config.json"
 MAX_SEQ_LEN = 128  # of the texts of a classifier without a run beside it
-SHORT = 16  # of a language model without one: nothing but training cuts its texts
+SHORT = 16  # of a language model without one: a value that any model takes, as no question is cut
 HEAD = "ForSequenceClassification"
 OTHER = {True: "predict", False: "generate"}  # the command for a model of the other kind
 

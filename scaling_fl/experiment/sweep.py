@@ -136,7 +136,7 @@ def _start(outcome: Outcome, number: str, folder: Path, parallel: int) -> _Child
 
 
 def find_variables(settings: Mapping[str, Any], parallel: int) -> dict[str, str]:
-    """Return the variables of a run: modules are found where this process finds them, and runs share the cores."""
+    """Return the environment variables of a run: modules are found as in this process, and runs share the cores."""
     found = {"PYTHONPATH": python_path()}
     if os.environ.get("RANKS") == "auto":
         resolved = Settings(**settings)

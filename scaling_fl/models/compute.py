@@ -32,6 +32,8 @@ def checkpoint_activations(model: Any) -> None:
         ValueError: it cannot.
     """
     base = _base_of(model)
+    if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise ValueError("activation_checkpointing: expected False, as prefix tuning needs the cache, got True")
     if not base.supports_gradient_checkpointing:
         raise ValueError(f"activation_checkpointing: expected False, as {type(base).__name__} has none, got True")
     name = "activation_checkpointing_enable"  # the older one is deprecated
