@@ -363,7 +363,7 @@ def test_a_model_of_the_other_kind_or_none_is_one_sentence(
         assert says.startswith("model: expected a nickname (")
 
 
-def test_what_cannot_be_labelled_is_one_sentence(of_labels: str, tmp_path: Path) -> None:
+def test_what_python_cannot_ask_or_label_is_one_sentence(of_answers: str, of_labels: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,review\n1,good\n")
     given = ["--model", of_labels, "--texts", str(tmp_path / "t.csv")]
     assert refuse(predict, *given).startswith("text_column: expected a column of ")
@@ -379,7 +379,11 @@ def test_what_cannot_be_labelled_is_one_sentence(of_labels: str, tmp_path: Path)
     (tmp_path / "blank.txt").write_text("\n \n")
     says = refuse(predict, "--model", of_labels, "--texts", f"{tmp_path}/blank.txt")
     assert says == f"'{tmp_path}/blank.txt': expected a line with text, got none"
+    assert run.predict(text for text in ["soup"]) == run.predict(["soup"])
     assert refusal(lambda: run.ask("Who?")).startswith("ask: expected a run of a language model, got ")
+    llm = Run.load(of_answers)
+    assert refusal(lambda: llm.ask(["Who?"])) == "questions: question 1: expected a text, got list"  # type: ignore[arg-type]
+    assert refusal(lambda: llm.ask("Who?", top_p=None)) == "top_p: expected a number, got None"  # type: ignore[arg-type]
 
 
 def test_a_run_that_did_not_end_is_one_sentence(of_answers: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,9 @@ class Answering:
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {self.max_new_tokens!r}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
         if self.temperature and not LEAST <= self.temperature < LARGE:
             raise ValueError(
                 f"temperature: expected 0 or a number >= {LEAST} and < {LARGE:g}, got {self.temperature!r}"
@@ -202,6 +206,8 @@ def tokenise_questions(
     for number, question in enumerate(questions, start=1):
         asked = question if isinstance(question, Question) else Question(question)
         try:
+            if not isinstance(asked.text, str):
+                raise ValueError(f"expected a text, got {type(asked.text).__name__}")
             if not asked.text.strip():
                 raise ValueError("expected a text, got none")
             check_characters([asked.text, asked.context], "its text")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -152,7 +152,7 @@ class Run:
         how = Answering(max_new_tokens, temperature, top_p, seed)
         return next(answer(self.model, self._encoder, [Question(question, context)], how))
 
-    def predict(self, texts: Sequence[str]) -> list[Any]:
+    def predict(self, texts: Iterable[str]) -> list[Any]:
         """Return the label of each text, and the probability of each label, as `label` and `probability`.
 
         Raises:
