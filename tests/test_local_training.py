@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_bert, refusal
 from conftest import make_examples as make_texts
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_next_tokens import make_examples as make_answers
 from tiny_llm import make_llama
 from torch import Tensor, nn
@@ -139,6 +139,17 @@ def test_a_schedule_counts_the_steps_of_epochs_and_its_length_may_not_change(
                 progress = (now - 2) / (2 * num_steps - 2)
                 expected.append(1e-3 * (now / 2 if now < 2 else (1 + math.cos(math.pi * progress)) / 2))
     assert seen == pytest.approx(expected)
+
+
+def test_a_warm_up_that_lasts_until_the_end_of_the_schedule_is_refused(small_run: dict[str, Any]) -> None:
+    given = small_run | {"lr_schedule": "linear", "site_ids": [0, 0], "batch_size": 10, "lr_schedule_rounds": 3}
+    given |= {"site_settings": {1: {"batch_size": 5}}}  # of 31 and 30 examples: 4 and 6 steps a round
+    with world():
+        assert refusal(lambda: build(Settings(**given, warmup_steps=18))) == (
+            "warmup_steps: expected fewer than 18, the most steps of a site in lr_schedule_rounds=3, got 18"
+        )
+        build(Settings(**given, warmup_steps=17))
+        build(Settings(**small_run, warmup_steps=1_000))  # which has no end
 
 
 def test_a_schedule_needs_the_number_of_steps() -> None:
@@ -375,6 +386,10 @@ def test_attention_is_computed_as_asked(small_run: dict[str, Any], monkeypatch: 
     assert refusal(lambda: set_attention(model, "sdpa")) == (
         "attn_implementation: expected one that BertForSequenceClassification has, such as 'eager', got 'sdpa'"
     )
+    prefixed = get_peft_model(make_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert refusal(lambda: checkpoint_activations(prefixed)) == (
+        "activation_checkpointing: expected False, as prefix tuning needs the cache, got True"
+    )
     model.supports_gradient_checkpointing = False
     assert refusal(lambda: checkpoint_activations(model)) == (
         "activation_checkpointing: expected False, as BertForSequenceClassification has none, got True"
@@ -407,7 +422,10 @@ def test_autocast_computes_products_in_a_type_and_keeps_weights_in_float32() -> 
 def test_autocast_is_refused_where_it_is_slow_unless_it_is_forced(
     small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    support = (("_is_avx2_supported", True), ("_is_avx512_bf16_supported", False), ("_is_amx_tile_supported", False))
+    for name, answer in support:  # as of a CPU with AVX-512 from before bfloat16
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     with world():
         assert refusal(lambda: build(Settings(**small_run, autocast="bfloat16"))) == (
             "autocast: expected None, as this cpu has no instructions for bfloat16 and is several times slower in it, "

@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,7 +20,7 @@ from test_report import write_run
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.experiment.sweep import find_variables
+from scaling_fl.experiment.sweep import OUTPUT, Outcome, _start, find_variables
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 Start = Callable[..., tuple[int, Path]]
@@ -108,6 +110,11 @@ def test_a_value_is_read_as_the_command_reads_it(word: str) -> None:
             "north,3",
             "eligible_sites: expected a list in brackets, got north,3. Write eligible_sites=['north',3]",
         ),
+        (
+            "labels",
+            "a,'b, c'",
+            "labels: expected a list in brackets, got a,'b, c'. Write labels=['a','b, c']",
+        ),
         ("sizes", "3,1", "sizes: expected a list in brackets, got 3,1. Write sizes=[3,1]"),
         ("seed", "1,,2", "seed: expected a value before and after each comma, got '1,,2'"),
         ("seed", "1,2,", "seed: expected a value before and after each comma, got '1,2,'"),
@@ -159,6 +166,11 @@ def test_runs_have_names_and_places_for_checkpoints_of_their_own() -> None:
         f"s3://bucket/a/{point.folder}" for point in points
     ]
     assert "checkpoints_dir" not in make_grid({"seed": "1,2"})[0].settings()
+    long = {"test_path": f"{'x' * 90}1,{'x' * 90}2"}
+    for given in (long, long | {"job_name": "mine"}):
+        names = [point.settings()["job_name"] for point in make_grid(given)]
+        assert names[0] != names[1]
+        assert max(map(len, names)) < 105
 
 
 def test_all_that_is_wrong_is_found_in_all_runs() -> None:
@@ -270,6 +282,11 @@ def test_nothing_starts_if_a_setting_of_any_run_is_wrong(sweep: Command, tmp_pat
     assert status == 1
     assert "'lr': expected the name of a setting" in output
     assert "batch_size: expected a whole number >= 1, got 0 (of the run batch_size=0)" in output
+    status, output = sweep("--parallel=two")
+    assert (status, output) == (
+        1,
+        "error: argument --parallel: invalid int value: 'two'. `scaling-fl sweep --help` explains the options\n",
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -283,6 +300,35 @@ def test_a_run_that_another_process_trains_is_left_to_it(sweep: Command, tmp_pat
     assert status == 1
     assert f"expected no other process that trains it, got one, which writes here/{busy.name}/output.txt" in printed
     assert [len(runs_of(tmp_path / "here")), (busy / "2").exists(), (other / "2").exists()] == [3, False, True]
+
+
+def test_a_run_that_another_sweep_has_trained_meanwhile_is_not_started(tmp_path: Path) -> None:
+    (point,) = make_grid({"seed": "1", "task_name": "bbcnews"})
+    write_run(tmp_path / "1", num_rounds=2, config=json.loads(json.dumps(vars(Settings(**point.settings())))))
+    outcome = Outcome(point)
+    assert _start(outcome, "[1/1]", tmp_path, 1) is None
+    assert (outcome.record, outcome.problem) == (tmp_path / "1", "")
+    assert (tmp_path / OUTPUT).read_text() == ""
+
+
+def test_a_sweep_whose_output_is_closed_ends_its_runs(
+    small_run: dict[str, Any], tmp_path: Path, warm: None, corpus: tuple[Path, Path]
+) -> None:
+    given = small_run | {"train_path": f"{corpus[0]},none.csv", "num_rounds": 2_000}
+    words = ["--folder=here", "--parallel=2", "with", *(f"{name}={value}" for name, value in given.items())]
+    command = [sys.executable, str(SCRIPT), *words]
+    pipe, env = subprocess.PIPE, {**os.environ, "RANKS": "1"}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=tmp_path, env=env) as process:
+        assert process.stdout is not None
+        while b"[2/2]" not in process.stdout.readline():
+            pass
+        process.stdout.close()  # before it prints that the second run has failed
+        _, errors = process.communicate(timeout=60)
+    assert errors.decode() == "error: the standard output: expected a reader, got one that has closed it\n"
+    assert process.returncode == 1
+    for path in tmp_path.glob("here/*/output.txt"):
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process has it open
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:

@@ -189,13 +189,16 @@ def test_the_command_answers_one_question_a_file_and_standard_input(
     assert say(capsys, generate, *given, "--interactive") == "".join(alone[:2])
 
 
-def test_a_question_that_is_too_long_does_not_end_a_conversation(
+def test_a_question_that_cannot_be_answered_does_not_end_a_conversation(
     of_answers: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 999}\nWhich?\n"))
+    typed = io.BytesIO(b"Who? " * 999 + b"\n\xff\nWhich?\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8"))
     generate.main(["--model", of_answers, "--max-new-tokens", "12", "--interactive"])
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: questions: question 1: expected a prompt of 1 to 512 tokens, got ")
+    first, second = printed.err.splitlines()
+    assert first.startswith("error: questions: question 1: expected a prompt of 1 to 512 tokens, got ")
+    assert second.startswith("error: questions: question 1: its text: expected UTF-8, got ")
     assert printed.out == f"{Run.load(of_answers).ask('Which?', max_new_tokens=12)}\n"
 
 
@@ -291,8 +294,13 @@ REFUSED_ANSWERS = [
     (["--question", " "], "questions: question 1: expected a text, got none"),
     (["--question", "Who? " * 999], "questions: question 1: expected a prompt of 1 to 512 tokens, got "),
     (["--question", "Q", "--template", "alpaca"], "template: expected none, as {run} was trained with 'chat', got "),
-    (["--question", "Q", "--temperature", "-1"], "temperature: expected a number >= 0, got -1.0"),
-    (["--question", "Q", "--temperature", "nan"], "temperature: expected a number >= 0, got nan"),
+    (["--question", "a\udcff"], "questions: question 1: its text: expected UTF-8, got an invalid start byte"),
+    (["--question", "Q", "--temperature", "-1"], "temperature: expected 0 or a number >= 1e-06 and < 1e+06, got -1.0"),
+    (["--question", "Q", "--temperature", "nan"], "temperature: expected 0 or a number >= 1e-06 and < 1e+06, got nan"),
+    (
+        ["--question", "Q", "--temperature", "1e-40"],
+        "temperature: expected 0 or a number >= 1e-06 and < 1e+06, got 1e-40",
+    ),
     (["--question", "Q", "--top-p", "0.5"], "--top-p: expected none without --temperature, as nothing is drawn"),
     (["--question", "Q", "--seed", "0"], "--seed: expected none without --temperature, as nothing is drawn"),
     (["--question", "Q", "--temperature", "1", "--top-p", "0"], "top_p: expected a number > 0 and <= 1, got 0.0"),
@@ -306,7 +314,7 @@ REFUSED_ANSWERS = [
     (["--question", "Q", "--output", "{tmp}/none/a.csv"], "--output: expected a file that can be written, got "),
     (["--question", "Q", "--overwrite"], "--overwrite: expected none without --output"),
     (["--questions", "{tmp}/none.txt"], "'{tmp}/none.txt': expected a file that can be read, got "),
-    (["--questions", "{tmp}/empty.txt"], "'{tmp}/empty.txt': expected a question or more, got none"),
+    (["--questions", "{tmp}/empty.txt"], "'{tmp}/empty.txt': expected a line with text, got none"),
     (["--questions", "{tmp}/bad.jsonl"], "'{tmp}/bad.jsonl': row 2: expected a text in 'question', got none"),
     (["--questions", "{tmp}/broken.jsonl"], "'{tmp}/broken.jsonl': row 1: expected JSON, got an error: "),
     (["--questions", "{tmp}/bad.csv"], "'{tmp}/bad.csv': expected a column 'question', got 'prompt'"),
@@ -329,7 +337,9 @@ def test_what_cannot_be_asked_is_one_sentence(of_answers: str, tmp_path: Path, o
     assert refuse(generate, "--model", of_answers, *map(fill, options)).startswith(fill(says))
 
 
-def test_a_model_of_the_other_kind_or_none_is_one_sentence(of_answers: str, of_labels: str, tiny_model: str) -> None:
+def test_a_model_of_the_other_kind_or_none_is_one_sentence(
+    of_answers: str, of_labels: str, tiny_model: str, tmp_path: Path
+) -> None:
     ask, labels = ["--question", "Q"], ["--text", "soup"]
     assert "expected a language model, got a classifier" in refuse(generate, "--model", of_labels, *ask)
     assert "expected a classifier, got a language model" in refuse(predict, "--model", of_answers, *labels)
@@ -344,12 +354,16 @@ def test_a_model_of_the_other_kind_or_none_is_one_sentence(of_answers: str, of_l
     assert says.startswith("model: expected a language model, got a classifier")
     assert refuse(predict, "--model", base, *labels, "--max-seq-len", "32").startswith("model")
     assert refuse(predict, "--model", "no/where", *labels).startswith("model: expected a nickname (")
+    (tmp_path / "runs").mkdir()
+    for command, given in ((generate, ask), (predict, labels)):
+        says = refuse(command, "--model", f"{tmp_path}/runs", *given)
+        assert says == f"model: expected a run or a model, got '{tmp_path}/runs', which has no config.json"
     for template in ([], ["--template", "chat"]):
         says = refuse(generate, "--model", f"{of_answers}/modle", *ask, *template)
         assert says.startswith("model: expected a nickname (")
 
 
-def test_what_cannot_be_labelled_is_one_sentence(of_labels: str, tmp_path: Path) -> None:
+def test_what_python_cannot_ask_or_label_is_one_sentence(of_answers: str, of_labels: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,review\n1,good\n")
     given = ["--model", of_labels, "--texts", str(tmp_path / "t.csv")]
     assert refuse(predict, *given).startswith("text_column: expected a column of ")
@@ -361,7 +375,15 @@ def test_what_cannot_be_labelled_is_one_sentence(of_labels: str, tmp_path: Path)
     run = Run.load(of_labels)
     assert refusal(lambda: run.predict("soup")).startswith("texts: expected a list of texts, got one text")
     assert refusal(lambda: run.predict(["soup", 3])) == "texts: expected texts, got int in place 2"
+    assert refusal(lambda: run.predict(["soup", "\ud800"])).startswith("texts: text 2: expected whole characters, got ")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    says = refuse(predict, "--model", of_labels, "--texts", f"{tmp_path}/blank.txt")
+    assert says == f"'{tmp_path}/blank.txt': expected a line with text, got none"
+    assert run.predict(text for text in ["soup"]) == run.predict(["soup"])
     assert refusal(lambda: run.ask("Who?")).startswith("ask: expected a run of a language model, got ")
+    llm = Run.load(of_answers)
+    assert refusal(lambda: llm.ask(["Who?"])) == "questions: question 1: expected a text, got list"  # type: ignore[arg-type]
+    assert refusal(lambda: llm.ask("Who?", top_p=None)) == "top_p: expected a number, got None"  # type: ignore[arg-type]
 
 
 def test_a_run_that_did_not_end_is_one_sentence(of_answers: str, tmp_path: Path) -> None:
@@ -370,6 +392,9 @@ def test_a_run_that_did_not_end_is_one_sentence(of_answers: str, tmp_path: Path)
     says = refuse(generate, "--model", str(tmp_path), "--question", "Q")
     assert says == f"model: expected a run with a model, got {str(tmp_path)!r}, which is FAILED"
     assert refusal(lambda: Run.load(tmp_path).ask("Who?")).startswith(f"{tmp_path}: expected a run with a model, got ")
+    (tmp_path / "run.json").write_text('{"status": "RUN')
+    says = refuse(generate, "--model", str(tmp_path), "--question", "Q")
+    assert says.startswith(f"'{tmp_path}/run.json': expected JSON, got an error: ")
 
 
 def test_rows_of_a_run_that_is_stopped_stay(of_answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Let a language model answer questions: that of a run, by the template with which it was trained, or any other."""
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -27,13 +28,13 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="scaling-fl generate", description=__doc__)
     add_common(parser)
     asks = parser.add_mutually_exclusive_group(required=True)
-    asks.add_argument("--question", metavar="TEXT", help="print its answer as it comes about")
+    asks.add_argument("--question", metavar="TEXT", help="print its answer while it is generated")
     asks.add_argument("--questions", metavar="FILE", help="one a line, or a table such as .jsonl with question")
     asks.add_argument("--interactive", action="store_true", help="ask until the end of input; each question is alone")
     parser.add_argument("--template", help="of a model without a run beside it, as in training, such as chat")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="a longer answer is cut (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the most probable tokens")
-    parser.add_argument("--top-p", type=float, help="draw out of the tokens that add up to so much (default: 1)")
+    parser.add_argument("--top-p", type=float, help="draw from the tokens that add up to this (default: 1)")
     parser.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     return parser
 
@@ -67,13 +68,15 @@ def _rows(questions: Sequence[Question], answers: Iterator[str]) -> Iterator[dic
 
 
 def _print_answer(saved: Saved, question: Question, how: Answering) -> None:
-    """Print an answer as it comes about."""
+    """Print an answer while it is generated."""
     for _ in answer(saved.model, saved.encoder, [question], how, lambda text: print(text, end="", flush=True)):
         print()
 
 
 def _converse(saved: Saved, how: Answering) -> None:
     """Answer each line of the input; a question that cannot be answered does not end this."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are a question like others
     prompt = PROMPT if sys.stdin.isatty() else ""
     while True:
         try:

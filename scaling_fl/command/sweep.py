@@ -3,7 +3,6 @@
 Commas outside brackets and quotes separate values. The same command again skips the runs that are done.
 """
 
-import argparse
 import math
 import os
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from scaling_fl import report
 from scaling_fl.command.arguments import check_updates, insert_files
+from scaling_fl.command.results import Parser
 from scaling_fl.distributed.ending import run_program
 from scaling_fl.distributed.launch import num_ranks
 from scaling_fl.distributed.world import launched, lost_after, num_threads
@@ -36,14 +36,20 @@ SCORES = {
 def main(arguments: Sequence[str]) -> None:
     """Train the runs that the arguments ask for, and exit with status 1 if one has failed."""
     escape_unprintable()
-    parser = argparse.ArgumentParser(
-        prog="scaling-fl sweep", description=__doc__, usage="%(prog)s [options] with model=a,b learning_rate=1e-4,3e-4"
-    )
+    usage = "%(prog)s [options] with model=a,b learning_rate=1e-4,3e-4"
+    parser = Parser(prog="scaling-fl sweep", description=__doc__, usage=usage)
     parser.add_argument("words", nargs="*", metavar="with ...", help="settings and files of settings, as for a run")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="train so many runs at a time (1)")
     parser.add_argument("--folder", help="of the sweep (default: named after the settings, in runs)")
     parsed = parser.parse_intermixed_args(arguments)
-    run_program(lambda: sweep(parsed.words, parsed.parallel, parsed.folder))
+
+    def program() -> None:
+        try:
+            sweep(parsed.words, parsed.parallel, parsed.folder)
+        except ValueError as error:  # the standard output was closed, or a record cannot be read
+            raise SystemExit(f"error: {error}") from error
+
+    run_program(program)
 
 
 def sweep(words: Sequence[str], parallel: int, folder: str | None) -> None:

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.answers import is_right
+from scaling_fl.data.columns import check_characters
 from scaling_fl.data.conversations import Conversation, Turn
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.tokens import ConversationEncoder
@@ -17,7 +19,7 @@ from scaling_fl.training.scores import Totals
 from scaling_fl.training.seeds import derive_seed
 
 TOGETHER = 8  # questions of a batch
-LARGE = 1e6  # a temperature at which all tokens are alike
+LEAST, LARGE = 1e-6, 1e6  # a temperature at which the most probable token is certain, and one at which all are alike
 INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
 MARGIN = 8  # tokens that a right answer may have more than the expected one, as of spaces and separators of thousands
 
@@ -112,8 +114,13 @@ class Answering:
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {self.max_new_tokens!r}")
-        if not 0 <= self.temperature < LARGE:
-            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if self.temperature and not LEAST <= self.temperature < LARGE:
+            raise ValueError(
+                f"temperature: expected 0 or a number >= {LEAST} and < {LARGE:g}, got {self.temperature!r}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number > 0 and <= 1, got {self.top_p!r}")
         if type(self.seed) is not int:
@@ -137,7 +144,7 @@ def answer(
         encoder: of the template with which it was trained.
         questions: each stands alone.
         how: it answers.
-        write: is given each answer in pieces, as it comes about. Then questions are answered one by one.
+        write: is given each answer in pieces, while it is generated. Then questions are answered one by one.
 
     Raises:
         ValueError: the template does not take a question, or it is longer than the model takes.
@@ -199,8 +206,11 @@ def tokenise_questions(
     for number, question in enumerate(questions, start=1):
         asked = question if isinstance(question, Question) else Question(question)
         try:
+            if not isinstance(asked.text, str):
+                raise ValueError(f"expected a text, got {type(asked.text).__name__}")
             if not asked.text.strip():
                 raise ValueError("expected a text, got none")
+            check_characters([asked.text, asked.context], "its text")
             prompts.append(encoder.tokenise_prompt(Conversation((Turn("user", asked.text),), asked.context)))
             find_room(model, len(prompts[-1]), 1)
         except ValueError as error:

@@ -18,7 +18,7 @@ from scaling_fl.experiment.settings import FIELDS, Settings
 OPENING, CLOSING = "([{", ")]}"
 # Settings that say where results go. A run is done whatever they were.
 OF_RESULTS = {"job_name", "checkpoints_dir", "keep_checkpoints", "report", "trackers", "track_sites", "author"}
-LONGEST_NAME = 80  # characters of the folder of a run or a sweep, without its digest
+LONGEST_NAME = 80  # characters of the name and the folder of a run, and the folder of a sweep, without the digest
 CONFIG, RECORD = "config.json", "run.json"  # Sacred's, of a run
 
 
@@ -45,15 +45,17 @@ class Point:
 
     @property
     def folder(self) -> str:
-        """The name of its folder, which a change that a resumed run may have leaves as it is."""
+        """The name of its folder, which does not depend on what a resumed run may change."""
         words = [f"{name}={_as_word(self.swept[name])}" for name in sorted(self.swept)]
-        return f"{_as_file_name(words)}{_digest({**_lasting(self.given), **self.swept})}"
+        return f"{_as_file_name(words)}{_digest({**_unchangeable(self.given), **self.swept})}"
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of its run: those given, and a name and a place for checkpoints that no other run has."""
         found = dict(self.given)
-        job = found.get("job_name")
-        found["job_name"] = f"{job}: {self.name}" if job else f"{self.name} ({self.folder[-8:]})"
+        job, name, digest = found.get("job_name"), self.name, f" ({self.folder[-8:]})"
+        if len(name) > LONGEST_NAME:  # trackers refuse long ones
+            name = f"{name[:LONGEST_NAME]}...{digest if job else ''}"
+        found["job_name"] = f"{job}: {name}" if job else f"{name}{digest}"
         if directory := found.get("checkpoints_dir"):
             found["checkpoints_dir"] = f"{directory.rstrip('/')}/{self.folder}"
         return found
@@ -142,7 +144,7 @@ def find_grid_problems(points: Sequence[Point]) -> list[str]:
     for point in points:
         for problem in dict.fromkeys(_find_problems(point)):
             found.setdefault(problem, []).append(point)
-    return [problem if len(of) == len(points) else f"{problem} ({_count(of)})" for problem, of in found.items()]
+    return [problem if len(of) == len(points) else f"{problem} ({_name_runs(of)})" for problem, of in found.items()]
 
 
 def _find_problems(point: Point) -> list[str]:
@@ -154,17 +156,17 @@ def _find_problems(point: Point) -> list[str]:
     return find_problems([lambda: check({**vars(settings), **point.given})]) or find_contradictions(settings)
 
 
-def _count(points: Sequence[Point]) -> str:
+def _name_runs(points: Sequence[Point]) -> str:
     others = f", and {len(points) - 1} more" if len(points) > 1 else ""
     return f"of the run {points[0].name}{others}"
 
 
 def name_sweep(points: Sequence[Point]) -> str:
-    """Return the name of a sweep's folder, which more values leave as it is."""
+    """Return the name of a sweep's folder, which does not depend on the values."""
     point = points[0]
     fixed = {name: value for name, value in point.given.items() if name not in point.swept}
     names = sorted(point.swept)
-    return f"sweep-{_as_file_name(names)}{_digest({**_lasting(fixed), **dict.fromkeys(names)})}"
+    return f"sweep-{_as_file_name(names)}{_digest({**_unchangeable(fixed), **dict.fromkeys(names)})}"
 
 
 def find_done(folder: Path, given: Mapping[str, Any]) -> Path | None:
@@ -198,7 +200,7 @@ def _read_value(name: str, text: str) -> Any:
         return text.strip()
 
 
-def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
+def _unchangeable(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a resumed run may not change."""
     return {name: value for name, value in given.items() if not FIELDS[name]["may_change"]}
 
@@ -209,7 +211,13 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 def _as_word(value: Any) -> str:
     """Return a value as it can be typed."""
-    return value if isinstance(value, str) else repr(value).replace(", ", ",").replace(": ", ":")
+    return value if isinstance(value, str) else _as_item(value)
+
+
+def _as_item(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_as_item(key)}:{_as_item(item)}' for key, item in value.items())}}}"
+    return f"[{','.join(map(_as_item, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _as_file_name(words: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Questions and texts in files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from scaling_fl.data.columns import check_characters, open_text
 from scaling_fl.data.files import is_table, read_table
@@ -20,10 +20,7 @@ def read_questions(path: str) -> list[Question]:
         ValueError: the file cannot be read, or a row has no question.
     """
     if not is_table(path):
-        found = [Question(line.strip()) for _, line in _read_lines(path)]
-        if not found:
-            raise ValueError(f"{path!r}: expected a question or more, got none")
-        return found
+        return [Question(line.strip()) for line in _read_lines(path)]
     table = read_table(host_path(path), fields=FIELDS)
     if FIELDS[0] not in table.column_names:
         raise ValueError(f"{path!r}: expected a column {FIELDS[0]!r}, got {preview(map(repr, table.column_names))}")
@@ -48,7 +45,7 @@ def read_texts(path: str, settings: Settings, column: str | None = None) -> list
     if not is_table(path):
         if column is not None:
             raise ValueError(f"text_column: expected none, as {path!r} is no table, got {column!r}")
-        return [line for _, line in _read_lines(path)]
+        return _read_lines(path)
     column = column or settings.text_column or find_task(settings.task_name).columns[0]
     texts: Sequence[str | None] = read_table(host_path(path), columns=(column,))[column][:]
     if None in texts:
@@ -56,13 +53,20 @@ def read_texts(path: str, settings: Settings, column: str | None = None) -> list
     return [str(text) for text in texts]
 
 
-def _read_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, and their numbers."""
+def _read_lines(path: str) -> list[str]:
+    """Return the lines that are not blank.
+
+    Raises:
+        ValueError: the file cannot be read, or all its lines are blank.
+    """
     try:
         with open_text(host_path(path)) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    check_characters([line], f"{path!r}: line {number}")
-                    yield number, line.rstrip("\r\n")
+            lines = [line.rstrip("\r\n") for line in file]
     except OSError as error:
         raise ValueError(f"{path!r}: expected a file that can be read, got {one_line(error)}") from error
+    for number, line in enumerate(lines, start=1):
+        check_characters([line], f"{path!r}: line {number}")
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path!r}: expected a line with text, got none")
+    return found

@@ -1,12 +1,13 @@
 """The labels that a classifier gives texts, and how probable it finds each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 
+from scaling_fl.data.columns import check_characters
 from scaling_fl.data.encoder import TextEncoder
 from scaling_fl.data.tasks import find_task
 from scaling_fl.models.loading import without_bars
@@ -20,7 +21,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model: Any, encoder: TextEncoder, task_name: str, labels: Sequence[str], texts: Sequence[str], batch_size: int
+    model: Any, encoder: TextEncoder, task_name: str, labels: Sequence[str], texts: Iterable[str], batch_size: int
 ) -> Iterator[Prediction]:
     """Yield a prediction for each text, in their order, without dropout. The model is left as it was.
 
@@ -37,13 +38,15 @@ def predict(
     """
     if isinstance(texts, str):
         raise ValueError("texts: expected a list of texts, got one text. Put it in brackets: [text]")
+    texts = list(texts)
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise ValueError(f"texts: expected texts, got {type(text).__name__} in place {number}")
-    if len(texts) == 0:
+        check_characters([text], f"texts: text {number}")
+    if not texts:
         return
     clean = find_task(task_name).clean
-    rows = {"text": list(texts)}
+    rows = {"text": texts}
     rows = {**(clean(rows) if clean else rows), "label": [labels[0]] * len(texts)}  # the encoder asks for one
     with without_bars():
         examples = encoder.encode(Dataset.from_dict(rows), labels).examples

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from scaling_fl.data.tasks import is_generative
+from scaling_fl.errors import one_line
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER
 from scaling_fl.records.rounds import ROUNDS
@@ -151,7 +152,7 @@ class Run:
         how = Answering(max_new_tokens, temperature, top_p, seed)
         return next(answer(self.model, self._encoder, [Question(question, context)], how))
 
-    def predict(self, texts: Sequence[str]) -> list[Any]:
+    def predict(self, texts: Iterable[str]) -> list[Any]:
         """Return the label of each text, and the probability of each label, as `label` and `probability`.
 
         Raises:
@@ -218,10 +219,14 @@ class Run:
 
     def _read(self, name: str) -> dict[str, Any]:
         """Return the JSON of a file, of which a run that failed early may have none."""
-        if not os.path.exists(os.path.join(self.folder, name)):
+        path = os.path.join(self.folder, name)
+        if not os.path.exists(path):
             return {}
-        with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-            return json.load(file)
+        try:
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: expected JSON, got an error: {one_line(error)}") from error
 
 
 def sites_as_numbers(metrics: Metrics) -> Metrics:

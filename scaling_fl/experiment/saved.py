@@ -12,14 +12,16 @@ from scaling_fl.experiment.adapting import adapt
 from scaling_fl.experiment.objectives import make_encoder, make_model
 from scaling_fl.experiment.result import Run
 from scaling_fl.experiment.settings import Settings
+from scaling_fl.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from scaling_fl.models.classifier import labels_of
 from scaling_fl.models.loading import MODELS, model_defaults, read_file, without_bars
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records.export import MODEL_FOLDER
 from scaling_fl.storage import host_path
 
+MODEL_CONFIG = "config.json"
 MAX_SEQ_LEN = 128  # of the texts of a classifier without a run beside it
-SHORT = 16  # of a language model without one: nothing but training cuts its texts
+SHORT = 16  # of a language model without one: a value that any model takes, as no question is cut
 HEAD = "ForSequenceClassification"
 OTHER = {True: "predict", False: "generate"}  # the command for a model of the other kind
 
@@ -114,8 +116,10 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
 
 
 def _without_run(path: str, generates: bool, template: str | None, max_seq_len: int | None) -> Settings:
-    if path not in MODELS:
-        read_file(path, "config.json")  # a model that cannot be found is named before a missing template
+    # A model that cannot be found is named before a missing template.
+    has_config = path in MODELS or [name for name in (MODEL_CONFIG, ADAPTER_CONFIG) if read_file(path, name)]
+    if not has_config and os.path.isdir(path):
+        raise ValueError(f"model: expected a run or a model, got {path!r}, which has no {MODEL_CONFIG}")
     if not generates:
         return Settings(task_name="text", model=path, adapter=None, max_seq_len=max_seq_len or MAX_SEQ_LEN)
     template = template or model_defaults(path).get("template")

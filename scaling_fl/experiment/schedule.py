@@ -112,8 +112,10 @@ def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Sch
     """Return the schedule of a run.
 
     Raises:
-        ValueError: a setting names a site that does not exist, or asks for more sites than there are.
+        ValueError: a setting names a site that does not exist, or asks for more sites than there are, or the learning
+            rate rises until the end of training.
     """
+    check_warmup(settings, data)
     eligible = find_sites("eligible_sites", settings.eligible_sites, data)
     num_sites = count_sites(settings.sites_per_round, len(eligible), settings.min_sites)
     cohorts = Cohorts(eligible, num_sites, settings.seed)
@@ -167,6 +169,21 @@ def find_sites(setting: str, given: Sequence[int | str] | None, data: SiteData) 
             raise ValueError(f"{setting}: expected numbers of sites from 0 to {last}{names}, got {site!r}")
         found.add(number)
     return sorted(found)
+
+
+def check_warmup(settings: Settings, data: SiteData) -> None:
+    """Check that the learning rate of a site reaches its peak before the end of its schedule.
+
+    Raises:
+        ValueError: that of none does.
+    """
+    if settings.warmup_steps and settings.lr_schedule_rounds is not None:
+        steps = [count_steps(size.num_examples, of_site(settings, site)) for site, size in enumerate(data.sizes)]
+        if settings.warmup_steps >= (most := max(steps) * settings.lr_schedule_rounds):
+            raise ValueError(
+                f"warmup_steps: expected fewer than {most:,}, the most steps of a site in lr_schedule_rounds="
+                f"{settings.lr_schedule_rounds}, got {settings.warmup_steps:,}"
+            )
 
 
 def step_size(own: dict[str, Any]) -> int:

@@ -103,7 +103,7 @@ class Settings:
     weight_by: str = setting("examples", one_of(WEIGHTS), "the weight of a site in the mean: the number of `examples` that it trained on, of `tokens` that a language model learned to predict, or the same for all `sites`")
     num_local_epochs: int = setting(2, whole_number(1), "passes of a site over its data in a round")
     local_steps: int | None = setting(None, optional(whole_number(1)), "train a site for so many steps in a round in place of epochs; it goes on where it stopped in its last round. Its weight is the examples of these steps, at most all it has")
-    site_deadline_s: float | None = setting(None, optional(number(above=0)), "stop the training of a site at the end of a batch after so many seconds; its weight is what it trained on. Gives up promises 1 and 2")
+    site_deadline_s: float | None = setting(None, optional(number(above=0)), "stop the training of a site at the end of a step after so many seconds; its weight is what it trained on. Gives up promises 1 and 2")
     batch_size: int = setting(32, whole_number(1), "examples in a training step of a site")
     val_batch_size: int = setting(64, whole_number(1), "most examples in an evaluation batch", may_change=True)
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +19,20 @@ from scaling_fl.experiment.centralised import count_ranks
 from scaling_fl.experiment.child import COMMAND
 from scaling_fl.experiment.grid import Point, find_done
 from scaling_fl.experiment.settings import Settings
+from scaling_fl.storage import naming_place
 
 OUTPUT = "output.txt"  # what a run prints, in its folder. Its processes keep it locked
 POLL_SECONDS = 0.05
-say = partial(print, sep="\n", flush=True)
+
+
+def say(*lines: str) -> None:
+    """Print lines.
+
+    Raises:
+        WriteError: standard output cannot be written to.
+    """
+    with naming_place("the standard output"):
+        print(*lines, sep="\n", flush=True)
 
 
 @dataclass
@@ -56,15 +65,11 @@ def train_all(points: Sequence[Point], folder: Path, parallel: int) -> list[Outc
 
     Raises:
         Interrupted: a signal has ended all runs.
+        WriteError: standard output cannot be written to. All runs have ended.
     """
-    outcomes = [Outcome(point, find_done(folder / point.folder, point.settings())) for point in points]
-    numbers = [f"[{number}/{len(points)}] {each.point.name}" for number, each in enumerate(outcomes, start=1)]
-    waiting = []
-    for outcome, number in zip(outcomes, numbers, strict=True):
-        if outcome.record:
-            say(f"{number}: done before, in {outcome.record}")
-        else:
-            waiting.append((outcome, number))
+    outcomes = [Outcome(point) for point in points]
+    numbers = [f"[{number}/{len(points)}] {point.name}" for number, point in enumerate(points, start=1)]
+    waiting = [of for of in zip(outcomes, numbers, strict=True) if not _is_done(*of, folder / of[0].point.folder)]
     running: list[_Child] = []
     stop: list[int] = []  # a handler that raised could lose a process that is being started
     before = set_handlers(dict.fromkeys(ending_signals(), lambda number, _: stop.append(number)))
@@ -73,7 +78,8 @@ def train_all(points: Sequence[Point], folder: Path, parallel: int) -> list[Outc
             while waiting and len(running) < parallel:
                 outcome, number = waiting.pop(0)
                 try:
-                    running.append(_start(outcome, number, folder / outcome.point.folder, parallel))
+                    child = _start(outcome, number, folder / outcome.point.folder, parallel)
+                    running += [child] if child else []
                 except OSError as error:
                     outcome.problem = f"could not be started: {one_line(error)}"
                     say(f"{number}: {outcome.problem}")
@@ -94,8 +100,17 @@ def train_all(points: Sequence[Point], folder: Path, parallel: int) -> list[Outc
     return outcomes
 
 
-def _start(outcome: Outcome, number: str, folder: Path, parallel: int) -> _Child:
-    """Start a run.
+def _is_done(outcome: Outcome, number: str, folder: Path) -> bool:
+    """Tell whether a run has been trained before, and note where."""
+    outcome.record = find_done(folder, outcome.point.settings())
+    if outcome.record:
+        outcome.problem = ""
+        say(f"{number}: done before, in {outcome.record}")
+    return outcome.record is not None
+
+
+def _start(outcome: Outcome, number: str, folder: Path, parallel: int) -> _Child | None:
+    """Start a run; return None if another sweep has trained it meanwhile.
 
     Raises:
         OSError: it cannot be started, or a process of an earlier sweep still trains it.
@@ -105,6 +120,8 @@ def _start(outcome: Outcome, number: str, folder: Path, parallel: int) -> _Child
     words = [f"{name}={value!r}" for name, value in settings.items()]
     with (folder / OUTPUT).open("ab") as output:
         _lock(output)
+        if _is_done(outcome, number, folder):
+            return None
         output.truncate(0)
         say(f"{number}: started, and prints into {folder / OUTPUT}")
         # In a session of its own, so that the Ctrl-C of a terminal reaches this process alone.
@@ -120,7 +137,7 @@ def _start(outcome: Outcome, number: str, folder: Path, parallel: int) -> _Child
 
 
 def find_variables(settings: Mapping[str, Any], parallel: int) -> dict[str, str]:
-    """Return the variables of a run: modules are found where this process finds them, and runs share the cores."""
+    """Return the environment variables of a run: modules are found as in this process, and runs share the cores."""
     found = {"PYTHONPATH": python_path()}
     if os.environ.get("RANKS") == "auto":
         found["RANKS"] = str(max(1, count_ranks(Settings(**settings)) // parallel))

@@ -32,6 +32,8 @@ def checkpoint_activations(model: Any) -> None:
         ValueError: it cannot.
     """
     base = _base_of(model)
+    if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).endswith("PREFIX_TUNING"):
+        raise ValueError("activation_checkpointing: expected False, as prefix tuning needs the cache, got True")
     if not base.supports_gradient_checkpointing:
         raise ValueError(f"activation_checkpointing: expected False, as {type(base).__name__} has none, got True")
     name = "activation_checkpointing_enable"  # the older one is deprecated
@@ -46,7 +48,7 @@ def check_bfloat16(device: torch.device) -> None:
         ValueError: it does not.
     """
     if device.type == "cpu":
-        is_fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+        is_fast = torch.backends.mkldnn.is_available() and _multiplies_bfloat16()
     else:
         is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if not is_fast:
@@ -54,6 +56,13 @@ def check_bfloat16(device: torch.device) -> None:
             f"autocast: expected None, as this {device.type} has no instructions for bfloat16 and is several times "
             "slower in it, got 'bfloat16'. force_autocast=True uses it all the same"
         )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Tell whether this CPU has the instructions. Of x86, oneDNN also supports CPUs on which it imitates them."""
+    is_x86 = torch.cpu._is_avx2_supported()
+    on_x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (on_x86 or not is_x86)
 
 
 def _base_of(model: Any) -> Any:

@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
         "steps", "of the sites' optimisers so far, of each round the most that a site took (`log_every_steps`)"
     ),
     "step.number": Metric(
-        "steps", "a list: the last step of each point ([Loss by step](local_training.md#loss-by-step)) of the round"
+        "steps", "a list: the last step of each point ([Loss by step](loss_by_step.md)) of the round"
     ),
     "step.loss": Metric("nats", "a list: `train.loss` of the steps of each point; null without any target"),
     "step.learning_rate": Metric("", "a list: the rate of the last step of each point, mean over its sites"),
