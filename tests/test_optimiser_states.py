@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -195,6 +196,21 @@ def test_a_state_is_a_private_file_whose_absence_damage_and_origin_are_noticed(t
     assert refusal(lambda: states.save(3, 2, {"group": {"of": object()}})).startswith(
         "optimiser_state: expected 'reset', as the state of the optimiser cannot be written (Object of type object"
     )
+
+
+def test_a_disk_that_takes_no_more_is_named_and_keeps_what_it_has(tmp_path: Path) -> None:
+    states = make_states(tmp_path, [{}, {"site.examples": {0: 1}}])
+    states.save(0, 1, {"momentum": torch.zeros(10)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        says = refusal(lambda: states.save(0, 2, {"momentum": torch.zeros(10_000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = tmp_path / "site-0-round-2.pt"
+    assert says == f"{path}: expected a disk that can be written to, got [Errno 27] File too large"
+    assert [of.name for of in tmp_path.iterdir()] == ["site-0-round-1.pt"]
+    assert states.load(0) is not None
 
 
 def test_a_state_that_is_missing_on_a_rank_is_an_error_before_training(
