@@ -85,7 +85,9 @@ def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
         server = GlobalModel(make_bert(), make_strategy("fedavg"))
     held = {**vars(server), **vars(server._mean)}.values()
     storages = {
-        tensor.data_ptr(): tensor.nbytes for tensor in held if isinstance(tensor, Tensor) and tensor.numel() > 1
+        tensor.data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in held
+        if isinstance(tensor, Tensor) and tensor.numel() > 1
     }
     assert server.nbytes == sum(storages.values())
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.build import build
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.optimiser_states import check_states, keeps_state
 from scaling_fl.experiment.plan import plan
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.settings import Settings
@@ -312,7 +314,8 @@ def test_states_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch)
     expected = "optimiser_state: expected 'reset', as {}, got 'keep'"
     assert not refused() + refused(checkpoints_dir="runs/c") + refused(checkpoints_dir="file:///runs/c")
     assert refused(trainer="mine") == [expected.format("trainer='mine' does not know it")]
-    assert refused(optimiser="sgd") == [expected.format("optimiser='sgd' has no state")]
+    sgd = Settings(optimiser="sgd", optimiser_state="keep")
+    assert refusal(lambda: check_states(sgd)) == expected.format("optimiser='sgd' has no state")
     assert refused(adapter="lora", lora_mean="alternate") == [
         expected.format("lora_mean='alternate' trains other weights in each round")
     ]
@@ -320,4 +323,19 @@ def test_states_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch)
         expected.format("the states of sites stay on their nodes, and checkpoints_dir='s3://bucket/c' is elsewhere")
     ]
     monkeypatch.setitem(OPTIMISERS, "counting", Counting)
-    assert not refused(optimiser="counting")
+    check_states(Settings(optimiser="counting", optimiser_state="keep"))
+
+
+def test_what_is_checked_before_ranks_are_forked_starts_no_threads() -> None:
+    """A fork of a process in which torch has computed with several threads waits for them for ever."""
+
+    def count_new_threads(check: Callable[[Settings], Any]) -> int:
+        torch.set_num_threads(2)
+        before = len(os.listdir("/proc/self/task"))
+        for settings in ({"optimiser_state": "keep"}, {"centralised": True}):
+            check(Settings(**settings, optimiser="adamw"))
+        return len(os.listdir("/proc/self/task")) - before
+
+    (after_checks,) = launch(count_new_threads, find_contradictions, num_ranks=1, fork=True)
+    (after_step,) = launch(count_new_threads, keeps_state, num_ranks=1, fork=True)
+    assert after_checks == 0 < after_step

@@ -24,7 +24,7 @@ from scaling_fl.experiment.centralised import pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_step_log, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
-from scaling_fl.experiment.optimiser_states import KeptStates, keep_states
+from scaling_fl.experiment.optimiser_states import KeptStates, check_states, keep_states
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.reading import read_data, read_rows
@@ -73,6 +73,7 @@ def build(settings: Settings) -> Job:
     Raises:
         ValueError: something is missing or not what it should be, or ranks differ.
     """
+    check_states(settings)
     identity = identity_of_settings(settings)
     check_equal(identity | {name: getattr(settings, name) for name in OF_ALL_RANKS})
     checkpoints_dir = settings.checkpoints_dir and host_path(settings.checkpoints_dir)

@@ -1,7 +1,6 @@
 """The centralised twin of a federated run: the same data and settings, trained on as one site."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +8,11 @@ from scaling_fl.data.examples import join
 from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import world_size
 from scaling_fl.distributed.launch import num_ranks
-from scaling_fl.experiment.local_training import local_optimiser
+from scaling_fl.experiment.optimiser_states import keeps_state
 from scaling_fl.experiment.parameters import PARAMETERS
 from scaling_fl.experiment.schedule import Schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.federation.cohorts import Cohorts
-from scaling_fl.models.memory import has_state
 
 # What a federation alone has, and the value with which it does nothing to a single site.
 OF_FEDERATION: dict[str, Any] = {
@@ -46,10 +44,8 @@ def without_federation(settings: Settings) -> Settings:
     """Return the settings with which a centralised run trains its only site; those of others are returned unchanged."""
     if not settings.centralised:
         return settings
-    keeps_state = settings.trainer == "default"
-    with suppress(Exception):  # of an optimiser that has other needs than a vector of weights
-        keeps_state = keeps_state and has_state(local_optimiser(settings))
-    return replace(settings, **OF_FEDERATION, optimiser_state="keep" if keeps_state else "reset")
+    keeps = settings.trainer == "default" and keeps_state(settings)
+    return replace(settings, **OF_FEDERATION, optimiser_state="keep" if keeps else "reset")
 
 
 def find_unused(settings: Settings) -> list[str]:

@@ -1,19 +1,15 @@
 """Combinations of settings, each right by itself, that make no sense."""
 
-from contextlib import suppress
 from typing import Any
 
 from scaling_fl.data.label_skew import BY_LABELS
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.experiment.adapting import check_adapter
-from scaling_fl.experiment.centralised import without_federation
 from scaling_fl.experiment.checks import describe_value, find_problems
-from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
-from scaling_fl.models.memory import has_state
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.records.site_states import local_folder
 
@@ -110,25 +106,15 @@ def _check_trainer(settings: Settings) -> None:
 
 def _check_optimiser_state(settings: Settings) -> None:
     """Check that the states of the sites' optimisers can be kept, if they are to be."""
-    is_elsewhere = settings.checkpoints_dir is not None and local_folder(str(settings.checkpoints_dir)) is None
-    if settings.centralised and is_elsewhere and without_federation(settings).optimiser_state == "keep":
-        raise ValueError(
-            "checkpoints_dir: expected a folder of this machine, as a centralised run keeps the state of its optimiser "
-            f"there, got {settings.checkpoints_dir!r}"
-        )
     if settings.optimiser_state != "keep" or settings.trainer != "default":
         return
     reason = ""
     if settings.lora_mean == "alternate":
         reason = "lora_mean='alternate' trains other weights in each round"
-    elif is_elsewhere:
+    elif settings.checkpoints_dir is not None and local_folder(str(settings.checkpoints_dir)) is None:
         reason = (
             f"the states of sites stay on their nodes, and checkpoints_dir={settings.checkpoints_dir!r} is elsewhere"
         )
-    else:
-        with suppress(Exception):  # of an optimiser that is unknown, or has other needs than a vector of weights
-            if not has_state(local_optimiser(settings)):
-                reason = f"optimiser={settings.optimiser!r} has no state"
     if reason:
         raise ValueError(f"optimiser_state: expected 'reset', as {reason}, got 'keep'")
 

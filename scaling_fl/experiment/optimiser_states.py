@@ -16,7 +16,7 @@ from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.schedule import Schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.models.memory import state_bytes
+from scaling_fl.models.memory import has_state, state_bytes
 from scaling_fl.records.checkpoint import History
 from scaling_fl.records.checksum import sha256
 from scaling_fl.records.export import SpaceNeeded
@@ -47,6 +47,33 @@ class KeptStates:
             return f"states    of unknown size, in {self.files.folder}"
         site, node = (f"{size * 1e-6:,.1f} MB" for size in (self.site_bytes, self.node_bytes))
         return f"states    {site} for a site's optimiser, at most {node} on this node, in {self.files.folder}"
+
+
+def check_states(settings: Settings) -> None:
+    """Check on a rank that there are states to keep, and where: what computes does so in no process that forks.
+
+    Raises:
+        ValueError: the optimiser has no state, or the checkpoints of a centralised run are elsewhere.
+    """
+    if settings.optimiser_state == "reset":
+        return
+    if settings.centralised and settings.checkpoints_dir and local_folder(settings.checkpoints_dir) is None:
+        raise ValueError(
+            "checkpoints_dir: expected a folder of this machine, as a centralised run keeps the state of its optimiser "
+            f"there, got {settings.checkpoints_dir!r}"
+        )
+    if not keeps_state(settings):
+        raise ValueError(
+            f"optimiser_state: expected 'reset', as optimiser={settings.optimiser!r} has no state, got 'keep'"
+        )
+
+
+def keeps_state(settings: Settings) -> bool:
+    """Tell whether the optimiser of a site has a state after a step, as far as that is known."""
+    try:
+        return has_state(local_optimiser(settings))
+    except Exception:  # of an optimiser that has other needs than a vector of weights
+        return True
 
 
 def keep_states(
