@@ -4,7 +4,8 @@
 
 MODEL is a folder with a model and its tokenizer, or a hub id; without it, a tiny BERT that is newly initialised. While
 a site trains, the launcher's variables and the process group are hidden, so that `Trainer` finds one process. It takes
-all GPUs that it sees: on a machine with several, let it see one (CUDA_VISIBLE_DEVICES).
+all GPUs that it sees: on a machine with several, let it see one (CUDA_VISIBLE_DEVICES). sft_trainer.py is the same for
+`trl.SFTTrainer`, as a trainer that a run knows by name.
 """
 
 import random

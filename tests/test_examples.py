@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT
+from conftest import ROOT, refusal
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import enable_full_determinism
 
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.plugins import import_plugins
 from scaling_fl.federation.round import Federation
 from scaling_fl.federation.site import Site
 
@@ -88,6 +89,16 @@ def test_neither_ranks_nor_a_stop_change_a_bit_of_an_example(
     assert launch(play_two_rounds, example, num_ranks=2, fork=True) == [alone, alone]
     assert alone[0] != alone[1]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_trl_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "trl", None)
+    sentence = refusal(lambda: import_plugins(["examples.sft_trainer"]))
+    assert sentence.startswith("plugins: expected a module that can be imported, got 'examples.sft_trainer' (")
+    assert 'Install them: pip install "trl>=1.16" "peft>=0.17"' in sentence
+    assert "\n" not in sentence
 
 
 def test_own_model_has_at_most_forty_lines() -> None:

@@ -66,12 +66,10 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "sweep.py with learning_rate": ({"num_rounds=3": "num_rounds=1"}, SMALL),
     "open_llama": (
         {
-            "openlm-research/open_llama_3b_v2,openlm-research/open_llama_7b_v2": "{llm},{llm}/.",
-            "train_path=alpaca_gpt4": "train_path={llm}/rows.jsonl",
-            "num_sites=20": "num_sites=4",
-            "fraction=0.01": "fraction=0.1",
+            "openlm-research/open_llama_7b_v2,openlm-research/open_llama_3b_v2": "{llm},{llm}/.",
+            "recipes/": f"{ROOT}/recipes/",
         },
-        "max_train_examples_per_site=4 max_seq_len=256 local_steps=1 num_rounds=1 report=False",
+        "train_path={llm}/rows.jsonl num_sites=10 validation_fraction=0.4 local_steps=1 num_rounds=2 report=False",
     ),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (

@@ -28,7 +28,7 @@ from scaling_fl.experiment.checks import check
 from scaling_fl.experiment.contradictions import find_contradictions
 
 RECIPES = ROOT / "recipes"
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+NAMES = sorted(path.stem for path in RECIPES.glob("*.sh"))
 COLUMNS = TASKS["agnews"].columns
 MAY_WRITE = {"runs", "data", "checkpoints"}
 # In place of run-local.sh: passes its words and its environment to the test, which starts the program in a fork.
@@ -114,9 +114,9 @@ def network() -> dict[str, str]:
         return {"MASTER_PORT": str(free.getsockname()[1])}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_settings_of_a_recipe_fit_each_other(name: str) -> None:
-    values = read_file(str(RECIPES / f"{name}.yaml"))
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_settings_of_a_recipe_fit_each_other(path: Path) -> None:
+    values = read_file(str(path))
     check(values)
     assert find_contradictions(Settings(**values)) == []
 

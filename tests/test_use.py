@@ -6,6 +6,8 @@ import json
 import random
 import re
 import shlex
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,58 @@ def test_a_run_its_model_its_merged_model_and_python_answer_alike_and_not_as_the
     saved = load_for_use(of_answers, generates=True)
     drawn = next(answer(saved.model, saved.encoder, questions[:1], DRAWN))
     assert run.ask(QUESTIONS[0], max_new_tokens=12, temperature=4.0, top_p=0.9, seed=3) == drawn
+
+
+@pytest.mark.parametrize("name", ["model", "model_merged", "best"])
+def test_a_copied_folder_says_how_it_was_trained(
+    of_answers: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = str(shutil.copytree(f"{of_answers}/{name}", tmp_path / "copied"))
+    given = ["--model", copied, "--question", QUESTIONS[0], "--max-new-tokens", "12"]
+    expected = say(capsys, generate, "--model", f"{of_answers}/{name}", *given[2:])
+    assert say(capsys, generate, *given) == say(capsys, generate, *given, "--template", "chat") == expected
+    assert refuse(generate, *given, "--template", "plain") == (
+        f"template: expected none, as {copied} was trained with 'chat', got 'plain'"
+    )
+    settings = partial(Settings, task_name="instruct", model=copied, site_ids=[0], num_rounds=0, max_seq_len=64)
+    assert settings(train_path="exercises").template == "chat", "and not that of the data"
+    rows = {name: getattr(Run.load(of_answers).settings, name) for name in ("train_path", "test_path")}
+    for template, says in ((None, False), ("chat", False), ("plain", True)):
+        with world():
+            train_on_rank(settings(**rows, **({"template": template} if template else {})))
+        printed = capsys.readouterr().out
+        assert f", template {template or 'chat'}" in printed
+        assert (f"template  plain, but {copied} was trained with chat\n" in printed) == says
+    Path(copied, "scaling_fl.json").unlink()
+    assert settings(**rows).template == "alpaca", "the default of the task"
+    assert refuse(generate, *given).startswith("template: expected one of alpaca, ")
+    assert say(capsys, generate, *given, "--template", "chat") == expected
+
+
+def test_a_model_of_the_hub_says_how_it_was_trained(
+    of_answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--mine"
+    shutil.copytree(f"{of_answers}/model", repository / "snapshots" / "a-commit")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a-commit")
+    assert load_for_use("user/mine", generates=True).encoder.template == "chat"
+
+
+def test_what_a_model_says_of_its_training_is_an_object_and_of_classifiers_nothing(
+    of_answers: str, of_labels: str, tmp_path: Path
+) -> None:
+    assert not Path(of_labels, "model", "scaling_fl.json").exists()
+    copied = shutil.copytree(f"{of_answers}/model_merged", tmp_path / "copied")
+    (copied / "scaling_fl.json").write_text(json.dumps({"template": "alpaca", "of_a_later_version": 1}))
+    assert Settings(task_name="instruct", model=str(copied)).template == "alpaca"
+    assert Settings(model=str(copied)).template is None, "the task has no conversations"
+    for content in ("{", "[1]", "null", '"template"'):
+        (copied / "scaling_fl.json").write_text(content)
+        assert refuse(generate, "--model", str(copied), "--question", "Q").startswith(
+            f"{copied}/scaling_fl.json: expected an object in JSON, got "
+        )
 
 
 def test_answers_end_with_the_token_of_the_template_though_the_model_lists_another_one() -> None:
@@ -345,7 +399,7 @@ def test_a_model_of_the_other_kind_or_none_is_one_sentence(
     assert "expected a classifier, got a language model" in refuse(predict, "--model", of_answers, *labels)
     base = Run.load(of_answers).settings.model
     assert refuse(generate, "--model", base, *ask).startswith(
-        "template: expected one of alpaca, vicuna, flowertune, plain, chat, as no run is beside the model"
+        "template: expected one of alpaca, vicuna, flowertune, plain, chat, as neither a run beside the model nor "
     )
     assert refuse(generate, "--model", base, *ask, "--template", "chta").startswith(
         "template: expected one of alpaca, "

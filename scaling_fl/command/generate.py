@@ -31,7 +31,7 @@ def _make_parser() -> argparse.ArgumentParser:
     asks.add_argument("--question", metavar="TEXT", help="print its answer while it is generated")
     asks.add_argument("--questions", metavar="FILE", help="one a line, or a table such as .jsonl with question")
     asks.add_argument("--interactive", action="store_true", help="ask until the end of input; each question is alone")
-    parser.add_argument("--template", help="of a model without a run beside it, as in training, such as chat")
+    parser.add_argument("--template", help="as in training, such as chat; of a model that was trained elsewhere")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="a longer answer is cut (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: the most probable tokens")
     parser.add_argument("--top-p", type=float, help="draw from the tokens that add up to this (default: 1)")

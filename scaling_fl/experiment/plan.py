@@ -22,7 +22,7 @@ from scaling_fl.experiment.evaluation import describe_evaluation
 from scaling_fl.experiment.local_training import find_autocast, local_optimiser
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.schedule import count_steps
-from scaling_fl.experiment.settings import Settings, of_site
+from scaling_fl.experiment.settings import Settings, of_site, of_training
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.adapter_files import is_adapted, saved_weights
 from scaling_fl.models.adapters import has_lora
@@ -171,6 +171,7 @@ def describe(settings: Settings, job: Job, unused: Sequence[str] = ()) -> list[s
         f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
+        *describe_training(settings),
         f"data      {settings.task_name}: {sum(sizes):,} examples to train on{describe_tokens(settings, job.data)}",
         *(describe_pool(settings, job, unused) if settings.centralised else describe_federation(settings, job)),
         *([job.states.describe()] if job.states else []),
@@ -216,6 +217,16 @@ def describe_adapter(settings: Settings, job: Job, num_trained: int, num_weights
     return [
         f"adapter   {kind}{mean}: {num_trained:,} weights ({num_trained * 4e-6:.3f} MB) trained and shared{in_turn}, "
         f"{100 * num_trained / num_weights:.2f} % of all"
+    ]
+
+
+def describe_training(settings: Settings) -> list[str]:
+    """Return a line for each setting that is another one than the model says it was trained with."""
+    trained = of_training(settings.model)
+    return [
+        f"{name:<9} {getattr(settings, name)}, but {settings.model} was trained with {value}"
+        for name, value in trained.items()
+        if getattr(settings, name) not in (None, value)
     ]
 
 

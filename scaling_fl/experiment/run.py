@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from scaling_fl.data.site_files import files_of
@@ -17,6 +18,7 @@ from scaling_fl.experiment.plan import check_output, describe
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
 from scaling_fl.models.adapter_files import merge, saved_weights
+from scaling_fl.models.loading import REMEMBERED, TRAINED
 from scaling_fl.records import checkpoint, console
 from scaling_fl.records.best import BEST, Choice, find_best, is_over, load_best, save_best
 from scaling_fl.records.export import BEST_FOLDER, MERGED, MODEL_FOLDER, save_elsewhere, save_model, save_state_dict
@@ -171,9 +173,11 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
 
 def save_models(settings: Settings, job: Job, folder: str, model: Any, name: str) -> dict[str, str]:
     """Save a model into the folder `name` of a folder, and merged beside it if asked for; return the paths by name."""
-    saved = {name: save_model(folder, model, job.encoder.tokenizer, name)}
+    known = {key: value for key in REMEMBERED if (value := getattr(settings, key)) is not None}
+    save = partial(save_model, folder, tokenizer=job.encoder.tokenizer, beside={TRAINED: known} if known else {})
+    saved = {name: save(model, name=name)}
     if settings.merge:
-        saved[f"{name}{MERGED}"] = save_model(folder, merge(model), job.encoder.tokenizer, f"{name}{MERGED}")
+        saved[f"{name}{MERGED}"] = save(merge(model), name=f"{name}{MERGED}")
     return saved
 
 

@@ -14,7 +14,7 @@ from scaling_fl.experiment.result import Run
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from scaling_fl.models.classifier import labels_of
-from scaling_fl.models.loading import MODELS, model_defaults, read_file, without_bars
+from scaling_fl.models.loading import MODELS, model_defaults, read_file, trained_with, without_bars
 from scaling_fl.models.pretrained import load_pretrained
 from scaling_fl.records.export import MODEL_FOLDER
 from scaling_fl.storage import host_path
@@ -49,7 +49,7 @@ def load_for_use(place: str, *, generates: bool, template: str | None = None, ma
     Args:
         place: the folder of a run, or of a model in it, whole or an adapter; any other folder, a hub id or a nickname.
         generates: it is to be a language model, and not a classifier.
-        template: of a language model without a run beside it; None: that of the nickname.
+        template: of a language model that does not say how it was trained; None: that of the nickname.
         max_seq_len: of a classifier without a run beside it; None: 128.
 
     Raises:
@@ -102,8 +102,7 @@ def find_device() -> str:
 def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) -> Settings:
     of_run = run.settings
     for name, given in (("template", template), ("max_seq_len", max_seq_len)):
-        if given not in (None, (trained := getattr(of_run, name))):
-            raise ValueError(f"{name}: expected none, as {run.folder} was trained with {trained!r}, got {given!r}")
+        _check_given(name, given, getattr(of_run, name), str(run.folder))
     return Settings(
         task_name=of_run.task_name,
         model=path,
@@ -115,6 +114,11 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
     )
 
 
+def _check_given(name: str, given: Any, trained: Any, place: str) -> None:
+    if given not in (None, trained):
+        raise ValueError(f"{name}: expected none, as {place} was trained with {trained!r}, got {given!r}")
+
+
 def _without_run(path: str, generates: bool, template: str | None, max_seq_len: int | None) -> Settings:
     # A model that cannot be found is named before a missing template.
     has_config = path in MODELS or [name for name in (MODEL_CONFIG, ADAPTER_CONFIG) if read_file(path, name)]
@@ -122,8 +126,11 @@ def _without_run(path: str, generates: bool, template: str | None, max_seq_len: 
         raise ValueError(f"model: expected a run or a model, got {path!r}, which has no {MODEL_CONFIG}")
     if not generates:
         return Settings(task_name="text", model=path, adapter=None, max_seq_len=max_seq_len or MAX_SEQ_LEN)
-    template = template or model_defaults(path).get("template")
+    trained = trained_with(path).get("template")
+    if trained is not None:
+        _check_given("template", template, trained, path)
+    template = trained or template or model_defaults(path).get("template")
     if template not in TEMPLATES:
-        why = ", as no run is beside the model that says with which it was trained" * (template is None)
+        why = ", as neither a run beside the model nor its files say with which it was trained" * (template is None)
         raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}{why}, got {template or 'none'}")
     return Settings(task_name="instruct", model=path, adapter=None, template=template, max_seq_len=SHORT)

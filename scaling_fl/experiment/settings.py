@@ -43,8 +43,9 @@ from scaling_fl.federation.site import TRAINERS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.adapters import ADAPTERS, MEANS
 from scaling_fl.models.compute import ATTENTION
-from scaling_fl.models.loading import model_defaults
+from scaling_fl.models.loading import model_defaults, trained_with
 from scaling_fl.records.best import DIRECTIONS
+from scaling_fl.storage import host_path
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.schedules import SCHEDULES
 
@@ -203,6 +204,7 @@ class Settings:
         of_others |= task_defaults(str(self.task_name)) | model_defaults(str(self.model))
         generates = is_generative(str(self.task_name))
         of_others |= data_defaults(self.train_path) if generates else {}
+        of_others |= of_training(self.model)  # what it has learned goes before what suits the data
         if unknown := min(of_others.keys() - FIELDS.keys(), default=None):
             raise ValueError(
                 f"{unknown!r}: expected the name of a setting, got another one among the defaults of task_name="
@@ -234,6 +236,12 @@ def _import_plugins(names: Any) -> Any:
         return names or None
     import_plugins(names)
     return list(names)
+
+
+def of_training(model: Any) -> dict[str, Any]:
+    """Return the settings that a local folder with a model says the model was trained with; none of other models."""
+    folder = host_path(str(model))
+    return trained_with(folder) if os.path.isdir(folder) else {}
 
 
 def of_site(settings: Settings, site: int | None) -> dict[str, Any]:

@@ -60,12 +60,30 @@ MODELS: dict[str, Nickname] = {
 # Families of old files without a model_type in config.json, but with the family's name as a prefix of the weights.
 OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
 
+TRAINED = "scaling_fl.json"  # beside the weights of a result: settings that users of the model need
+REMEMBERED = ("template",)
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+def trained_with(model: str) -> dict[str, Any]:
+    """Return the settings that the files of a model say it was trained with; none if they do not, as of a nickname.
+
+    Raises:
+        ValueError: the model cannot be found, or the file is damaged.
+    """
+    if model in MODELS or (content := read_file(model, TRAINED)) is None:
+        return {}
+    try:
+        found = dict(json.loads(content))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{model}/{TRAINED}: expected an object in JSON, got {one_line(error)}") from error
+    return {name: found[name] for name in REMEMBERED if name in found}
 
 
 def model_defaults(model: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Save the final model. Check before training that results can be written, and save the weights if a disk fails."""
 
+import json
 import math
 import os
 import shutil
@@ -158,9 +159,15 @@ def save_state_dict(folder: str, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_model(
-    folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = MODEL_FOLDER
+    folder: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = MODEL_FOLDER,
+    beside: Mapping[str, Any] | None = None,
 ) -> str:
-    """Save a model and its tokenizer into the folder `name` of a folder, completely or not at all; return their path.
+    """Save a model, its tokenizer and JSON files by name into the folder `name` of a folder, and return its path.
+
+    It is there completely or not at all.
 
     Raises:
         WriteError: they cannot be written.
@@ -177,6 +184,8 @@ def save_model(
         else:
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for file, content in (beside or {}).items():
+            Path(part, file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return path
 
 
