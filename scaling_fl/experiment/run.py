@@ -13,8 +13,9 @@ from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
 from scaling_fl.experiment.centralised import find_unused, without_federation
 from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
+from scaling_fl.experiment.header import describe
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
-from scaling_fl.experiment.plan import check_output, describe
+from scaling_fl.experiment.plan import check_output
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
 from scaling_fl.models.adapter_files import merge, saved_weights
