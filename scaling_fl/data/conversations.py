@@ -79,14 +79,14 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
     table = read_named(path, split, wanted)
     if len(table) == 0:
         raise ValueError(f"{path!r}: expected one row or more, got none")
-    columns = find_format(path, _filled(table))
-    if site_column is not None and columns != oasst.TREE and site_column not in (names := _filled(table)):
+    columns, names = find_format(path, _filled(table)), _filled(table)
+    if site_column not in (None, *names) and columns != oasst.TREE:
         raise ValueError(
             f"site_column: expected a column of {path!r} ({preview(map(repr, names))}), got {site_column!r}"
         )
     if columns in OASST:
         return _read_oasst(path, split, columns, site_column)
-    groups = [name for name in GROUPS if name in _filled(table)]
+    groups = [name for name in GROUPS if name in names]
 
     def convert(rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {name: [] for name in NAMES[: 3 if site_column else 2]}

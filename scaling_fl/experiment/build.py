@@ -20,14 +20,14 @@ from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
-from scaling_fl.experiment.centralised import pool
+from scaling_fl.experiment.centralised import check_ranks, pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_step_log, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
 from scaling_fl.experiment.optimiser_states import KeptStates, check_states, keep_states
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
-from scaling_fl.experiment.reading import read_data, read_rows
+from scaling_fl.experiment.reading import Rows, read_data, read_rows
 from scaling_fl.experiment.schedule import Schedule, make_schedule
 from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
@@ -73,17 +73,14 @@ def build(settings: Settings) -> Job:
     Raises:
         ValueError: something is missing or not what it should be, or ranks differ.
     """
+    check_ranks(settings)
     check_states(settings)
     identity = identity_of_settings(settings)
     check_equal(identity | {name: getattr(settings, name) for name in OF_ALL_RANKS})
     checkpoints_dir = settings.checkpoints_dir and host_path(settings.checkpoints_dir)
     checkpoint.check(checkpoints_dir)
     rows = local_first(partial(read_rows, settings)) if settings.site_paths is None else None
-    num_owners = None if rows is None or rows.owners is None else len(set(rows.owners))
-    topology = place_sites(settings.site_ids, settings.num_sites or num_owners)
-    last = max(settings.site_settings or {}, default=0)
-    if last >= topology.num_sites:
-        raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
+    topology = make_topology(settings, rows)
     generates = find_objective(settings) is ANSWERS
     pretrained = local_first(
         partial(load_pretrained, host_path(settings.model), settings.max_seq_len, generates=generates)
@@ -103,10 +100,7 @@ def build(settings: Settings) -> Job:
     prepare_model(settings, loaded.model, device)
     turns = find_turns(settings, loaded.model)
     global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, device, turns)
-    history: checkpoint.History = []
-    if (state := checkpoint.restore(checkpoints_dir, identity)) is not None:
-        global_model.load_state_dict(state["server"])
-        history = state["history"]
+    history = restore_(global_model, checkpoints_dir, identity)
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")
     return Job(
@@ -122,6 +116,25 @@ def build(settings: Settings) -> Job:
         make_step_log(settings),
         keep_states(schedule, loaded.model, history, identity, checkpoints_dir),
     )
+
+
+def make_topology(settings: Settings, rows: Rows | None) -> Topology:
+    """Assign the sites to ranks and devices: so many as the settings or, without them, the rows say."""
+    num_owners = None if rows is None or rows.owners is None else len(set(rows.owners))
+    topology = place_sites(settings.site_ids, settings.num_sites or num_owners)
+    last = max(settings.site_settings or {}, default=0)
+    if last >= topology.num_sites:
+        raise ValueError(f"site_settings: expected numbers of sites from 0 to {topology.num_sites - 1}, got {last}")
+    return topology
+
+
+def restore_(global_model: GlobalModel, directory: str | None, identity: dict[str, Any]) -> checkpoint.History:
+    """Load the last checkpoint, if there is one, and return the metrics of the rounds that are done."""
+    state = checkpoint.restore(directory, identity)
+    if state is None:
+        return []
+    global_model.load_state_dict(state["server"])
+    return state["history"]
 
 
 def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluation:

@@ -40,6 +40,12 @@ def count_ranks(settings: Settings) -> int:
     return 1 if settings.centralised else ranks
 
 
+def check_ranks(settings: Settings) -> None:
+    """Refuse a centralised run of several ranks, none of which has all data."""
+    if settings.centralised and world_size() > 1:
+        raise ValueError(f"centralised: expected one rank, which trains on all data, got {world_size()}")
+
+
 def without_federation(settings: Settings) -> Settings:
     """Return the settings with which a centralised run trains its only site; those of others are returned unchanged."""
     if not settings.centralised:
@@ -59,12 +65,7 @@ def pool(data: SiteData, schedule: Schedule) -> tuple[SiteData, Schedule]:
     """Return the data with the examples of all sites as those of site 0, and the schedule that trains it.
 
     What is evaluated stays as it is: the common test set, and what each site holds out.
-
-    Raises:
-        ValueError: there are several ranks, none of which has all data.
     """
-    if world_size() > 1:
-        raise ValueError(f"centralised: expected one rank, which trains on all data, got {world_size()}")
     sites: Sequence[int] = schedule.cohorts.eligible
     examples = join([data.train[site] for site in sites])
     pooled = replace(data, train={0: examples}, sizes=[examples.size(len(data.label_names))], is_pooled=True)

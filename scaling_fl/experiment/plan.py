@@ -47,21 +47,13 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     check_output(settings, job, folder)
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
     make_federation(settings, job, console.Progress(), make_evaluation(settings, job, console.Progress()))  # tries it
-    labels = job.data.label_names
     planned: dict[str, Any] = {
-        "labels": list(labels),
+        "labels": list(job.data.label_names),
         "num_test": job.data.num_test,
         "newly_initialised": list(job.loaded.new),
         "weights": job.global_model.weights.numel(),
         "bytes": job.global_model.bytes_a_round,
-        "sites": [
-            site
-            | {
-                "steps": count_steps(site["examples"], of_site(settings, number)),
-                "labels": dict(zip(labels, site["labels"], strict=True)),
-            }
-            for number, site in enumerate(job.data.describe_sites(job.topology))
-        ],
+        "sites": list_sites(settings, job),
         "devices": [
             {"rank": number, "device": device, "bytes": size}
             for number, of_rank in enumerate(memory)
@@ -79,6 +71,18 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "the plan holds: nothing of it would be refused",
     )
     return planned
+
+
+def list_sites(settings: Settings, job: Job) -> list[dict[str, Any]]:
+    """Return what is known of each site of the federation before it trains."""
+    return [
+        site
+        | {
+            "steps": count_steps(site["examples"], of_site(settings, number)),
+            "labels": dict(zip(job.data.label_names, site["labels"], strict=True)),
+        }
+        for number, site in enumerate(job.data.describe_sites(job.topology))
+    ]
 
 
 def estimate_memory(settings: Settings, job: Job, device: torch.device) -> int | None:
