@@ -98,6 +98,7 @@ def documented_columns() -> set[str]:
 def test_every_column_of_a_round_matches_its_description(command: Command, tmp_path: Path) -> None:
     settings = {"site_ids": "[0,0,1]", "partition": "dirichlet", "num_local_epochs": 2, "on_site_failure": "skip"}
     settings |= {"site_test_fraction": 0.2, "validation_fraction": 0.2, "evaluate_local": True}
+    settings |= {"log_every_steps": 2, "log_sites_by_step": True}
     output = succeed(command(ranks=2, checkpoints_dir=tmp_path / "checkpoints", **settings))
     run = tmp_path / "runs" / "1"
     zero, one, two = rounds(run)
