@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, share_memory, world_size
+from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, world_size
 from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.vectors import share_memory
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.aggregation import PIECE, Mean, make_mean
 

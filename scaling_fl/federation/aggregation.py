@@ -11,8 +11,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from scaling_fl.distributed.collectives import RankVector, all_gather, broadcast_, world_size
+from scaling_fl.distributed.collectives import all_gather, broadcast_
 from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free, to_sum_
+from scaling_fl.federation.int8 import make_vector
 
 LEAST_WEIGHT = Fraction(1, 2**16)  # of a round: the mean is divided by it, and so is its error
 
@@ -27,6 +28,7 @@ COMM_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.int8,  # in blocks with a scale each
 }
 # float16 has no numbers below 6e-8, where drifts are common: they travel multiplied by this.
 FLOAT16_SCALE = 2.0**8
@@ -43,9 +45,9 @@ class Mean:
     """
 
     def __init__(self, size: int, origin: Tensor, wire: torch.dtype, scale: float) -> None:
-        self._origin, self._wire, self._scale = origin, wire, scale
+        self._origin, self._scale = origin, scale
         self._piece = PIECE if origin.device.type == "cpu" else min(size, ACCELERATOR_PIECE)
-        self._vector = RankVector(size, origin.dtype, wire, origin.device, self._piece)
+        self._vector = make_vector(size, origin.dtype, wire, origin.device, self._piece)
         self._sum = self._vector.values
         self._weights: list[Fraction] = []  # of the sites that this rank has added
         self._only = self._sum.view(torch.float32)[:size]  # the weights of a round's only site
@@ -60,7 +62,7 @@ class Mean:
     @property
     def num_bytes_sent(self) -> int:
         """How many bytes this rank hands to the others for a mean."""
-        return len(self._sum) * self._wire.itemsize if world_size() > 1 else 0
+        return self._vector.num_bytes_sent
 
     def check(self, global_weights: Tensor, local_weights: Tensor) -> None:
         """Find out whether a site can be added, before a part of it is. Threads may do so at once.
