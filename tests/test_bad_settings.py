@@ -71,7 +71,7 @@ SETTINGS: dict[tuple[str, ...], str] = {
         *("task_name=text", "partition=natural", "site_column=s"),
         "site_paths=['a','b','c','d']",
     ): "partition: expected 'iid', as the data of site_paths is not partitioned, got 'natural'",
-    ("comm_dtype=int8",): "comm_dtype: expected one of exact, float32, bfloat16, float16, got 'int8'",
+    ("comm_dtype=int4",): "comm_dtype: expected one of exact, float32, bfloat16, float16, int8, got 'int4'",
     ("model=",): "model: expected a text, got ''",
     ("text_column=",): "text_column: expected a text or None, got ''",
     ("checkpoints_dir=",): "checkpoints_dir: expected a text or None, got ''",

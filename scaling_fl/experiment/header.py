@@ -6,6 +6,7 @@ from scaling_fl.data.sites import SiteData
 from scaling_fl.distributed.collectives import world_size
 from scaling_fl.experiment.build import Job
 from scaling_fl.experiment.evaluation import describe_evaluation
+from scaling_fl.experiment.messages import describe_message
 from scaling_fl.experiment.parameters import find_arguments
 from scaling_fl.experiment.settings import Settings, of_training
 from scaling_fl.federation.cohorts import Cohorts
@@ -52,6 +53,7 @@ def describe_federation(settings: Settings, job: Job) -> list[str]:
         f"sites     {topology.num_sites} with {min(sizes):,} to {max(sizes):,} examples each ({how}), on {where}",
         f"strategy  {settings.strategy} ({parameters}), weighted by {settings.weight_by}, "
         f"sent as {settings.comm_dtype}",
+        *describe_message(job.loaded.model, settings.comm_dtype),
         f"cohorts   {describe_cohorts(settings, job.schedule.cohorts)}",
     ]
 

@@ -18,6 +18,7 @@ from scaling_fl.experiment.build import (
 from scaling_fl.experiment.centralised import find_unused, without_federation
 from scaling_fl.experiment.header import describe
 from scaling_fl.experiment.local_training import find_autocast, local_optimiser
+from scaling_fl.experiment.messages import count_traffic, describe_traffic
 from scaling_fl.experiment.schedule import count_steps
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.models.adapter_files import saved_weights
@@ -35,8 +36,9 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     Returns:
         `labels`; `sites`, a dict for each with `rank` and `device` (None: any), `examples`, `tokens`, `steps` of a
         round, `labels` (examples by label), `trained_tokens` of a language model, and `name`, if sites have names;
-        `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); and `weights` and `bytes` that
-        a round sends, `num_test`, `newly_initialised`, `resumed_after` (a round), and `state_bytes` of a site's
+        `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); `weights` and `bytes` that a
+        round sends, `message` (its tensors, and bytes before and after `comm_dtype`), `budget`, the bytes of all sites
+        and rounds, both ways; and `num_test`, `newly_initialised`, `resumed_after` (a round), and `state_bytes` of a site's
         optimiser that is kept and `node_state_bytes`, the most on the disk of the first node.
 
     Raises:
@@ -51,8 +53,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "labels": list(job.data.label_names),
         "num_test": job.data.num_test,
         "newly_initialised": list(job.loaded.new),
-        "weights": job.global_model.weights.numel(),
-        "bytes": job.global_model.bytes_a_round,
+        **count_traffic(settings, job),
         "sites": list_sites(settings, job),
         "devices": [
             {"rank": number, "device": device, "bytes": size}
@@ -65,7 +66,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
     }
     console.print_once(
         *describe(settings, job, unused),
-        f"round     {planned['weights']:,} weights shared, {planned['bytes'] * 1e-6:.1f} MB sent by all ranks",
+        *describe_traffic(settings, job, planned),
         *console.site_table(planned["sites"]),
         *console.device_table(planned["devices"]),
         "the plan holds: nothing of it would be refused",

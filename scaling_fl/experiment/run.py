@@ -14,6 +14,7 @@ from scaling_fl.experiment.build import Job, build, make_evaluation, make_federa
 from scaling_fl.experiment.centralised import find_unused, without_federation
 from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.header import describe
+from scaling_fl.experiment.messages import count_message
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
 from scaling_fl.experiment.plan import check_output
 from scaling_fl.experiment.settings import Settings, of_site
@@ -58,6 +59,7 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "labels": list(job.data.label_names),
                 "sites": job.data.describe_sites(job.topology),
                 "machine": describe_machine(job.topology.devices),
+                "message": count_message(job.loaded.model, settings.comm_dtype),
                 **({"lost": job.data.lost} if job.data.lost else {}),
                 **({"frozen_sha256": job.identity[FROZEN]} if FROZEN in job.identity else {}),
                 "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
