@@ -1,6 +1,7 @@
 """What messages of few bytes cost: in bytes, in the loss, and on ranks that share no memory."""
 
 import hashlib
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,7 @@ def test_a_plan_and_a_record_have_the_bytes_of_messages(
     assert planned["message"]["bytes_sent"] == size // BLOCK * (BLOCK + 4)
     assert f"messages  4 tensors, {4 * size:,} bytes before and 520 after rounding to int8\n" in lines
     assert planned["budget"] == 2 * 2 * 3 * 520
-    assert (
-        "budget    0.0 MiB between a server and its sites, as FlowerTune counts: 2 sites x 3 rounds x both ways, of int8"
-    ) in lines
+    assert re.search(r"budget    0\.0 MiB .* 2 sites x 3 rounds x both ways, of int8\n", lines)
     info: dict[str, Any] = {}
     with world():
         train_on_rank(Settings(**given | {"num_rounds": 1}), Record(add_info=info.update))
