@@ -1,6 +1,8 @@
 """Vectors and checkpoints above 2 GiB, where sizes no longer fit into 32 bits, in bounded memory."""
 
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,24 @@ GIB = 2**30
 PERIOD = 1021  # a prime, so that no two places 2**32 bytes apart have the same number
 PIECE = 2**20
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")]
+pytestmark = [
+    pytest.mark.long(seconds=25),
+    pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc"),
+]
 
 
 def read_bytes(path: str, name: str) -> int:
     """Return an entry of a file of /proc in bytes."""
     lines = (line.split() for line in Path(path).read_text().splitlines())
     return next(int(words[1]) * 1024 for words in lines if words[0] == f"{name}:")
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no other process of pytest take the memory that a test has found."""
+    with open(tmp_path_factory.getbasetemp().parent / "large.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def need_memory(num_bytes: float) -> None:

@@ -38,8 +38,8 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         round, `labels` (examples by label), `trained_tokens` of a language model, and `name`, if sites have names;
         `devices`, a dict for each with `rank`, `device` and `bytes` (None: unknown); `weights` and `bytes` that a
         round sends, `message` (its tensors, and bytes before and after `comm_dtype`), `budget`, the bytes of all sites
-        and rounds, both ways; and `num_test`, `newly_initialised`, `resumed_after` (a round), and `state_bytes` of a site's
-        optimiser that is kept and `node_state_bytes`, the most on the disk of the first node.
+        and rounds, both ways; `num_test`, `newly_initialised`, `resumed_after` (a round), and `state_bytes` of a
+        site's optimiser that is kept and `node_state_bytes`, the most on the disk of the first node.
 
     Raises:
         ValueError: something of the run would be refused.
