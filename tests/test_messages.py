@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_instruct import PAIRS, put_model, put_rows, run
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from scaling_fl.distributed.collectives import bytes_sent, rank
@@ -43,7 +44,7 @@ def test_a_number_moves_by_half_a_level_of_its_block_at_most() -> None:
     assert decode(encode(torch.full((1, BLOCK), 1e-45))).isfinite().all()
 
 
-def mean_of_ranks(size: int, with_sites: int) -> tuple[set[str], list[float], int, int]:
+def mean_of_ranks(size: int, with_sites: int) -> tuple[set[str], Tensor, int, int]:
     """Return the hashes of two means of the same drifts, the last, and its bytes: counted and expected."""
     hashes = set()
     with world():
@@ -53,10 +54,10 @@ def mean_of_ranks(size: int, with_sites: int) -> tuple[set[str], list[float], in
                 mean.add(torch.zeros(size), drift_of(rank(), size), Fraction(1, with_sites))
             found = mean.finish(torch.zeros(size))
             hashes.add(hashlib.sha256(found.numpy().tobytes()).hexdigest())
-        return hashes, (-found).tolist(), bytes_sent() - before, mean.num_bytes_sent
+        return hashes, -found, bytes_sent() - before, mean.num_bytes_sent
 
 
-def drift_of(number: int, size: int) -> torch.Tensor:
+def drift_of(number: int, size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(number)) * 10.0 ** -(number + 1)
 
 
@@ -71,7 +72,7 @@ def test_ranks_get_the_same_bits_of_a_mean_near_the_true_one(num_ranks: int, wit
     # Half a level of each rank's largest, and of the mean's.
     largest = (sum(drift.abs().max() for drift in drifts) / with_sites + true.abs().max()).item()
     _, found, counted, expected = by_rank[0]
-    assert torch.tensor(found, dtype=torch.float64) == pytest.approx(true, abs=0.51 / 127 * largest)
+    assert (found - true).abs().max() <= 0.51 / 127 * largest
     num_blocks = num_ranks * -(-size // (num_ranks * BLOCK))
     assert expected == num_blocks * (BLOCK + 4)
     assert 0 <= counted - expected < 200, "what is left is the weights of the sites"
