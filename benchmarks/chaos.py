@@ -38,7 +38,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from scaling_fl.federation import site
+from scaling_fl.federation import local_training
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.records import checkpoint
@@ -261,7 +261,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
 
     for row in board.rows:
         row.process = row.phase = row.killed = 0
-    watch(site, "take_steps", TRAINING, within)
+    watch(local_training, "take_steps", TRAINING, within)
     watch(Federation, "score", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
