@@ -97,8 +97,11 @@ def test_all_training_examples_are_pooled_and_what_is_held_out_is_evaluated_as_i
     assert set(pooled.train) == {0}
     assert [*pooled.train[0].starts] == [start for site in sorted(parts) for start in parts[site].starts]
     assert pooled.sizes[0].num_examples == len(pooled.train[0])
-    some = build_twin(but(twin, eligible_sites=[1, 3])).data.train[0]
-    assert [*some.starts] == [*parts[1].starts, *parts[3].starts]
+    some = build_twin(but(twin, eligible_sites=[1, 3]))
+    assert [*some.data.train[0].starts] == [*parts[1].starts, *parts[3].starts]
+    assert some.identity["eligible sites"] == [1, 3], "which a resumed run has, too"
+    steps = build_twin(but(twin, num_rounds=2)).schedule.count_steps(1)
+    build_twin(but(twin, num_rounds=2, lr_schedule="linear", lr_schedule_rounds=2, warmup_steps=2 * steps - 1))
     histories = [train(but(twin, centralised=is_twin), tmp_path / str(is_twin))[0] for is_twin in (True, False)]
     evaluated = [
         {name: value for name, value in history[0].items() if not name.startswith(("time.", "comm.", "rank."))}

@@ -449,3 +449,10 @@ def test_a_resumed_run_has_cohorts_of_the_same_size_and_from_the_same_sites(
     status, output = command(**small_run | SITES | settings | {"min_sites": 3, "eligible_sites": [0, 1, 2]})
     assert status == 1
     assert "number of sites in a round was 2 and is 3; eligible sites was 'all' and is [0, 1, 2]" in output
+
+
+def test_a_number_that_two_sites_have_is_refused() -> None:
+    sites = [Site(number, torch.device("cpu"), 4) for number in (0, 1, 1)]
+    with world():
+        message = refusal(lambda: Cohort(sites, "examples"))
+    assert message == "sites: expected another number for each on all ranks, got two of number 1"

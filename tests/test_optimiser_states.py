@@ -193,7 +193,7 @@ def test_a_state_is_a_private_file_whose_absence_damage_and_origin_are_noticed(t
     path.unlink()
     assert refusal(lambda: states.load(3)) == (
         f"{expected}no file. It is on the node where the site trained: copy it from there, from the folder "
-        "'optimisers' of checkpoints_dir, or use another checkpoints_dir to start again"
+        "'optimisers' of checkpoints_dir, or remove the last checkpoint to go on from the round before"
     )
     assert refusal(lambda: states.save(3, 2, {"group": {"of": object()}})).startswith(
         "optimiser_state: expected 'reset', as the state of the optimiser cannot be written (Object of type object"
@@ -332,7 +332,8 @@ def test_what_is_checked_before_ranks_are_forked_starts_no_threads() -> None:
     def count_new_threads(check: Callable[[Settings], Any]) -> int:
         torch.set_num_threads(2)
         before = len(os.listdir("/proc/self/task"))
-        for settings in ({"optimiser_state": "keep"}, {"centralised": True}):
+        turns = {"adapter": "lora", "lora_mean": "alternate", "strategy": "fedadam"}
+        for settings in ({"optimiser_state": "keep"}, {"centralised": True}, turns):
             check(Settings(**settings, optimiser="adamw"))
         return len(os.listdir("/proc/self/task")) - before
 

@@ -8,7 +8,6 @@ from typing import Any
 from scaling_fl.experiment.objectives import LABELS, find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
-from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.models.adapter_files import SavedAdapter, describe_config, is_adapted, load_weights_, read_config
 from scaling_fl.models.adapters import MEANS, add_adapter, find_other_factor, has_lora, import_peft, turns
 from scaling_fl.models.classifier import find_head, labels_of
@@ -114,8 +113,15 @@ def check_adapter(settings: Settings) -> None:
         raise ValueError(
             f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
         )
-    is_known = settings.strategy in STRATEGIES
-    if settings.lora_mean == "alternate" and is_known and state_bytes(bind("strategy", vars(settings)), 1_000):
+
+
+def check_turns(settings: Settings) -> None:
+    """Check on a rank that the strategy can move other weights in each round: its optimiser takes a step.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if settings.lora_mean == "alternate" and state_bytes(bind("strategy", vars(settings)), 1_000):
         raise ValueError(
             "strategy: expected one without a state, as lora_mean='alternate' moves other weights in each round, got "
             f"{settings.strategy!r}. Use strategy=fedavg"

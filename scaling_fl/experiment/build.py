@@ -18,7 +18,7 @@ from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
-from scaling_fl.experiment.adapting import adapt, find_turns, identity_of_adapter
+from scaling_fl.experiment.adapting import adapt, check_turns, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.centralised import check_ranks, pool
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
@@ -28,7 +28,7 @@ from scaling_fl.experiment.optimiser_states import KeptStates, check_states, kee
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.plugins import hash_plugins
 from scaling_fl.experiment.reading import Rows, read_data, read_rows
-from scaling_fl.experiment.schedule import Schedule, make_schedule
+from scaling_fl.experiment.schedule import Schedule, check_warmup, make_schedule
 from scaling_fl.experiment.settings import FIELDS, Settings, of_site
 from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.federation.global_model import GlobalModel
@@ -74,6 +74,7 @@ def build(settings: Settings) -> Job:
         ValueError: something is missing or not what it should be, or ranks differ.
     """
     check_ranks(settings)
+    check_turns(settings)
     check_states(settings)
     identity = identity_of_settings(settings)
     check_equal(identity | {name: getattr(settings, name) for name in OF_ALL_RANKS})
@@ -89,15 +90,16 @@ def build(settings: Settings) -> Job:
     data, topology = read_data(settings, topology, encoder.encode, rows)
     check_held_out(settings, data)
     schedule = make_schedule(settings, data, topology)
+    cohorts = schedule.cohorts
     if settings.centralised:
         data, schedule = pool(data, schedule)
+    check_warmup(settings, data)
     loaded = local_first(partial(make_model, settings, pretrained, data.label_names, encoder.end_id))
     loaded = adapt(settings, pretrained, loaded, data.label_names)
-    identity |= identity_of_data(settings, data, topology, schedule.cohorts)
+    identity |= identity_of_data(settings, data, topology, cohorts)
     identity |= identity_of_adapter(settings, loaded.model)
     check_equal(identity)
-    device = topology.devices[0]
-    prepare_model(settings, loaded.model, device)
+    prepare_model(settings, loaded.model, device := topology.devices[0])
     turns = find_turns(settings, loaded.model)
     global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, device, turns)
     history = restore_(global_model, checkpoints_dir, identity)

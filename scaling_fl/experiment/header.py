@@ -63,7 +63,7 @@ def describe_pool(settings: Settings, job: Job, unused: Sequence[str]) -> list[s
     many = job.topology.num_sites
     return [
         f"sites     none: centralised, on the examples of {many} site{'s' * (many > 1)} together, on "
-        f"{job.topology.devices[0]}",
+        f"{next(iter(job.topology.sites.values()))}",
         *([f"unused    {', '.join(unused)}, which are of a federation alone"] if unused else []),
         f"rounds    {settings.num_rounds}, each of {describe_amount(settings)}",
     ]

@@ -112,10 +112,8 @@ def make_schedule(settings: Settings, data: SiteData, topology: Topology) -> Sch
     """Return the schedule of a run.
 
     Raises:
-        ValueError: a setting names a site that does not exist, or asks for more sites than there are, or the learning
-            rate rises until the end of training.
+        ValueError: a setting names a site that does not exist, or asks for more sites than there are.
     """
-    check_warmup(settings, data)
     eligible = find_sites("eligible_sites", settings.eligible_sites, data)
     num_sites = count_sites(settings.sites_per_round, len(eligible), settings.min_sites)
     cohorts = Cohorts(eligible, num_sites, settings.seed)

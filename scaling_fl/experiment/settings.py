@@ -133,7 +133,7 @@ class Settings:
     server_beta2: float | None = setting(None, optional(number(least=0, below=1)), "of `fedadam` and `fedyogi`: how much of the mean of the squared drifts a round keeps; None: the strategy's default")
     server_tau: float | None = setting(None, optional(number(above=1e-18, below=1e18)), "of `fedadagrad`, `fedadam` and `fedyogi`: the drift below which they adapt less; None: the strategy's default")  # float32 holds its square
     proximal_mu: float = setting(0.0, number(least=0, below=LARGE), "strength of FedProx's pull of the local towards the global weights")
-    comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, `int8` (blocks of 256 drifts, a quarter of float32), which are smaller and give up promise 1")
+    comm_dtype: str = setting("exact", one_of(COMM_DTYPES), "what processes send each other: `exact` (64-bit fixed point), or `float32`, `bfloat16`, `float16`, `int8` (blocks of 256 drifts, a quarter of float32), which are smaller and give up promises 1 to 3")
     on_site_failure: str = setting("abort", one_of(("abort", "skip")), "what to do when a site fails or diverges: `abort` ends the run, `skip` leaves that site out of that round", may_change=True)
     min_sites: int = setting(1, whole_number(0), "the fewest sites of a round, if `sites_per_round` is a fraction; with `on_site_failure=skip` a run ends if fewer are left in a round, or less than 1/65536 of its examples. 0: a round of which no site is left is recorded, and moves nothing", may_change=True)
     task_name: str = setting("bbcnews", one_of(TASKS), "what is learned; see [Tasks](tasks.md)")

@@ -135,6 +135,10 @@ class Cohort:
         self.sites, self._weight_by = sites, weight_by
         gathered = all_gather([(site.number, site.name, self._plan(site)) for site in sites])
         self._ranks = {site: number for number, of_rank in enumerate(gathered) for site, _, _ in of_rank}
+        numbers = [site for of_rank in gathered for site, _, _ in of_rank]
+        if len(self._ranks) < len(numbers):
+            twice = next(site for site in numbers if numbers.count(site) > 1)
+            raise ValueError(f"sites: expected another number for each on all ranks, got two of number {twice}")
         self._names = {site: name for of_rank in gathered for site, name, _ in of_rank if name}
         self._total = sum(planned for of_rank in gathered for _, _, planned in of_rank)
         self.num_sites = len(self._ranks)

@@ -30,8 +30,8 @@ def sha256(state: dict) -> str:
             yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         elif isinstance(value, dict) and all(isinstance(item, float | int) for item in value.values()):
             yield json.dumps(list(value.items())).encode()  # a number for each of many sites
-        elif isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-            yield json.dumps(value).encode()  # the confusions of many labels
+        elif isinstance(value, list) and value and all(isinstance(item, list | float | int | None) for item in value):
+            yield json.dumps(value).encode()  # the confusions of many labels, or points by step
         elif isinstance(value, dict):
             yield f"dict of {len(value)}".encode()
             for key, item in value.items():

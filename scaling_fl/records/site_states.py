@@ -54,13 +54,13 @@ class SiteStates:
         if not os.path.exists(path):
             raise ValueError(
                 f"{wanted} no file. It is on the node where the site trained: copy it from there, from the folder "
-                f"{FOLDER!r} of checkpoints_dir, or use another checkpoints_dir to start again"
+                f"{FOLDER!r} of checkpoints_dir, or remove the last checkpoint to go on from the round before"
             )
         try:
             found = checkpoint.load(path)
         except ValueError as error:
             raise ValueError(
-                f"{wanted} a damaged file ({error}). Use another checkpoints_dir to start again"
+                f"{wanted} a damaged file ({error}). Remove the last checkpoint to go on from the round before"
             ) from error
         if (found.get("run"), found.get("site"), found.get("round")) != (self._run, site, round_):
             raise ValueError(f"{wanted} that of another run, site or round")
