@@ -141,6 +141,7 @@ def test_ranks_cohorts_and_a_kill_in_a_round_change_no_bit(
 
 
 def make_states(folder: Path, history: checkpoint.History, run: str = "ours", **options: Any) -> SiteStates:
+    folder.mkdir(mode=0o700, exist_ok=True)
     return SiteStates(str(folder), history, run, **{"is_temporary": False} | options)
 
 
@@ -206,9 +207,11 @@ def test_a_disk_that_takes_no_more_is_named_and_keeps_what_it_has(tmp_path: Path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        says = refusal(lambda: states.save(0, 2, {"momentum": torch.zeros(10_000)}))
+        states.save(0, 2, {"momentum": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with world():
+        says = refusal(states.check_saved)
     path = tmp_path / "site-0-round-2.pt"
     assert says == f"{path}: expected a disk that can be written to, got [Errno 27] File too large"
     assert [of.name for of in tmp_path.iterdir()] == ["site-0-round-1.pt"]
@@ -294,6 +297,38 @@ def test_states_stay_if_the_weights_had_to_be_saved_elsewhere(
     assert found, caught.value
     shutil.copytree(found[2], f"{found[1]}/optimisers")
     resumed = run(given, Path(found[1]))
+    assert all(torch.equal(resumed[name], weight) for name, weight in run(given, tmp_path / "whole").items())
+
+
+@pytest.mark.parametrize("on_site_failure", ["abort", "skip"])
+def test_a_state_that_cannot_be_written_is_no_failure_of_a_site_and_loses_no_round(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_site_failure: str
+) -> None:
+    class Blocking(AdamW):
+        """AdamW, in whose last step of round 2 the file of the state becomes a folder."""
+
+        def step(self, closure: Any = None) -> Any:
+            if len(self.param_groups[0]["params"]) > 1:
+                steps.append(0)
+                if len(steps) == 4:
+                    (folder,) = tmp_path.glob("scaling_fl-optimisers-*")
+                    (folder / ".site-0.pt.part").mkdir()
+            return super().step(closure)
+
+    steps: list[int] = []
+    monkeypatch.setitem(OPTIMISERS, "blocking", Blocking)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    given = small_run | {"site_ids": [0], "num_rounds": 3, "local_steps": 2, "optimiser": "blocking"}
+    given |= {"optimiser_state": "keep", "on_site_failure": on_site_failure}
+    record = tmp_path / "record"
+    record.mkdir()
+    with world(), pytest.raises(ValueError, match=r"site-0-round-2\.pt: expected a disk .* weights of round 1 are in"):
+        train_on_rank(Settings(**given), Record(str(record)))
+    (left,) = tmp_path.glob("scaling_fl-optimisers-*")
+    assert left.name.endswith("-left"), "the folder of the run is gone, and the states are not"
+    assert (left / "site-0-round-1.pt").exists()
+    shutil.copytree(left, record / "checkpoints" / "optimisers")
+    resumed = run(given, record / "checkpoints")
     assert all(torch.equal(resumed[name], weight) for name, weight in run(given, tmp_path / "whole").items())
 
 

@@ -115,7 +115,10 @@ def _find_folder(topology: Topology, checkpoints_dir: str | None) -> str:
             "'keep'. Give each site an entry in the site_ids of its node"
         )
     if checkpoints_dir is None:
-        return gather_on_node(os.path.join(tempfile.gettempdir(), f"scaling_fl-optimisers-{secrets.token_hex(8)}"))[0]
+        name = f"scaling_fl-optimisers-{secrets.token_hex(8)}"
+        folder = gather_on_node(os.path.join(tempfile.gettempdir(), name))[0]
+        os.makedirs(folder, mode=0o700, exist_ok=True)  # here alone, so that a rank that ends late makes none
+        return folder
     folder = str(local_folder(checkpoints_dir))
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -1,5 +1,6 @@
 """The loop: train, average, evaluate, record, save."""
 
+import logging
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -7,7 +8,8 @@ from typing import Any
 
 from scaling_fl.data.site_files import files_of
 from scaling_fl.data.tokens import ConversationEncoder
-from scaling_fl.distributed.collectives import all_gather, local_rank, rank
+from scaling_fl.distributed.collectives import all_gather, is_one_node, local_rank, rank
+from scaling_fl.distributed.signals import PeerLost
 from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
@@ -28,6 +30,8 @@ from scaling_fl.records.machine import describe_machine
 from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
 from scaling_fl.training.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 MOST = 100  # tokens of the answer to a sample question
 REPORT = "report.html"  # among a run's files
@@ -74,8 +78,13 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
         if job.states is not None and saved is None and len(job.history) > 1:
             where += f". {job.states.files.leave()}"
         raise ValueError(f"{error}. {where}") from error
+    except PeerLost:
+        # Another node may have saved the weights elsewhere, and says so.
+        if job.states is not None and job.states.files.is_temporary and local_rank() == 0 and not is_one_node():
+            log.warning("%s", job.states.files.leave())
+        raise
     finally:
-        if job.states is not None and local_rank() == 0:
+        if job.states is not None:
             job.states.files.close()
     evaluated = (metrics for metrics in reversed(job.history) if "validation.accuracy" in metrics)
     return next(evaluated)["validation.accuracy"]
@@ -104,6 +113,8 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
             evaluate_local = evaluation.evaluate_local(job.schedule.evaluated(round_)) if judges else None
             with clock("train"), training.display(f"round {round_}, training", num_examples):
                 metrics |= federation.train(round_, evaluate_local)
+            if job.states is not None:
+                job.states.files.check_saved()
             with clock("aggregate"):
                 global_model.step()
         if evaluates:

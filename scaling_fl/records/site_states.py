@@ -10,10 +10,12 @@ from typing import Any
 import fsspec
 import torch
 
+from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.checksum import sign
 from scaling_fl.records.export import SpaceNeeded, complete
+from scaling_fl.storage import WriteError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class SiteStates:
         self.folder, self.is_temporary = folder, is_temporary
         self.num_kept = 1 if is_temporary else 2  # rounds
         self._history, self._run = history, run
+        self._problem = ""  # why a state of this round is not on the disk
 
     def load(self, site: int) -> dict[str, Any] | None:
         """Return the state with which a site goes on; None: it did not take part yet.
@@ -67,11 +70,10 @@ class SiteStates:
         return found["state"]
 
     def save(self, site: int, round_: int, state: dict[str, Any]) -> None:
-        """Write the state of a site after a round, completely or not at all.
+        """Write the state of a site after a round, completely or not at all. `check_saved` tells whether it is there.
 
         Raises:
             ValueError: it has something else than tensors, numbers, texts, lists and dicts.
-            WriteError: the disk cannot be written to.
         """
         try:
             signed = sign({"run": self._run, "site": site, "round": round_, "state": state})
@@ -81,10 +83,23 @@ class SiteStates:
                 "'keep'"
             ) from error
         path, part = self._path(site, round_), os.path.join(self.folder, f".site-{site}.pt.part")
-        with complete(path, part):
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        try:
+            with (
+                complete(path, part),
+                open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+            ):
                 torch.save(signed, file)
+        except WriteError as error:  # which is no failure of the site
+            self._problem = str(error)
+
+    def check_saved(self) -> None:
+        """Check that all states of this round are on the disks of all nodes. All ranks call it.
+
+        Raises:
+            WriteError: a disk cannot be written to.
+        """
+        if problems := [problem for problem in all_gather(self._problem) if problem]:
+            raise WriteError(problems[0])
 
     def check(self, sites: Iterable[int]) -> None:
         """Check that the states with which sites go on are whole.
@@ -112,7 +127,10 @@ class SiteStates:
 
     def leave(self) -> str:
         """Let the files stay, and return a sentence on how a run goes on with them."""
-        self.is_temporary = False
+        if self.is_temporary:
+            left = f"{self.folder}-left"
+            os.rename(self.folder, left)  # under the old name other ranks remove it
+            self.folder, self.is_temporary = left, False
         return f"The states of the optimisers are in {self.folder}: first copy that folder there, as {FOLDER!r}"
 
     def close(self) -> None:
