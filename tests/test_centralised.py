@@ -134,6 +134,8 @@ def test_settings_of_a_federation_do_nothing_and_are_named(twin: Settings, tmp_p
         assert {*find_unused(but(twin, **changes))} == {*changes}
         assert find_unused(but(twin, strategy="fedavg", server_learning_rate=0.5)) == ["server_learning_rate"]
         assert find_unused(but(twin, centralised=False, **changes)) == []
+        assert find_unused(but(twin, optimiser="sgd", optimiser_state="keep")) == ["optimiser_state"]
+        assert find_unused(but(twin, optimiser_state="keep")) == []
     first, second = (train(of, tmp_path / str(number))[1] for number, of in enumerate((twin, but(twin, **changes))))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -15,6 +15,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Command, refusal, succeed, weights_hash
@@ -332,6 +333,14 @@ def test_a_state_that_cannot_be_written_is_no_failure_of_a_site_and_loses_no_rou
     assert all(torch.equal(resumed[name], weight) for name, weight in run(given, tmp_path / "whole").items())
 
 
+class Odd(SGD):
+    """An optimiser with something in its group of weights that no checkpoint has."""
+
+    def __init__(self, weights: Any, lr: float, what: object) -> None:
+        super().__init__(weights, lr, momentum=0.9)
+        self.param_groups[0]["what"] = what
+
+
 class Counting(SGD):
     """An optimiser whose state is in its group of weights alone."""
 
@@ -357,6 +366,10 @@ def test_states_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert refused(checkpoints_dir="s3://bucket/c") == [
         expected.format("the states of sites stay on their nodes, and checkpoints_dir='s3://bucket/c' is elsewhere")
     ]
+    for what in (np.float64(1.0), torch.float64, object()):
+        monkeypatch.setitem(OPTIMISERS, "odd", lambda weights, lr, what=what: Odd(weights, lr, what))
+        odd = refusal(lambda: check_states(Settings(optimiser="odd", optimiser_state="keep")))
+        assert odd.startswith("optimiser_state: expected 'reset', as the state of the optimiser cannot be written and ")
     monkeypatch.setitem(OPTIMISERS, "counting", Counting)
     check_states(Settings(optimiser="counting", optimiser_state="keep"))
 

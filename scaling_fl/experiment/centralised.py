@@ -58,6 +58,7 @@ def find_unused(settings: Settings) -> list[str]:
     """Return the names of the settings that do nothing in a centralised run, though they have been changed."""
     others = without_federation(settings)
     names = [name for name in OF_FEDERATION if getattr(settings, name) != getattr(others, name)]
+    names += ["optimiser_state"] * (settings.optimiser_state == "keep" != others.optimiser_state)
     return [name for name in names if "strategy" not in names or name not in PARAMETERS["strategy"]]
 
 

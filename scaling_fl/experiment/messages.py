@@ -62,7 +62,7 @@ def count_traffic(settings: Settings, job: Job) -> dict[str, Any]:
     """Return what a round and a run send, as `plan` returns it."""
     return {
         "weights": job.global_model.weights.numel(),
-        "bytes": job.global_model.bytes_a_round,
+        "bytes": job.global_model.count_bytes(job.schedule.cohorts.num_sites),
         "message": count_message(job.loaded.model, settings.comm_dtype),
         "budget": 0
         if settings.centralised

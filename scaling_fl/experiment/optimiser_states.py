@@ -16,11 +16,11 @@ from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.schedule import Schedule
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.models.memory import has_state, state_bytes
+from scaling_fl.models.memory import make_state, state_bytes
 from scaling_fl.records.checkpoint import History
 from scaling_fl.records.checksum import sha256
 from scaling_fl.records.export import SpaceNeeded
-from scaling_fl.records.site_states import SiteStates, local_folder
+from scaling_fl.records.site_states import SiteStates, local_folder, try_to_keep
 
 BESIDE = 1_000  # bytes of a file for each weight of the model, in addition to its numbers
 
@@ -62,18 +62,25 @@ def check_states(settings: Settings) -> None:
             "checkpoints_dir: expected a folder of this machine, as a centralised run keeps the state of its optimiser "
             f"there, got {settings.checkpoints_dir!r}"
         )
-    if not keeps_state(settings):
-        raise ValueError(
-            f"optimiser_state: expected 'reset', as optimiser={settings.optimiser!r} has no state, got 'keep'"
-        )
+    reason = f"optimiser={settings.optimiser!r} has no state" * (not keeps_state(settings))
+    try:
+        try_to_keep(_make_state(settings))
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"optimiser_state: expected 'reset', as {reason}, got 'keep'")
 
 
 def keeps_state(settings: Settings) -> bool:
     """Tell whether the optimiser of a site has a state after a step, as far as that is known."""
+    return bool(_make_state(settings))
+
+
+def _make_state(settings: Settings) -> dict[str, Any]:
     try:
-        return has_state(local_optimiser(settings))
+        return make_state(local_optimiser(settings))
     except Exception:  # of an optimiser that has other needs than a vector of weights
-        return True
+        return {"is known": False}
 
 
 def keep_states(

@@ -61,9 +61,11 @@ class GlobalModel:
     @property
     def bytes_a_round(self) -> int:
         """How many bytes all ranks hand to each other for the mean of this round, or of the last or first one."""
-        if self._takes_site:
-            return self.num_moving[self._turn] * self.weights.itemsize if world_size() > 1 else 0
-        return world_size() * self._mean.num_bytes_sent
+        return self._count_bytes(self._takes_site)
+
+    def count_bytes(self, num_sites: int) -> int:
+        """Return how many bytes all ranks hand to each other for the mean of a round of so many sites."""
+        return self._count_bytes(self._takes(num_sites))
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +75,15 @@ class GlobalModel:
     @property
     def _mean(self) -> Mean:
         return self._means[self._turn]
+
+    def _count_bytes(self, takes_site: bool) -> int:
+        if takes_site:
+            return self.num_moving[self._turn] * self.weights.itemsize if world_size() > 1 else 0
+        return world_size() * self._mean.num_bytes_sent
+
+    def _takes(self, num_sites: int | None) -> bool:
+        """Tell whether the weights of a round's only site become the global ones."""
+        return num_sites == 1 and self._is_exact and takes_mean(self._optimiser)
 
     def _moving(self, vector: Tensor) -> Tensor:
         """Return the trained weights that move in this round, out of a flat vector; a view of it if they are all."""
@@ -101,7 +112,7 @@ class GlobalModel:
             )
         self._is_in_round = True
         self._turn = (round_ - 1) % len(self._means)
-        self._takes_site = num_sites == 1 and self._is_exact and takes_mean(self._optimiser)
+        self._takes_site = self._takes(num_sites)
 
     @torch.no_grad()
     def check(self, local_weights: Tensor) -> None:

@@ -133,11 +133,11 @@ def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights
     return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)
 
 
-def has_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> bool:
-    """Tell whether an optimiser has a state after a step."""
+def make_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> dict[str, Any]:
+    """Return the state of an optimiser of a thousand weights after a step; none if that has left no state."""
     (weights,), optimiser = _take_step(make_optimiser)
     before, after = (made.state_dict() for made in (make_optimiser([weights]), optimiser))
-    return bool(after["state"]) or after != before
+    return after if after["state"] or after != before else {}
 
 
 def _take_step(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> tuple[list[Tensor], Optimizer]:

@@ -96,9 +96,9 @@ METRICS: dict[str, Metric] = {
     ),
     "comm.expected_bytes": Metric(
         "bytes",
-        "of the weights alone: ranks times weights times 8 (`exact`), 4, 2 or 1.02 (`int8`) bytes; 0 with one rank. "
-        "The rest is buffers, metrics and counts, and in the first round after each start the initial weights or the "
-        "checkpoint",
+        "of the weights alone: ranks times weights times 8 (`exact`), 4, 2 or 1.02 (`int8`) bytes; 0 with one rank; "
+        "of a single site by FedAvg and `exact` its weights once, 4 bytes each. The rest is buffers, metrics and "
+        "counts, and in the first round after each start the initial weights or the checkpoint",
     ),
     "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
     "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),

@@ -1,5 +1,6 @@
 """The states of sites' optimisers from round to round: a file each, on the disk of the node where the site trains."""
 
+import io
 import logging
 import os
 import re
@@ -170,6 +171,20 @@ class SiteStates:
 
     def _path(self, site: int, round_: int) -> str:
         return os.path.join(self.folder, f"site-{site}-round-{round_}.pt")
+
+
+def try_to_keep(state: dict[str, Any]) -> None:
+    """Write a state into memory, and read it as a file would be read.
+
+    Raises:
+        ValueError: that cannot be done.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(sign({"state": state}), file)
+        checkpoint.load(file.getvalue())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state of the optimiser cannot be written and read again ({one_line(error)})") from error
 
 
 def local_folder(directory: str) -> str | None:
