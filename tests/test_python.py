@@ -32,6 +32,20 @@ def children(process: int | str = "self") -> set[int]:
     return {int(child) for path in lists for child in path.read_text().split()}
 
 
+OTHERS: set[int] = set()  # processes of other tests, such as a database
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(children())
+
+
+def own_children() -> set[int]:
+    """The processes that this test has started, and that have not ended."""
+    return children() - OTHERS
+
+
 def state() -> dict[str, Any]:
     """What training changes in a process for good."""
     return {
@@ -141,7 +155,7 @@ def test_what_is_wrong_is_one_error_and_never_an_exit(settings: Settings, monkey
 
 def kill_a_rank(number: int, metrics: dict[str, Any]) -> None:
     """Kill the rank of this number."""
-    (run,) = children()
+    (run,) = own_children()
     os.kill(sorted(children(run))[number], signal.SIGKILL)
 
 
@@ -172,7 +186,7 @@ def interrupt_run(settings: Settings, moment: float | str) -> list[str]:
 
     with pytest.raises(KeyboardInterrupt):
         train_until_it_comes()
-    assert not children()
+    assert not own_children()
     return [json.loads(path.read_text())["status"] for path in Path("runs").glob("*/run.json")]
 
 
