@@ -268,22 +268,29 @@ def test_what_states_take_is_planned_and_refused_before_the_disk_is_full(
     assert "for another checkpoint and 3 states of optimisers, got 0.6 MB" in refusal(lambda: planned(2, 600_000))
 
 
-def test_states_stay_if_the_weights_had_to_be_saved_elsewhere(
-    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Blocking(AdamW):
-        """AdamW, in whose seventh step the record becomes a folder."""
+def act_in_step(number: int, act: Callable[[], object]) -> type[Optimizer]:
+    """Return AdamW that does something else in one of its steps of a model, counted over all rounds."""
 
+    class Acting(AdamW):
         def step(self, closure: Any = None) -> Any:
             if len(self.param_groups[0]["params"]) > 1:
                 steps.append(0)
-                if len(steps) == 7:
-                    (tmp_path / "rounds.jsonl").unlink()
-                    (tmp_path / "rounds.jsonl").mkdir()
+                if len(steps) == number:
+                    act()
             return super().step(closure)
 
     steps: list[int] = []
-    monkeypatch.setitem(OPTIMISERS, "blocking", Blocking)
+    return Acting
+
+
+def test_states_stay_if_the_weights_had_to_be_saved_elsewhere(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def block() -> None:
+        (tmp_path / "rounds.jsonl").unlink()
+        (tmp_path / "rounds.jsonl").mkdir()
+
+    monkeypatch.setitem(OPTIMISERS, "blocking", act_in_step(7, block))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     given = small_run | {"site_ids": [0], "num_rounds": 3, "local_steps": 4, "optimiser": "blocking"}
     given |= {"optimiser_state": "keep"}
@@ -305,19 +312,11 @@ def test_states_stay_if_the_weights_had_to_be_saved_elsewhere(
 def test_a_state_that_cannot_be_written_is_no_failure_of_a_site_and_loses_no_round(
     small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_site_failure: str
 ) -> None:
-    class Blocking(AdamW):
-        """AdamW, in whose last step of round 2 the file of the state becomes a folder."""
+    def block() -> None:
+        (folder,) = tmp_path.glob("scaling_fl-optimisers-*")
+        (folder / ".site-0.pt.part").mkdir()
 
-        def step(self, closure: Any = None) -> Any:
-            if len(self.param_groups[0]["params"]) > 1:
-                steps.append(0)
-                if len(steps) == 4:
-                    (folder,) = tmp_path.glob("scaling_fl-optimisers-*")
-                    (folder / ".site-0.pt.part").mkdir()
-            return super().step(closure)
-
-    steps: list[int] = []
-    monkeypatch.setitem(OPTIMISERS, "blocking", Blocking)
+    monkeypatch.setitem(OPTIMISERS, "blocking", act_in_step(4, block))  # the last one of round 2
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     given = small_run | {"site_ids": [0], "num_rounds": 3, "local_steps": 2, "optimiser": "blocking"}
     given |= {"optimiser_state": "keep", "on_site_failure": on_site_failure}

@@ -102,7 +102,7 @@ def read_points(words: Sequence[str], parallel: int) -> list[Point]:
 
 
 def check_start(parallel: int) -> None:
-    """Check what runs need besides their settings.
+    """Check what runs need in addition to their settings.
 
     Raises:
         ValueError: with a line for each thing that is wrong.

@@ -79,7 +79,8 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
     table = read_named(path, split, wanted)
     if len(table) == 0:
         raise ValueError(f"{path!r}: expected one row or more, got none")
-    columns, names = find_format(path, _filled(table)), _filled(table)
+    names = _filled(table)
+    columns = find_format(path, names)
     if site_column not in (None, *names) and columns != oasst.TREE:
         raise ValueError(
             f"site_column: expected a column of {path!r} ({preview(map(repr, names))}), got {site_column!r}"

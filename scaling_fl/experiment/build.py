@@ -105,18 +105,9 @@ def build(settings: Settings) -> Job:
     history = restore_(global_model, checkpoints_dir, identity)
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")
+    step_log, states = make_step_log(settings), keep_states(schedule, loaded.model, history, identity, checkpoints_dir)
     return Job(
-        data,
-        topology,
-        schedule,
-        encoder,
-        loaded,
-        global_model,
-        history,
-        identity,
-        checkpoints_dir,
-        make_step_log(settings),
-        keep_states(schedule, loaded.model, history, identity, checkpoints_dir),
+        data, topology, schedule, encoder, loaded, global_model, history, identity, checkpoints_dir, step_log, states
     )
 
 

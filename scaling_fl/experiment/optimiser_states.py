@@ -1,16 +1,19 @@
 """The states of the sites' optimisers that a run keeps: where they are, and how many bytes they take."""
 
+import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from scaling_fl.distributed.collectives import is_one_node, world_size
+from scaling_fl.distributed.collectives import is_one_node, local_rank, world_size
 from scaling_fl.distributed.placement import Topology, gather_on_node
+from scaling_fl.distributed.signals import PeerLost
 from scaling_fl.errors import one_line
 from scaling_fl.experiment.local_training import local_optimiser
 from scaling_fl.experiment.schedule import Schedule
@@ -21,6 +24,8 @@ from scaling_fl.records.checkpoint import History
 from scaling_fl.records.checksum import sha256
 from scaling_fl.records.export import SpaceNeeded
 from scaling_fl.records.site_states import SiteStates, local_folder, try_to_keep
+
+log = logging.getLogger(__name__)
 
 BESIDE = 1_000  # bytes of a file for each weight of the model, in addition to its numbers
 
@@ -62,9 +67,10 @@ def check_states(settings: Settings) -> None:
             "checkpoints_dir: expected a folder of this machine, as a centralised run keeps the state of its optimiser "
             f"there, got {settings.checkpoints_dir!r}"
         )
-    reason = f"optimiser={settings.optimiser!r} has no state" * (not keeps_state(settings))
+    state = _make_state(settings)
+    reason = f"optimiser={settings.optimiser!r} has no state" * (not state)
     try:
-        try_to_keep(_make_state(settings))
+        try_to_keep(state)
     except ValueError as error:
         reason = str(error)
     if reason:
@@ -112,6 +118,20 @@ def keep_states(
     num_rounds = settings.num_rounds - max(len(history) - 1, 0)
     need = files.measure(size, num_sites, min(cohorts.num_sites, num_sites), num_rounds)
     return KeptStates(files, size, need.peak + files.num_files * size, [need] if need.peak else [])
+
+
+@contextmanager
+def closing(states: KeptStates | None) -> Iterator[None]:
+    """Remove temporary states after the body, but leave those with which a run goes on that another node has saved."""
+    try:
+        yield
+    except PeerLost:
+        if states is not None and states.files.is_temporary and local_rank() == 0 and not is_one_node():
+            log.warning("%s", states.files.leave())
+        raise
+    finally:
+        if states is not None:
+            states.files.close()
 
 
 def _find_folder(topology: Topology, checkpoints_dir: str | None) -> str:

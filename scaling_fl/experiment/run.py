@@ -1,6 +1,5 @@
 """The loop: train, average, evaluate, record, save."""
 
-import logging
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -8,8 +7,7 @@ from typing import Any
 
 from scaling_fl.data.site_files import files_of
 from scaling_fl.data.tokens import ConversationEncoder
-from scaling_fl.distributed.collectives import all_gather, is_one_node, local_rank, rank
-from scaling_fl.distributed.signals import PeerLost
+from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
@@ -18,6 +16,7 @@ from scaling_fl.experiment.evaluation import describe_validation, find_gains, fi
 from scaling_fl.experiment.header import describe
 from scaling_fl.experiment.messages import count_message
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
+from scaling_fl.experiment.optimiser_states import closing
 from scaling_fl.experiment.plan import check_output
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
@@ -30,8 +29,6 @@ from scaling_fl.records.machine import describe_machine
 from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
 from scaling_fl.training.metrics import Metrics
-
-log = logging.getLogger(__name__)
 
 MOST = 100  # tokens of the answer to a sample question
 REPORT = "report.html"  # among a run's files
@@ -69,23 +66,16 @@ def train_on_rank(settings: Settings, record: Record | None = None) -> float:
                 "meanings": describe_metrics(),  # Sacred has its own `metrics` in there
             }
         )
-    try:
-        run_rounds(settings, job, record, clock)
-    except WriteError as error:
-        saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
-        state = job.global_model.state_dict()
-        where = save_elsewhere(saved, state, job.history, job.identity, record.folder, job.checkpoints_dir)
-        if job.states is not None and saved is None and len(job.history) > 1:
-            where += f". {job.states.files.leave()}"
-        raise ValueError(f"{error}. {where}") from error
-    except PeerLost:
-        # Another node may have saved the weights elsewhere, and says so.
-        if job.states is not None and job.states.files.is_temporary and local_rank() == 0 and not is_one_node():
-            log.warning("%s", job.states.files.leave())
-        raise
-    finally:
-        if job.states is not None:
-            job.states.files.close()
+    with closing(job.states):
+        try:
+            run_rounds(settings, job, record, clock)
+        except WriteError as error:
+            saved = None if isinstance(error, checkpoint.CheckpointError) else job.checkpoints_dir
+            state = job.global_model.state_dict()
+            where = save_elsewhere(saved, state, job.history, job.identity, record.folder, job.checkpoints_dir)
+            if job.states is not None and saved is None and len(job.history) > 1:
+                where += f". {job.states.files.leave()}"
+            raise ValueError(f"{error}. {where}") from error
     evaluated = (metrics for metrics in reversed(job.history) if "validation.accuracy" in metrics)
     return next(evaluated)["validation.accuracy"]
 
@@ -96,7 +86,6 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
     training, testing = console.Progress(), console.Progress()
     evaluation = make_evaluation(settings, job, testing)
     choice = Choice(settings.best_metric, settings.evaluate_every, settings.early_stopping_rounds)
-    best_dir = job.checkpoints_dir or record.folder
     with clock("setup"):
         federation = make_federation(settings, job, training, evaluation)
         table = make_table(settings, job)
@@ -127,13 +116,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
             metrics |= count_round(settings, job, metrics, training.take_counts())
         history.append(metrics)
         with clock("checkpoint"):
-            state = global_model.state_dict()
-            if find_best(history, choice) == round_:
-                save_best(best_dir, state["weights"], history, job.identity)
-            if round_ > 0:
-                checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
-            if job.states is not None:
-                job.states.files.remove_old(job.topology.sites)
+            save_round(settings, job, record, choice)
         metrics |= clock.read()
         table.print_round(round_, metrics)
         console.print_once(*console.describe_answers(settings.sample_questions, metrics))
@@ -141,6 +124,17 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
             break
     finish(settings, job, record, federation, choice)
+
+
+def save_round(settings: Settings, job: Job, record: Record, choice: Choice) -> None:
+    """Save the weights of the last round: its checkpoint, and those of the best round if it is that."""
+    history, state, round_ = job.history, job.global_model.state_dict(), len(job.history) - 1
+    if find_best(history, choice) == round_:
+        save_best(job.checkpoints_dir or record.folder, state["weights"], history, job.identity)
+    if round_ > 0:
+        checkpoint.save(job.checkpoints_dir, state, history, job.identity, settings.keep_checkpoints)
+    if job.states is not None:
+        job.states.files.remove_old(job.topology.sites)
 
 
 def make_table(settings: Settings, job: Job) -> console.Table:
