@@ -72,11 +72,16 @@ class Board:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._ranks: dict[int, int] = {}  # of processes, as RANK is hidden from what a site calls
         self.rows = (Row * max(NUM_RANKS)).from_buffer(self._memory)
+
+    def own_rank(self) -> int:
+        """Return the number of the calling rank, whose first call is not that of a site."""
+        return self._ranks.setdefault(os.getpid(), int(os.environ.get("RANK", "0")))
 
     def own_row(self) -> Any:
         """Return the row of the calling rank."""
-        row = self.rows[int(os.environ.get("RANK", "0"))]
+        row = self.rows[self.own_rank()]
         row.process = os.getpid()
         return row
 
@@ -249,9 +254,8 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
             num_calls += 1
             row = board.own_row()
             before, row.phase = row.phase, PHASES.index(phase)
-            is_own_rank = planned and planned.rank == int(os.environ.get("RANK", "0"))
             try:
-                if planned and is_own_rank and (planned.target, planned.call) == (phase, num_calls):
+                if planned and (planned.rank, planned.target, planned.call) == (board.own_rank(), phase, num_calls):
                     return kill(call, *args, **options)
                 return call(*args, **options)
             finally:
