@@ -27,6 +27,8 @@ except ImportError as error:
 
 def train_site(model, site, round_):
     own = site.settings
+    if own["proximal_mu"]:
+        raise ValueError(f"proximal_mu: expected 0, as trainer='sft' does not know it, got {own['proximal_mu']}")
     seed = derive_seed(own["seed"], "trl", round_, site.number) % 2**32  # of the order of the rows, and of dropout
     texts = site.data.shuffled_batches(1, own["seed"])
     rows = Dataset.from_list([{name: text[name][0].tolist() for name in ("input_ids", "labels")} for text in texts])

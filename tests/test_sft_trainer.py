@@ -109,3 +109,5 @@ def test_the_command_trains_with_sft_trainer_and_neither_ranks_nor_a_stop_change
     whole, stopped = (torch.load(tmp_path / of / "final_model.pt", weights_only=True) for of in ("runs/1", "."))
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    status, output = command(**given, proximal_mu=0.1)
+    assert (status, "proximal_mu: expected 0, as trainer='sft' does not know it, got 0.1" in output) == (1, True)
