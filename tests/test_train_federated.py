@@ -63,7 +63,7 @@ def test_a_run_learns_and_saves_its_record_and_a_loadable_model(command: Command
     page = (run / "report.html").read_text()
     assert "completed" in page
     assert all(label in page for label in LABELS)
-    assert len(list(run.glob("report-*.png"))) > 5
+    assert not [*run.glob("report-*.png")], "drawing them takes longer than the page"
     assert json.loads((run / "run.json").read_text())["artifacts"] == ["rounds.jsonl", "report.html"]
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")

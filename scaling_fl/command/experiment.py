@@ -192,7 +192,7 @@ def draw_report(run: Run) -> None:
     if folder is None:
         return
     try:
-        report.write([folder], os.path.join(folder, REPORT))
+        report.write([folder], os.path.join(folder, REPORT), with_png=False)
         observers.attach(run, REPORT)
     except Exception as error:  # a run of days does not fail for its pictures
         experiment.logger.warning("the report of %s was not written: %s", folder, one_line(error))

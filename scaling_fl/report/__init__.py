@@ -8,12 +8,13 @@ from scaling_fl.report.page import page
 from scaling_fl.report.runs import read
 
 
-def write(folders: Sequence[str], output: str) -> list[str]:
+def write(folders: Sequence[str], output: str, *, with_png: bool = True) -> list[str]:
     """Write the report of runs.
 
     Args:
         folders: of the runs, as Sacred wrote them.
         output: path of the page, such as report.html; its charts are report-loss.png and so on in the same folder.
+        with_png: also write the charts, which takes longer than the page.
 
     Returns:
         The paths of the written files, the page first.
@@ -23,10 +24,11 @@ def write(folders: Sequence[str], output: str) -> list[str]:
         OSError: the files cannot be written.
     """
     runs = read(folders)
-    charts = draw(runs)
+    charts = draw(runs, with_png=with_png)
     stem = os.path.splitext(output)[0]
-    paths = [output, *(f"{stem}-{chart.name}.png" for chart in charts)]
-    for path, content in zip(paths, [page(runs, charts).encode(), *(chart.png for chart in charts)], strict=True):
+    files = {output: page(runs, charts).encode()}
+    files |= {f"{stem}-{chart.name}.png": chart.png for chart in charts if chart.png is not None}
+    for path, content in files.items():
         with open(path, "wb") as file:
             file.write(content)
-    return paths
+    return [*files]

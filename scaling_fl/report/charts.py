@@ -38,7 +38,7 @@ class Chart:
         hint: how to read it.
         legend: of its lines and colours, without the runs.
         svg: for the page.
-        png: for papers.
+        png: for papers, if it is wanted.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Chart:
     hint: str
     legend: Legend
     svg: str
-    png: bytes
+    png: bytes | None
 
 
 Draw = Callable[["Axes", list[Run]], Legend | None]  # returns the legend of the lines; None: no colours of runs
@@ -65,13 +65,13 @@ class Plot:
     for_one: bool = True  # False: for several runs only
 
 
-def draw(runs: list[Run]) -> list[Chart]:
-    """Draw all charts for which the runs have data."""
+def draw(runs: list[Run], *, with_png: bool) -> list[Chart]:
+    """Draw all charts for which the runs have data, as SVG, and as PNG if that is wanted."""
     plots = [plot for plot in (*PLOTS, *label_plots(runs)) if plot.for_one or len(runs) > 1]
-    return [chart for plot in plots if (chart := draw_plot(plot, runs)) is not None]
+    return [chart for plot in plots if (chart := draw_plot(plot, runs, with_png=with_png)) is not None]
 
 
-def draw_plot(plot: Plot, runs: list[Run]) -> Chart | None:
+def draw_plot(plot: Plot, runs: list[Run], *, with_png: bool) -> Chart | None:
     """Draw a chart; return None if the runs have no data for it."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -85,7 +85,8 @@ def draw_plot(plot: Plot, runs: list[Run]) -> Chart | None:
         if not axes.has_data():
             return None
         svg = as_svg(figure, plot.title)
-        png = as_png(figure, plot.title, [] if legend is None else [*run_legend(runs), *legend])
+        colours = [] if legend is None else [*run_legend(runs), *legend]
+        png = as_png(figure, plot.title, colours) if with_png else None
         return Chart(plot.name, plot.section, plot.title, plot.hint, legend or [], svg, png)
 
 
