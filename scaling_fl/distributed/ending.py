@@ -1,5 +1,6 @@
 """How a process of a run ends: its error is printed once, or told to the caller in Python."""
 
+import gc
 import os
 import sys
 import traceback
@@ -51,4 +52,5 @@ def run_program(program: Callable[[], object]) -> NoReturn:
         with suppress(OSError):  # the disk is full, or the reader has ended
             sys.stdout.flush()
         os._exit(status)
+    gc.freeze()  # as Python ends, it would visit all objects, for memory that the system takes back anyway
     sys.exit()
