@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_an_unlaunched_process_is_a_world_of_one_and_sends_nothing() -> None:
         assert torch.get_num_threads() == 1
     assert bytes_sent() == before
     assert not dist.is_initialized()
+
+
+def where_the_store_listens() -> list[str]:
+    """Return the addresses at which the store accepts connections, as Linux writes them."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    port = f":{int(os.environ['MASTER_PORT']):04X}"
+    return [line[1].removesuffix(port) for line in lines if line[3] == "0A" and line[1].endswith(port)]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="addresses are read in /proc, which is not here")
+def test_the_store_of_one_machine_listens_on_loopback_alone() -> None:
+    assert on_ranks(2, where_the_store_listens) == [["0100007F"]] * 2
 
 
 def test_ranks_all_gather_broadcast_and_all_reduce() -> None:

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from scaling_fl.distributed import signals
+from scaling_fl.distributed import rendezvous, signals
 from scaling_fl.distributed.ending import print_error
 from scaling_fl.distributed.heartbeat import PeerError
 from scaling_fl.distributed.world import accelerator
@@ -63,8 +63,8 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int, fork:
     """Run `function(*args)` on `num_ranks` ranks of this machine and return what each returned.
 
     torchrun's agent starts the ranks, each in a fresh Python, whatever threads this process has. The function is sent
-    by value if it is of a script or a notebook, and by name if it is of a module. Tensors travel over the loopback
-    interface only, but torch's rendezvous store listens on all interfaces.
+    by value if it is of a script or a notebook, and by name if it is of a module. Ranks talk over the loopback
+    interface only.
 
     Args:
         function: what each rank does, such as `with world(): ...`.
@@ -177,9 +177,8 @@ def _configure_agent(num_ranks: int, folder: str) -> LaunchConfig:
         max_nodes=1,
         nproc_per_node=num_ranks,
         run_id=RUN_ID,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=rendezvous.BACKEND,
+        monitor_interval=0.02,  # seconds from the end of a rank to its notice
         max_restarts=0,
         shutdown_timeout=10,  # seconds from SIGTERM to SIGKILL
         start_method="fork",  # of a function; a fresh Python is a program
