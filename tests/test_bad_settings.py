@@ -50,7 +50,7 @@ SETTINGS: dict[tuple[str, ...], str] = {
     ("task_name=None",): "task_name: expected one of bbcnews, ",
     ("task_name=AGNEWS",): "task_name: expected one of bbcnews, agnews, ",
     ("task_name=[1]",): "task_name: expected one of bbcnews, ",
-    ("optimiser=lion",): "optimiser: expected one of sgd, adamw, got 'lion'",
+    ("optimiser=lion",): "optimiser: expected one of sgd, adamw, adamw8bit, got 'lion'",
     ("strategy=median",): "strategy: expected one of fedavg, fedavgm, ",
     ("partition=stripes",): "partition: expected one of iid, by_label, shards, few_labels, dirichlet, dirichlet_sites,",
     ("partition=natural",): "site_column: expected a value, as partition='natural' has no default, got None",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Play, make_bert, make_examples
+from conftest import OPTIMISERS_HERE, Play, make_bert, make_examples
 from torch import nn
 
 from scaling_fl.data.partition import iid, partition_indices
@@ -85,7 +85,7 @@ def weights_of(server: object, federation: object) -> torch.Tensor:
     return server.weights.clone()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimiser", OPTIMISERS_HERE)
 def test_a_federation_of_one_site_is_ordinary_training_bit_for_bit_on_any_rank(optimiser: str) -> None:
     play = Play(site_ids=(0,), num_rounds=3, num_epochs=2, optimiser=optimiser, watch=weights_of)
     expected = torch.cat([weight.detach().reshape(-1) for weight in train_plainly(play, make_bert()).parameters()])
@@ -172,7 +172,7 @@ def test_the_local_optimiser_and_fedprox_act() -> None:
     play = Play(num_rounds=1, num_epochs=2, make_model=QUIET, watch=weights_of)
     finals = {
         (optimiser, mu): play.but(optimiser=optimiser, proximal_mu=mu).play()[1]
-        for optimiser in OPTIMISERS
+        for optimiser in OPTIMISERS_HERE
         for mu in (0.0, 1.0)
     }
     moved = {key: (watched[-1] - watched[0]).norm() for key, watched in finals.items()}

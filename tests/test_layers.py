@@ -158,4 +158,4 @@ assert not {hidden}.intersection(sys.modules)
 
 
 INSTALLED = installed_with()
-INSTALLED_WITH_EXTRAS = installed_with("s3", "gcs", "llm", "sentencepiece", "trackers", "demo", "dev")
+INSTALLED_WITH_EXTRAS = installed_with("s3", "gcs", "llm", "quantise", "sentencepiece", "trackers", "demo", "dev")

@@ -290,7 +290,7 @@ def test_weight_decay_is_that_of_torch_and_none_keeps_the_optimisers_own(monkeyp
     assert Settings(optimiser="plain").weight_decay is None
     assert find_contradictions(Settings(optimiser="plain", weight_decay=0.1)) == [
         "weight_decay: expected None, as optimiser='plain' does not use it, got 0.1. Leave it out, or set optimiser to "
-        "one of sgd, adamw"
+        "one of sgd, adamw, adamw8bit"
     ]
 
 

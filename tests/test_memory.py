@@ -69,7 +69,7 @@ def test_the_state_of_an_optimiser_is_counted(make: Callable[[list[Tensor]], Opt
     assert state_bytes(make, 12_345) == measured == num_copies * weights.nbytes
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
     model, batch = make_bert(), make_examples(7).batch()
     make_optimiser = partial(OPTIMISERS[name], lr=1e-3)

@@ -78,7 +78,7 @@ def test_scores_depend_neither_on_the_batches_nor_on_the_side_of_the_padding(siz
     assert count == examples.size(1).num_trained_tokens
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_training_equals_a_loop_written_out(optimiser: str) -> None:
     examples = make_examples()
     ours, plain = make_llama(), make_llama()

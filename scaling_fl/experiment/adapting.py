@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from scaling_fl.experiment.objectives import LABELS, find_objective
+import torch
+
+from scaling_fl.experiment.objectives import LABELS, find_dtype, find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.adapter_files import SavedAdapter, describe_config, is_adapted, load_weights_, read_config
@@ -15,20 +17,35 @@ from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
 from scaling_fl.models.memory import state_bytes
 from scaling_fl.models.pretrained import LoadedModel, Pretrained
+from scaling_fl.models.quantised import find_whole, import_bitsandbytes, quantise_, set_dtype_, widen_trained_
 from scaling_fl.storage import host_path
 from scaling_fl.training.seeds import derive_seed
 
+CPU = torch.device("cpu")
 FROZEN = "SHA-256 of the frozen weights"
 
 
-def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, labels: Sequence[str]) -> LoadedModel:
-    """Put the adapter of a run beside its model, if it has one.
+def adapt(
+    settings: Settings,
+    pretrained: Pretrained,
+    loaded: LoadedModel,
+    labels: Sequence[str],
+    device: torch.device = CPU,
+) -> LoadedModel:
+    """Put the adapter of a run beside its model, if it has one, whose frozen weights get the bits of the settings.
+
+    Args:
+        settings: of the run.
+        pretrained: the model.
+        loaded: its weights, on the CPU; it is changed.
+        labels: of a classifier.
+        device: on which it will compute.
 
     Raises:
         ValueError: it does not fit the model, the labels or the other settings.
     """
     saved = pretrained.adapter
-    given = _find_config(settings, saved)
+    given = find_config(settings, saved)
     if given is None:
         return loaded
     objective = find_objective(settings)
@@ -39,14 +56,20 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
         )
     given |= {"task_type": objective.peft_task}
     base = path_of(pretrained.base)
+    full = {*loaded.new, *(find_head(pretrained, loaded.model) if objective is LABELS else ())}
+    if settings.quantise is not None:
+        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+        quantise_(loaded.model, settings.quantise, full | find_whole(given, loaded.model), compute)
+        set_dtype_(loaded.model, find_dtype(settings))
     loaded.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     model = add_adapter(
         loaded.model,
         given,
-        full={*loaded.new, *(find_head(pretrained, loaded.model) if objective is LABELS else ())},
+        full=full,
         seed=derive_seed(settings.seed, "adapter"),
         freeze_a=settings.lora_mean == "freeze_a",
     )
+    widen_trained_(model)
     if settings.lora_mean is not None and not has_lora(model):
         raise ValueError(f"lora_mean: expected None, as {given['peft_type']} is not LoRA, got {settings.lora_mean!r}")
     if settings.lora_mean in MEANS[1:] and (factor := find_other_factor(model)):
@@ -62,7 +85,7 @@ def adapt(settings: Settings, pretrained: Pretrained, loaded: LoadedModel, label
     return replace(loaded, model=model, new=[])
 
 
-def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
+def find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
     """Return peft's configuration of the adapter of a run; None if it has none."""
     if saved is not None:
         for name in ("adapter", "adapter_config"):
@@ -78,10 +101,10 @@ def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, An
         return read_config(host_path(settings.adapter_config))
     if settings.adapter_config is not None:
         return dict(settings.adapter_config)
-    for name in ("lora_mean", "merge"):
+    for name in ("lora_mean", "merge", "quantise", "base_dtype"):
         if getattr(settings, name):
             raise ValueError(
-                f"{name}: expected {'None' if name == 'lora_mean' else 'False'}, as there is no adapter, got "
+                f"{name}: expected {'False' if name == 'merge' else 'None'}, as there is no adapter, got "
                 f"{getattr(settings, name)!r}. Set adapter=lora"
             )
     return None
@@ -98,6 +121,8 @@ def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {} if sha256 is None else {FROZEN: sha256}
     if is_adapted(model):
         found["version of peft"] = import_peft().__version__
+        if settings.quantise is not None:
+            found["version of bitsandbytes"] = import_bitsandbytes("quantise").__version__
         if settings.adapter is None:
             found |= {f"{name} of the adapter": value for name, value in describe_config(model).items()}
     return found
@@ -113,6 +138,8 @@ def check_adapter(settings: Settings) -> None:
         raise ValueError(
             f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
         )
+    if settings.quantise is not None:
+        import_bitsandbytes(f"quantise={settings.quantise}")
 
 
 def check_turns(settings: Settings) -> None:

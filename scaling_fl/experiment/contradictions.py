@@ -10,6 +10,7 @@ from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
+from scaling_fl.models.quantised import import_bitsandbytes
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.records.site_states import local_folder
 
@@ -31,6 +32,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: name_labels(settings.task_name, settings.labels),
             lambda: _check_objective(settings),
             lambda: check_parameters(vars(settings)),
+            lambda: _check_optimiser(settings),
             lambda: check_adapter(settings),
             lambda: check_trackers(settings.trackers, with_sites=settings.track_sites),
         ]
@@ -78,6 +80,11 @@ def _check_schedule(settings: Settings) -> None:
                 f"site_settings[{site}]['num_local_epochs']: expected none, as the site trains for local_steps, got "
                 f"{given['num_local_epochs']}"
             )
+
+
+def _check_optimiser(settings: Settings) -> None:
+    if settings.optimiser == "adamw8bit":
+        import_bitsandbytes("optimiser='adamw8bit'")
 
 
 def _check_trainer(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.adapter_files import is_adapted
 from scaling_fl.models.adapters import has_lora
 from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.quantised import measure
 
 
 def describe(settings: Settings, job: Job, unused: Sequence[str] = ()) -> list[str]:
@@ -26,11 +27,11 @@ def describe(settings: Settings, job: Job, unused: Sequence[str] = ()) -> list[s
     loaded = job.loaded
     weights = trained_weights(loaded.model)
     num_trained = sum(weight.numel() for weight in weights.values())
-    num_weights = sum(weight.numel() for weight in loaded.model.parameters())
+    num_weights, num_bytes = measure(loaded.model)
     new = "all" if weights.keys() <= set(loaded.new) else ", ".join(loaded.new) or "none"
     sizes = [size.num_examples for size in job.data.sizes]
     return [
-        f"model     {settings.model}: {num_weights:,} weights ({num_weights * 4e-6:.1f} MB), "
+        f"model     {settings.model}: {num_weights:,} weights ({num_bytes * 1e-6:.1f} MB), "
         f"newly initialised: {new}" + f" ({loaded.note})" * bool(loaded.note),
         *describe_adapter(settings, job, num_trained, num_weights),
         *describe_training(settings),

@@ -88,6 +88,7 @@ SIZES = Kind(
     lambda value: value in ("linear", "exponential") or _is_list(value, 1, number(above=0).accepts),
     "linear, exponential, or a list with a number > 0 for each site, such as [3,1,1]",
 )
+BITS = Kind(lambda value: type(value) is int and value in (8, 4), "8 or 4")
 FRACTION = Kind(lambda value: type(value) is float and 0 < value < 1, "a fraction > 0 and < 1, such as 0.2")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -72,6 +73,11 @@ def make_encoder(settings: Settings, pretrained: Pretrained) -> TextEncoder | Co
     )
 
 
+def find_dtype(settings: Settings) -> torch.dtype:
+    """Return the type of frozen weights that are not quantised, and of all weights of a run without an adapter."""
+    return getattr(torch, settings.base_dtype or "float32")
+
+
 def make_model(
     settings: Settings, pretrained: Pretrained, label_names: Sequence[str], end_id: int | None
 ) -> LoadedModel:
@@ -83,7 +89,9 @@ def make_model(
         label_names: in the order of the classes.
         end_id: of the token that ends an answer.
     """
+    # What is quantised is loaded as its files have it, which takes the least memory and rounds nothing before.
+    dtype = "auto" if settings.quantise is not None else find_dtype(settings)
     if find_objective(settings) is ANSWERS:
-        return make_language_model(pretrained, settings.seed, end_id)
+        return make_language_model(pretrained, settings.seed, end_id, dtype)
     of_head = find_rows(label_names, labels_of(pretrained.config))
-    return make_classifier(pretrained, label_names, settings.seed, of_head)
+    return make_classifier(pretrained, label_names, settings.seed, of_head, dtype)

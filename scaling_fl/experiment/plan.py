@@ -23,6 +23,7 @@ from scaling_fl.experiment.schedule import count_steps
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.models.adapter_files import saved_weights
 from scaling_fl.models.memory import estimate_bytes, state_bytes
+from scaling_fl.models.quantised import measure
 from scaling_fl.records import console, export
 
 
@@ -137,16 +138,14 @@ def check_output(settings: Settings, job: Job, folder: str | None) -> list[expor
     num_merged = settings.merge * (1 + keeps_best)
     model = job.loaded.model
     # Layers may share a weight, which is saved once.
-    saved, all_ = (
-        sum({tensor.data_ptr(): tensor.nbytes + 256 for tensor in weights.values()}.values())
-        for weights in (saved_weights(model), model.state_dict())
-    )
+    saved = sum({tensor.data_ptr(): tensor.nbytes + 256 for tensor in saved_weights(model).values()}.values())
+    merged = torch.float32.itemsize * measure(model)[0]
     return export.check(
         needs,
         folder,
         settings.model,
         model,
         job.encoder.tokenizer,
-        num_bytes=num_copies * saved + num_merged * (all_ - saved),
+        num_bytes=num_copies * saved + num_merged * merged,
         num_folders=1 + keeps_best + num_merged,
     )

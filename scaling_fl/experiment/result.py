@@ -199,13 +199,13 @@ class Run:
             )
 
     def _load_model(self, name: str, what: str) -> Any:
-        from scaling_fl.experiment.objectives import find_objective
+        from scaling_fl.experiment.objectives import find_dtype, find_objective
         from scaling_fl.models.adapter_files import load_saved
         from scaling_fl.models.loading import without_bars
 
         folder, loader = self._folder_of(name, what), find_objective(self.settings).auto_class.from_pretrained
         with without_bars():
-            return load_saved(folder, loader)
+            return load_saved(folder, loader, self.settings.quantise, find_dtype(self.settings))
 
     def _folder_of(self, name: str, what: str) -> str:
         folder = os.path.join(self.folder, name)

@@ -16,6 +16,7 @@ from scaling_fl.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from scaling_fl.models.classifier import labels_of
 from scaling_fl.models.loading import MODELS, model_defaults, read_file, trained_with, without_bars
 from scaling_fl.models.pretrained import load_pretrained
+from scaling_fl.models.quantised import move_
 from scaling_fl.records.export import MODEL_FOLDER
 from scaling_fl.storage import host_path
 
@@ -70,11 +71,12 @@ def load_for_use(place: str, *, generates: bool, template: str | None = None, ma
         labels = [] if generates else labels_of(pretrained.config)
         encoder = make_encoder(settings, pretrained)
         end_id = encoder.end_id if generates else None
-        loaded = adapt(settings, pretrained, make_model(settings, pretrained, labels, end_id), labels)
+        device = torch.device(find_device())
+        loaded = adapt(settings, pretrained, make_model(settings, pretrained, labels, end_id), labels, device)
     if loaded.new and pretrained.has_weights:
         without = ", ".join(loaded.new[:3])
         raise ValueError(f"model: expected a trained classifier, got {place!r}, whose files have no {without}")
-    return Saved(settings, loaded.model.eval().to(find_device()), encoder, labels)
+    return Saved(settings, move_(loaded.model.eval(), device), encoder, labels)
 
 
 def find_run(path: str) -> tuple[str, Run | None]:
@@ -103,6 +105,7 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
     of_run = run.settings
     for name, given in (("template", template), ("max_seq_len", max_seq_len)):
         _check_given(name, given, getattr(of_run, name), str(run.folder))
+    is_adapter = os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
     return Settings(
         task_name=of_run.task_name,
         model=path,
@@ -111,6 +114,8 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
         max_seq_len=of_run.max_seq_len,
         plugins=of_run.plugins,
         text_column=of_run.text_column,
+        quantise=of_run.quantise if is_adapter else None,
+        base_dtype=of_run.base_dtype if is_adapter else None,
     )
 
 

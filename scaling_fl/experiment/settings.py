@@ -10,6 +10,7 @@ from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import TASKS, is_generative, task_defaults
 from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.experiment.kinds import (
+    BITS,
     COUNT_OR_FRACTION,
     DEVICE_IDS,
     FLAG,
@@ -108,7 +109,7 @@ class Settings:
     batch_size: int = setting(32, whole_number(1), "examples in a training step of a site")
     val_batch_size: int = setting(64, whole_number(1), "most examples in an evaluation batch", may_change=True)
     learning_rate: float = setting(2e-5, number(above=0), "of the sites' optimiser")
-    optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd` or `adamw`")
+    optimiser: str = setting("sgd", one_of(OPTIMISERS), "of the sites: `sgd`, `adamw`, or `adamw8bit` ([with a state in 8 bits](quantised.md#adamw-with-a-state-in-8-bits))")
     optimiser_state: str = setting("reset", one_of(("reset", "keep")), "`reset`: a site starts each round with a new optimiser; `keep`: it goes on with that of its last round, whose state is a file on the disk of its node", page="local_training")
     lr_schedule: str = setting("constant", one_of(SCHEDULES), "how `learning_rate` changes over all rounds: `constant`, `linear` or `cosine`", page="local_training")
     lr_schedule_rounds: int | None = setting(None, optional(whole_number(1)), "of `linear` and `cosine`: the rounds in which the rate falls to `min_learning_rate`; a resumed run has the same. None: `num_rounds`", page="local_training")
@@ -117,7 +118,7 @@ class Settings:
     warmup_steps: int | None = setting(None, optional(whole_number(0)), "the first steps of a site, in which the rate rises from 0 to `learning_rate`; None: 0", page="local_training")
     gradient_accumulation: int = setting(1, whole_number(1), "batches in a step of a site's optimiser: a step is that of a batch so many times as large, in the memory of one", page="local_training")
     max_grad_norm: float | None = setting(None, optional(number(above=0)), "scale the gradient of a step to this norm if it is longer; None: do not", page="local_training")
-    weight_decay: float | None = setting(None, optional(number(least=0, below=LARGE)), "of the sites' optimiser, on all trained weights; None: the optimiser's own, 0 of `sgd` and 0.01 of `adamw`", page="local_training")
+    weight_decay: float | None = setting(None, optional(number(least=0, below=LARGE)), "of the sites' optimiser, on all trained weights; None: the optimiser's own, 0 of `sgd` and 0.01 of the others", page="local_training")
     activation_checkpointing: bool = setting(False, FLAG, "compute the activations of each layer again in the backward pass in place of keeping them: less memory, more time, the same bits", may_change=True, page="local_training")
     attn_implementation: str | None = setting(None, optional(one_of(ATTENTION)), "the kernels of attention: `eager`, `sdpa` or `flex_attention`; None: what transformers chooses for the model", page="local_training")
     autocast: str | None = setting(None, optional(one_of(("bfloat16",))), "train with matrix products in this type, and weights and their changes in float32; None: all in float32", page="local_training")
@@ -172,6 +173,8 @@ class Settings:
     use_rslora: bool | None = setting(None, optional(FLAG), "of `adapter=lora`: multiply BA by `lora_alpha / sqrt(lora_rank)` (rsLoRA)", page="adapters")
     lora_mean: str | None = setting(None, optional(one_of(MEANS)), "how LoRA is averaged: `ab`, `freeze_a` or `alternate`; None: `ab`", page="adapters")
     adapter_config: str | dict | None = setting(None, optional(PEFT_CONFIG), "in place of `adapter`: any method of peft, as the path or the contents of its `adapter_config.json`", may_change=True, page="adapters")  # its contents may not
+    quantise: int | None = setting(None, optional(BITS), "of a model with an adapter: keep the frozen linear layers in 8 or 4 bits (bitsandbytes: LLM.int8(); NF4 with double quantisation); None: do not", page="quantised")
+    base_dtype: str | None = setting(None, optional(one_of(("float32", "bfloat16"))), "of a model with an adapter: the type of the other frozen weights; None: `float32`", page="quantised")
     merge: bool = setting(False, FLAG, "save the model with the adapter added to its weights, too", may_change=True, page="adapters")
     seed: int = setting(1, whole_number(0, below=2**32), "of all randomness in training")  # Sacred seeds numpy with it
     data_seed: int = setting(1, whole_number(0), "of the samples and the partition")

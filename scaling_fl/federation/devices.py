@@ -15,6 +15,7 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.isolation import isolated, seed_site
 from scaling_fl.federation.replica import Replica
 from scaling_fl.federation.site import Site, SiteFunction, leaves_nothing
+from scaling_fl.models.quantised import move_
 from scaling_fl.training.metrics import Means
 
 
@@ -34,7 +35,7 @@ class Devices:
         self._global_model, self._seed = global_model, seed
         self.is_ending = Event()  # a site of another device has ended the run
         copies = [model, *(deepcopy(model) for _ in devices[1:])]
-        self.replicas = {device: Replica(copy.to(device)) for device, copy in zip(devices, copies, strict=True)}
+        self.replicas = {device: Replica(move_(copy, device)) for device, copy in zip(devices, copies, strict=True)}
 
     def load(self, device: torch.device, *, has_weights: bool = False) -> Replica:
         """Return the replica of a device, with the global weights, which need not be loaded if it has them."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from scaling_fl.errors import one_line
 from scaling_fl.models.adapters import add_adapter, import_peft
 from scaling_fl.models.loading import read_file
+from scaling_fl.models.quantised import find_whole, quantise_, set_dtype_, widen_trained_
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -85,12 +86,16 @@ def _parse_config(content: bytes, place: str) -> dict[str, Any]:
     return found
 
 
-def load_saved(folder: str, loader: Callable[..., Any]) -> Any:
+def load_saved(
+    folder: str, loader: Callable[..., Any], quantise: int | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
     """Return the model of a folder, with its adapter if it has one, in evaluation mode.
 
     Args:
         folder: as a run leaves it.
         loader: `from_pretrained` of a class of transformers.
+        quantise: the bits of the frozen linear layers beside an adapter; None: they have `dtype`.
+        dtype: of the other frozen weights.
 
     Raises:
         ValueError: the weights are not those of the adapter.
@@ -100,8 +105,14 @@ def load_saved(folder: str, loader: Callable[..., Any]) -> Any:
         return loader(folder)
     has_config = os.path.isfile(os.path.join(folder, "config.json"))  # that of a language model has none
     config = AutoConfig.from_pretrained(folder if has_config else saved.base)
-    model = loader(saved.base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+    first = dtype if quantise is None else "auto"
+    model = loader(saved.base, config=config, dtype=first, ignore_mismatched_sizes=True)
+    if quantise is not None:
+        whole = find_whole(saved.config, model)
+        quantise_(model, quantise, whole)
+        set_dtype_(model, dtype)
     adapted = add_adapter(model, saved.config)
+    widen_trained_(adapted)
     load_weights_(adapted, saved.weights, folder)
     return adapted.eval()
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scaling_fl.errors import one_line
+from scaling_fl.models.quantised import silence
 
 MEANS = ("ab", "freeze_a", "alternate")
 # Others compute the start of A and B from the model's weights, which they change.
@@ -48,6 +49,7 @@ def import_peft() -> Any:
     Raises:
         ValueError: it is not installed.
     """
+    silence()
     try:
         import peft
     except ImportError as error:

@@ -28,9 +28,13 @@ def labels_of(config: PreTrainedConfig) -> list[str]:
 
 
 def make_classifier(
-    pretrained: Pretrained, label_names: Sequence[str], seed: int, rows: Sequence[int] | None
+    pretrained: Pretrained,
+    label_names: Sequence[str],
+    seed: int,
+    rows: Sequence[int] | None,
+    dtype: torch.dtype | str = torch.float32,
 ) -> LoadedModel:
-    """Load a pretrained model in float32, with a head for the labels.
+    """Load a pretrained model, with a head for the labels.
 
     The weights that the model does not have are newly initialised.
 
@@ -40,6 +44,7 @@ def make_classifier(
         seed: of the newly initialised weights.
         rows: the row of each label in the pretrained head, which is then kept in the order of `label_names`. None: its
             last layer is newly initialised.
+        dtype: of its weights; `auto` is that of its files.
 
     Raises:
         ValueError: the model cannot be found, or its files lack weights other than the head's.
@@ -57,7 +62,7 @@ def make_classifier(
         pretrained.base,
         AutoModelForSequenceClassification.from_pretrained,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
@@ -72,7 +77,7 @@ def make_classifier(
         return LoadedModel(model, sorted(new), unused)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in output_layer}
     model, info = type(model).from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
     )
     names = labels_of(pretrained.config)
     reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"

@@ -38,7 +38,11 @@ def checkpoint_activations(model: Any) -> None:
         raise ValueError(f"activation_checkpointing: expected False, as {type(base).__name__} has none, got True")
     name = "activation_checkpointing_enable"  # the older one is deprecated
     enable = getattr(base, name if hasattr(base, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
+    # bitsandbytes keeps the input of each layer of 8 bits where the newer way does not see it, and so would keep all.
+    is_older = getattr(base, "is_loaded_in_8bit", False)
+    if is_older:
+        base.enable_input_require_grads()
+    enable({"use_reentrant": is_older})
 
 
 def check_bfloat16(device: torch.device) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scaling_fl.models.quantised import find_factors
+
 WORD = torch.float32.itemsize  # bytes
 ALIGNMENT = torch.complex128.itemsize // WORD  # words from which a tensor of any type may start
 
@@ -49,7 +51,7 @@ def frozen_sha256(model: nn.Module) -> str | None:
     """Return the SHA-256 of the weights that are not trained, of their names and types; None if there are none."""
     frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
     digest = hashlib.sha256()
-    for name, weight in frozen.items():
+    for name, weight in (frozen | (find_factors(model) if frozen else {})).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest() if frozen else None

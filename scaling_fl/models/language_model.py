@@ -8,13 +8,16 @@ from scaling_fl.models.loading import load
 from scaling_fl.models.pretrained import LoadedModel, Pretrained
 
 
-def make_language_model(pretrained: Pretrained, seed: int, end_id: int | None) -> LoadedModel:
-    """Load a causal language model in float32. Its cache is off, which packed texts would share.
+def make_language_model(
+    pretrained: Pretrained, seed: int, end_id: int | None, dtype: torch.dtype | str = torch.float32
+) -> LoadedModel:
+    """Load a causal language model. Its cache is off, which packed texts would share.
 
     Args:
         pretrained: the model.
         seed: of the weights of a model without pretrained ones.
         end_id: a token that ends a generated answer, too.
+        dtype: of its weights; `auto` is that of its files.
 
     Raises:
         ValueError: the model cannot be found, its files lack weights, or it is no causal language model.
@@ -29,7 +32,7 @@ def make_language_model(pretrained: Pretrained, seed: int, end_id: int | None) -
             pretrained.base,
             AutoModelForCausalLM.from_pretrained,
             config=pretrained.config,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
         )
         new = []

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.stand_ins import num_bytes_of_stand_ins, stand_ins
 
 Batch = dict[str, Tensor]  # the model's keyword arguments
 
@@ -60,22 +61,25 @@ def estimate_bytes(
     """Return the most bytes that a device needs to train and evaluate a model.
 
     Args:
-        model: on the CPU. The kernels of other devices may need more or less.
+        model: on the CPU, or without values on the device `meta`. The kernels of other devices may need more or less.
         training: the largest training batch, None if there is none.
         testing: the largest evaluation batch, None if there is none.
         make_optimiser: of the trained weights.
         accumulates: a step has several training batches, so that the gradients of the first stay in memory.
         autocast: what matrix products are computed in when it trains; None: the type of the weights.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    num_trained = sum(weight.numel() for weight in trained_weights(model).values())
-    passes = [
-        activation_bytes(model, batch, is_training, accumulates=accumulates, autocast=autocast if is_training else None)
-        for batch, is_training in ((training, True), (testing, False))
-        if batch is not None
-    ]
-    state = sum(tensor.nbytes for tensor in tensors) + state_bytes(make_optimiser, num_trained)
-    return state + max(passes, default=0)
+    with stand_ins(model):
+        num_trained = sum(weight.numel() for weight in trained_weights(model).values())
+        passes = [
+            activation_bytes(
+                model, batch, is_training, accumulates=accumulates, autocast=autocast if is_training else None
+            )
+            for batch, is_training in ((training, True), (testing, False))
+            if batch is not None
+        ]
+        frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        frozen += num_bytes_of_stand_ins(model)
+    return frozen + state_bytes(make_optimiser, num_trained) + max(passes, default=0)
 
 
 class Step(nn.Module):
@@ -111,7 +115,7 @@ def activation_bytes(
     fake_tensor.log.setLevel(logging.CRITICAL)  # it logs the stack of each error that it raises
     fakes = fake_tensor.FakeTensorMode()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in named.items()}
+    tensors: dict[str, Tensor] = {name: _fake(fakes, tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
     step = Step(model.train(is_training), 1 + (is_training and accumulates), autocast)
     # functional_call leaves the fakes in a module that the model has at two places, as the embeddings of prompt tuning.
@@ -126,8 +130,16 @@ def activation_bytes(
     return meter.peak
 
 
+def _fake(fakes: Any, tensor: Tensor) -> Tensor:
+    """Return a tensor that only has a shape, as if it were on the CPU, whose kernels take less memory than none."""
+    if not tensor.is_meta:
+        return fakes.from_tensor(tensor)
+    with fakes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
+
+
 def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights: int) -> int:
-    """Return the bytes of an optimiser's state for so many weights, measured on a thousand."""
+    """Return the bytes of an optimiser's state for so many weights, measured on the fewest that have one in 8 bits."""
     (weights,), optimiser = _take_step(make_optimiser)
     states = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
     return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)
@@ -141,8 +153,8 @@ def make_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> dict[str,
 
 
 def _take_step(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> tuple[list[Tensor], Optimizer]:
-    """Return a thousand weights and their optimiser after a step."""
-    weights = nn.Parameter(torch.ones(1_000))
+    """Return some weights and their optimiser after a step."""
+    weights = nn.Parameter(torch.ones(4_096))
     weights.grad = torch.ones_like(weights)
     optimiser = make_optimiser([weights])
     optimiser.step()

@@ -56,7 +56,7 @@ class LoadedModel:
     """A model that is to be trained.
 
     Args:
-        model: in float32.
+        model: in float32, but for what an adapter is put beside.
         new: the names of the newly initialised weights.
         note: a remark about the weights for the user; may be empty.
     """

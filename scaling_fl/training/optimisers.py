@@ -1,6 +1,6 @@
 """The optimisers of sites, their states, and what is added to their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -8,10 +8,22 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 
+
+def adamw8bit(weights: Iterable[Tensor], lr: float, weight_decay: float = 0.01) -> Optimizer:
+    """Return AdamW with a state of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), of bitsandbytes.
+
+    Tensors with less than 4,096 weights have one of 32 bits.
+    """
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(list(weights), lr=lr, weight_decay=weight_decay)
+
+
 # `fused` updates a weight in one pass over memory instead of one a term: four times faster on a CPU.
 OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": partial(SGD, fused=True),
     "adamw": partial(AdamW, fused=True),
+    "adamw8bit": adamw8bit,
 }
 
 

@@ -1,0 +1,165 @@
+"""Frozen linear layers in 8 or 4 bits. The package bitsandbytes is imported when a model has some.
+
+8 bits are LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339); 4 bits are NF4 with double quantisation, of QLoRA
+(Dettmers et al. 2023, arXiv 2305.14314).
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaling_fl.errors import one_line
+
+BITS = (8, 4)
+OUTLIER = 6.0  # of LLM.int8(): activations above it are multiplied in 16 bits
+BLOCK, NESTED = 64, 256  # weights with one factor, and factors with one, of 4 bits
+
+
+def silence() -> None:
+    """Keep bitsandbytes, which peft imports, too, from warning of kernels that are missing, and of rounded products."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def import_bitsandbytes(setting: str) -> Any:
+    """Return the package bitsandbytes.
+
+    Args:
+        setting: that needs it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    silence()
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}: expected the package bitsandbytes, got none ({one_line(error)}). EXTRAS=quantise for "
+            "run-local.sh, or pip install bitsandbytes, installs it"
+        ) from error
+    return bitsandbytes
+
+
+def find_layers(model: Any, others: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Return the linear layers of a model that can be quantised, by name, as transformers chooses them.
+
+    Args:
+        model: of transformers, without an adapter.
+        others: names of weights that stay as they are.
+    """
+    from transformers.pytorch_utils import Conv1D  # here, as a federation of other models needs no transformers
+
+    places: dict[int, int] = {}
+    for _, weight in model.named_parameters(remove_duplicate=False):
+        places[id(weight)] = places.get(id(weight), 0) + 1
+    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and module is not model.get_output_embeddings()
+        and f"{name}.weight" not in others
+        and places[id(module.weight)] == 1  # a weight of two layers would become two
+        and precise.isdisjoint(name.split("."))
+    }
+
+
+def find_whole(config: Mapping[str, Any], model: nn.Module) -> set[str]:
+    """Return the names of the weights of modules that train whole by peft's configuration of an adapter."""
+    entries = config.get("modules_to_save") or ()
+    return {name for name, _ in model.named_parameters() if any(f".{entry}." in f".{name}" for entry in entries)}
+
+
+def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torch.dtype = torch.float32) -> None:
+    """Put the linear layers of a model in 8 or 4 bits, one after another, where their weights are.
+
+    Args:
+        model: of transformers, without an adapter.
+        bits: of a weight.
+        others: names of weights that stay as they are.
+        compute: the type of products with weights of 4 bits; those with weights of 8 bits choose their own.
+
+    Raises:
+        ValueError: it has no such layer, or bitsandbytes is missing.
+    """
+    bnb = import_bitsandbytes(f"quantise={bits}")
+    layers = find_layers(model, others)
+    if not layers:
+        raise ValueError(f"quantise: expected a model with linear layers, got {type(model).__name__}, got {bits}")
+    for name, layer in layers.items():
+        held: Any = layer
+        weight = held.weight.data if isinstance(layer, nn.Linear) else held.weight.data.T
+        num_out, num_in = weight.shape
+        with torch.device("meta"):
+            if bits == 8:
+                made = bnb.nn.Linear8bitLt(num_in, num_out, has_fp16_weights=False, threshold=OUTLIER)
+            else:
+                made = bnb.nn.Linear4bit(num_in, num_out, compute_dtype=compute, quant_type="nf4")
+        if bits == 8:
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)
+        else:
+            # Else an evaluation packs the weights anew on some CPUs, and computes with fewer bits than training.
+            made.support_avx512bf16_for_cpu = False
+            made.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=made).to(weight.device)
+        made.bias = held.bias
+        model.set_submodule(name, made.train(layer.training))
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # by which peft chooses its layers
+
+
+def num_bytes_of(bits: int, num_out: int, num_in: int) -> int:
+    """Return the bytes of a quantised weight with its factors and tables."""
+    size = num_out * num_in
+    if bits == 8:
+        return size + num_out * 4 + 1  # and the number of a format
+    num_blocks = -(-size // BLOCK)
+    return -(-size // 2) + num_blocks + -(-num_blocks // NESTED) * 4 + (16 + 256) * 4
+
+
+def move_(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, with what torch does not see of weights in 8 bits."""
+    model.to(device)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        for held in (weight, getattr(module, "state", None)):
+            if isinstance(getattr(held, "SCB", None), Tensor):
+                held.CB, held.SCB = weight.data, held.SCB.to(device)  # type: ignore[union-attr]
+    return model
+
+
+def find_factors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the factors and tables of quantised weights by name, which are neither parameters nor buffers."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in known and isinstance(tensor, Tensor)}
+
+
+def measure(model: nn.Module) -> tuple[int, int]:
+    """Return how many weights a model has, in however few bits, and their bytes."""
+    states = ((weight, getattr(weight, "quant_state", None)) for weight in model.parameters())
+    count = sum(weight.numel() if state is None else state.shape.numel() for weight, state in states)
+    return count, sum(tensor.nbytes for tensor in (*model.parameters(), *find_factors(model).values()))
+
+
+def set_dtype_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put all weights in floating point in one type; buffers stay as they are."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
+def widen_trained_(model: nn.Module) -> None:
+    """Let modules that train whole have float32, and compute in it, beside a base in fewer bits."""
+
+    def widen(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+
+    for module in model.modules():
+        narrow = [w for w in module.parameters(recurse=False) if w.requires_grad and w.dtype != torch.float32]
+        for weight in narrow:
+            weight.data = weight.data.float()
+        if narrow:
+            module.register_forward_pre_hook(widen)
