@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from scaling_fl.distributed.launch import launch
     from scaling_fl.distributed.placement import Topology, place_sites
     from scaling_fl.distributed.world import world
-    from scaling_fl.experiment.estimate import estimate
     from scaling_fl.experiment.result import Run
     from scaling_fl.experiment.settings import Settings
     from scaling_fl.experiment.start import plan, train
@@ -39,7 +38,6 @@ _MODULES = {
     "distributed.launch": ("launch",),
     "distributed.placement": ("Topology", "place_sites"),
     "distributed.world": ("world",),
-    "experiment.estimate": ("estimate",),
     "experiment.result": ("Run",),
     "experiment.settings": ("Settings",),
     "experiment.start": ("plan", "train"),

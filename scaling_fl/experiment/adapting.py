@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
 from scaling_fl.models.memory import state_bytes
 from scaling_fl.models.pretrained import LoadedModel, Pretrained
-from scaling_fl.models.quantised import find_whole, import_bitsandbytes, quantise_, set_dtype_, widen_trained_
+from scaling_fl.models.quantised import check_bitsandbytes, find_whole, quantise_, set_dtype_, widen_trained_
 from scaling_fl.storage import host_path
 from scaling_fl.training.seeds import derive_seed
 
@@ -45,7 +46,7 @@ def adapt(
         ValueError: it does not fit the model, the labels or the other settings.
     """
     saved = pretrained.adapter
-    given = find_config(settings, saved)
+    given = _find_config(settings, saved)
     if given is None:
         return loaded
     objective = find_objective(settings)
@@ -85,7 +86,7 @@ def adapt(
     return replace(loaded, model=model, new=[])
 
 
-def find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
+def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
     """Return peft's configuration of the adapter of a run; None if it has none."""
     if saved is not None:
         for name in ("adapter", "adapter_config"):
@@ -122,7 +123,7 @@ def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
     if is_adapted(model):
         found["version of peft"] = import_peft().__version__
         if settings.quantise is not None:
-            found["version of bitsandbytes"] = import_bitsandbytes("quantise").__version__
+            found["version of bitsandbytes"] = version("bitsandbytes")
         if settings.adapter is None:
             found |= {f"{name} of the adapter": value for name, value in describe_config(model).items()}
     return found
@@ -139,7 +140,7 @@ def check_adapter(settings: Settings) -> None:
             f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
         )
     if settings.quantise is not None:
-        import_bitsandbytes(f"quantise={settings.quantise}")
+        check_bitsandbytes(f"quantise={settings.quantise}")
 
 
 def check_turns(settings: Settings) -> None:

@@ -67,8 +67,12 @@ class Job:
     states: KeptStates | None  # of the sites' optimisers
 
 
-def build(settings: Settings) -> Job:
+def build(settings: Settings, *, may_be_empty: bool = False) -> Job:
     """Read and tokenise the data, load the model, and continue from the last checkpoint.
+
+    Args:
+        settings: of the run.
+        may_be_empty: the model may be a folder without weights, of which the job then has the shapes.
 
     Raises:
         ValueError: something is missing or not what it should be, or ranks differ.
@@ -83,9 +87,9 @@ def build(settings: Settings) -> Job:
     rows = local_first(partial(read_rows, settings)) if settings.site_paths is None else None
     topology = make_topology(settings, rows)
     generates = find_objective(settings) is ANSWERS
-    pretrained = local_first(
-        partial(load_pretrained, host_path(settings.model), settings.max_seq_len, generates=generates)
-    )
+    path = host_path(settings.model)
+    load = partial(load_pretrained, path, settings.max_seq_len, generates=generates, may_be_empty=may_be_empty)
+    pretrained = local_first(load)
     encoder = make_encoder(settings, pretrained)
     data, topology = read_data(settings, topology, encoder.encode, rows)
     check_held_out(settings, data)
@@ -102,7 +106,8 @@ def build(settings: Settings) -> Job:
     check_equal(identity)
     prepare_model(settings, loaded.model, device)
     turns = find_turns(settings, loaded.model)
-    global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, device, turns)
+    place = torch.device("meta") if pretrained.is_empty else device
+    global_model = GlobalModel(loaded.model, server_optimiser(settings), settings.comm_dtype, place, turns)
     history = restore_(global_model, checkpoints_dir, identity)
     if len(history) > settings.num_rounds + 1:
         raise ValueError(f"num_rounds: expected at least {len(history) - 1}, which are done, got {settings.num_rounds}")

@@ -10,7 +10,7 @@ from scaling_fl.experiment.checks import describe_value, find_problems
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
-from scaling_fl.models.quantised import import_bitsandbytes
+from scaling_fl.models.quantised import check_bitsandbytes
 from scaling_fl.records.best import DIRECTIONS
 from scaling_fl.records.site_states import local_folder
 
@@ -84,7 +84,7 @@ def _check_schedule(settings: Settings) -> None:
 
 def _check_optimiser(settings: Settings) -> None:
     if settings.optimiser == "adamw8bit":
-        import_bitsandbytes("optimiser='adamw8bit'")
+        check_bitsandbytes("optimiser='adamw8bit'")
 
 
 def _check_trainer(settings: Settings) -> None:

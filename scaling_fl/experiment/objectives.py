@@ -90,7 +90,7 @@ def make_model(
         end_id: of the token that ends an answer.
     """
     # What is quantised is loaded as its files have it, which takes the least memory and rounds nothing before.
-    dtype = "auto" if settings.quantise is not None else find_dtype(settings)
+    dtype = find_dtype(settings) if settings.quantise is None or pretrained.is_empty else "auto"
     if find_objective(settings) is ANSWERS:
         return make_language_model(pretrained, settings.seed, end_id, dtype)
     of_head = find_rows(label_names, labels_of(pretrained.config))

@@ -46,10 +46,13 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         ValueError: something of the run would be refused.
     """
     unused, settings = find_unused(settings), without_federation(settings)
-    job = build(settings)
-    check_output(settings, job, folder)
+    job = build(settings, may_be_empty=True)
+    is_empty = job.global_model.weights.is_meta
     memory = all_gather({str(device): estimate_memory(settings, job, device) for device in job.topology.devices})
-    make_federation(settings, job, console.Progress(), make_evaluation(settings, job, console.Progress()))  # tries it
+    if not is_empty:
+        check_output(settings, job, folder)
+        evaluation = make_evaluation(settings, job, console.Progress())
+        make_federation(settings, job, console.Progress(), evaluation)  # tries it
     planned: dict[str, Any] = {
         "labels": list(job.data.label_names),
         "num_test": job.data.num_test,
@@ -70,7 +73,9 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         *describe_traffic(settings, job, planned),
         *console.site_table(planned["sites"]),
         *console.device_table(planned["devices"]),
-        "the plan holds: nothing of it would be refused",
+        f"the plan is of sizes alone: {settings.model} has no weights, and nothing was computed"
+        if is_empty
+        else "the plan holds: nothing of it would be refused",
     )
     return planned
 

@@ -43,7 +43,8 @@ class GlobalModel:
         self._slots = lay_out(model)
         self._num_tensors = len(trained_weights(model))  # the trained ones are the first of the slots
         self.weights = pack(model).to(device)
-        broadcast_(self.weights)
+        if not self.weights.is_meta:  # as of a plan of sizes alone
+            broadcast_(self.weights)
         self._parts = divide(self._slots[: self._num_tensors], turns)
         self._trained = [nn.Parameter(self.weights[part.where]) for part in self._parts]
         self._optimiser = make_optimiser(self._trained)

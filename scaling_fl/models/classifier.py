@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from scaling_fl.models.loading import load
-from scaling_fl.models.pretrained import LoadedModel, Pretrained
+from scaling_fl.models.pretrained import LoadedModel, Pretrained, make_unloaded
 
 # Prefixes that tools add to the names of weights.
 WRAPPERS = {
@@ -56,8 +56,7 @@ def make_classifier(
     config.return_dict = True
     torch.manual_seed(seed)
     if not pretrained.has_weights:
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        return LoadedModel(model, [name for name, _ in model.named_parameters()])
+        return make_unloaded(pretrained, config, AutoModelForSequenceClassification, dtype)
     model, info = load(
         pretrained.base,
         AutoModelForSequenceClassification.from_pretrained,

@@ -49,7 +49,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_sha256(model: nn.Module) -> str | None:
     """Return the SHA-256 of the weights that are not trained, of their names and types; None if there are none."""
-    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    frozen = {name: weight for name, weight in model.named_parameters() if not (weight.requires_grad or weight.is_meta)}
     digest = hashlib.sha256()
     for name, weight in (frozen | (find_factors(model) if frozen else {})).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
@@ -129,7 +129,7 @@ def _check_memory(model: nn.Module, shared: dict[str, Tensor]) -> None:
     moved = {id(tensor) for tensor in shared.values()}
     by_storage: defaultdict[int, list[tuple[str, bool, np.ndarray]]] = defaultdict(list)
     for name, tensor in _each_once([*model.named_parameters(), *model.named_buffers()]).items():
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and not tensor.is_meta:
             item = name, id(tensor) in moved, _addresses(tensor)
             by_storage[tensor.untyped_storage().data_ptr()].append(item)
     for before, after in chain.from_iterable(combinations(tensors, 2) for tensors in by_storage.values()):

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scaling_fl.errors import one_line
 from scaling_fl.models.loading import load
-from scaling_fl.models.pretrained import LoadedModel, Pretrained
+from scaling_fl.models.pretrained import LoadedModel, Pretrained, make_unloaded
 
 
 def make_language_model(
@@ -25,8 +25,7 @@ def make_language_model(
     pretrained.config.return_dict = True
     torch.manual_seed(seed)
     if not pretrained.has_weights:
-        model = AutoModelForCausalLM.from_config(pretrained.config, dtype=torch.float32)
-        new = [name for name, _ in model.named_parameters()]
+        loaded = make_unloaded(pretrained, pretrained.config, AutoModelForCausalLM, dtype)
     else:
         model, info = load(
             pretrained.base,
@@ -35,19 +34,21 @@ def make_language_model(
             dtype=dtype,
             output_loading_info=True,
         )
-        new = []
+        loaded = LoadedModel(model, [])
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"model={pretrained.name!r}: expected all weights of a causal language model in its files, got none "
                 f"for {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
             )
-    check_causal(model, pretrained.name)
+    model = loaded.model
+    if not pretrained.is_empty:
+        check_causal(model, pretrained.name)
     model.config.use_cache = False
     if end_id is not None:
         known = model.generation_config.eos_token_id
         ends = {end_id, *([known] if isinstance(known, int) else known or ())}
         model.generation_config.eos_token_id = sorted(ends)
-    return LoadedModel(model, new)
+    return loaded
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Find and configure models by nickname, hub id or folder."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +146,12 @@ def _weight_names(path: str, **options: Any) -> Iterable[str]:
 def find_file(path: str, name: str, **options: Any) -> str | None:
     """Return the path of a file of a model, None if the model does not have it."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def lacks_weights(model: str) -> bool:
+    """Tell whether a model is a folder without weights."""
+    path = path_of(model)
+    return os.path.isdir(path) and not any(find_file(path, name) for name in WEIGHT_FILES)
 
 
 def read_file(model: str, name: str) -> bytes | None:

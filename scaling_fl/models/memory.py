@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.models.stand_ins import num_bytes_of_stand_ins, stand_ins
+from scaling_fl.models.quantised import measure
+from scaling_fl.models.stand_ins import stand_ins
 
 Batch = dict[str, Tensor]  # the model's keyword arguments
 
@@ -68,8 +69,9 @@ def estimate_bytes(
         accumulates: a step has several training batches, so that the gradients of the first stay in memory.
         autocast: what matrix products are computed in when it trains; None: the type of the weights.
     """
+    num_trained = sum(weight.numel() for weight in trained_weights(model).values())
+    held = measure(model)[1] + sum(buffer.nbytes for buffer in model.buffers())
     with stand_ins(model):
-        num_trained = sum(weight.numel() for weight in trained_weights(model).values())
         passes = [
             activation_bytes(
                 model, batch, is_training, accumulates=accumulates, autocast=autocast if is_training else None
@@ -77,9 +79,7 @@ def estimate_bytes(
             for batch, is_training in ((training, True), (testing, False))
             if batch is not None
         ]
-        frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        frozen += num_bytes_of_stand_ins(model)
-    return frozen + state_bytes(make_optimiser, num_trained) + max(passes, default=0)
+    return held + state_bytes(make_optimiser, num_trained) + max(passes, default=0)
 
 
 class Step(nn.Module):

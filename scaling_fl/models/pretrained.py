@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedM
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from scaling_fl.models.adapter_files import SavedAdapter, read_adapter
-from scaling_fl.models.loading import find_file, load, load_config, make_parts, path_of, read_file
+from scaling_fl.models.loading import find_file, lacks_weights, load, load_config, make_parts, path_of, read_file
 
 # Families whose classifier reads the last position, so that every text must end there.
 PADDED_LEFT = {"xlnet"}
@@ -36,6 +36,7 @@ class Pretrained:
         width: of all batches; None pads to the longest text of a batch.
         end_id: a token that all texts must contain equally often, at least once; None if there is none.
         has_weights: they can be loaded; otherwise all are newly initialised.
+        is_empty: its weights are missing, and are made from tensors that only have shapes.
         adapter: that `name` is, if it is one.
     """
 
@@ -48,6 +49,7 @@ class Pretrained:
     width: int | None = None
     end_id: int | None = None
     has_weights: bool = True
+    is_empty: bool = False
     adapter: SavedAdapter | None = None
 
 
@@ -66,13 +68,14 @@ class LoadedModel:
     note: str = ""
 
 
-def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) -> Pretrained:
+def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False, may_be_empty: bool = False) -> Pretrained:
     """Load a model's configuration and its tokenizer.
 
     Args:
         model: the setting.
         max_seq_len: the setting.
         generates: it is a language model, which needs no padding token, and whose tokenizer pads as it did.
+        may_be_empty: a folder without weights is one, too.
 
     Raises:
         ValueError: the model cannot be found, has no vocabulary or padding token, or `max_seq_len` is out of its range.
@@ -100,6 +103,7 @@ def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) ->
     if max_seq_len < shortest:
         raise ValueError(f"max_seq_len: expected at least {shortest} for model={model!r}, got {max_seq_len}")
     kind = config.model_type
+    is_empty = may_be_empty and made is None and lacks_weights(base)
     return Pretrained(
         name=model,
         base=base,
@@ -109,9 +113,19 @@ def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False) ->
         num_ids=_num_embeddings(model_without_head),
         width=max_seq_len if kind in PADDED_TO_MAX else None,
         end_id=getattr(text_config, "eos_token_id", None) if kind in READ_AT_END else None,
-        has_weights=made is None,
+        has_weights=made is None and not is_empty,
+        is_empty=is_empty,
         adapter=adapter,
     )
+
+
+def make_unloaded(pretrained: Pretrained, config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> LoadedModel:
+    """Make a model without pretrained weights: newly initialised ones in float32, or, if it is empty, of this type."""
+    if pretrained.is_empty:
+        with torch.device("meta"):
+            return LoadedModel(auto_class.from_config(config, dtype=dtype), [], "no weights, a configuration alone")
+    model = auto_class.from_config(config, dtype=torch.float32)
+    return LoadedModel(model, [name for name, _ in model.named_parameters()])
 
 
 def _load_parts(model: str, *, generates: bool) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:

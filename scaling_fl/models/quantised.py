@@ -5,15 +5,15 @@
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scaling_fl.errors import one_line
-
-BITS = (8, 4)
+BITS = {"Linear8bitLt": 8, "Linear4bit": 4}  # of the layers of bitsandbytes, which need not be installed here
 OUTLIER = 6.0  # of LLM.int8(): activations above it are multiplied in 16 bits
 BLOCK, NESTED = 64, 256  # weights with one factor, and factors with one, of 4 bits
 
@@ -23,24 +23,17 @@ def silence() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def import_bitsandbytes(setting: str) -> Any:
-    """Return the package bitsandbytes.
-
-    Args:
-        setting: that needs it.
+def check_bitsandbytes(setting: str) -> None:
+    """Check that the package bitsandbytes is installed, without its import, which asks a GPU and so is not forked.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not.
     """
-    silence()
-    try:
-        import bitsandbytes
-    except ImportError as error:
+    if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"{setting}: expected the package bitsandbytes, got none ({one_line(error)}). EXTRAS=quantise for "
-            "run-local.sh, or pip install bitsandbytes, installs it"
-        ) from error
-    return bitsandbytes
+            f"{setting}: expected the package bitsandbytes, got none. EXTRAS=quantise for run-local.sh, or pip install "
+            "bitsandbytes, installs it"
+        )
 
 
 def find_layers(model: Any, others: Collection[str] = ()) -> dict[str, nn.Module]:
@@ -83,9 +76,11 @@ def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torc
         compute: the type of products with weights of 4 bits; those with weights of 8 bits choose their own.
 
     Raises:
-        ValueError: it has no such layer, or bitsandbytes is missing.
+        ValueError: it has no such layer.
     """
-    bnb = import_bitsandbytes(f"quantise={bits}")
+    silence()
+    import bitsandbytes as bnb
+
     layers = find_layers(model, others)
     if not layers:
         raise ValueError(f"quantise: expected a model with linear layers, got {type(model).__name__}, got {bits}")
@@ -107,6 +102,11 @@ def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torc
         made.bias = held.bias
         model.set_submodule(name, made.train(layer.training))
     setattr(model, f"is_loaded_in_{bits}bit", True)  # by which peft chooses its layers
+
+
+def bits_of(layer: nn.Module) -> int | None:
+    """Return the bits of a weight of a quantised layer; None of any other."""
+    return BITS.get(type(layer).__name__) if isinstance(layer, nn.Linear) else None  # peft has layers of these names
 
 
 def num_bytes_of(bits: int, num_out: int, num_in: int) -> int:
@@ -139,9 +139,13 @@ def find_factors(model: nn.Module) -> dict[str, Tensor]:
 
 def measure(model: nn.Module) -> tuple[int, int]:
     """Return how many weights a model has, in however few bits, and their bytes."""
-    states = ((weight, getattr(weight, "quant_state", None)) for weight in model.parameters())
-    count = sum(weight.numel() if state is None else state.shape.numel() for weight, state in states)
-    return count, sum(tensor.nbytes for tensor in (*model.parameters(), *find_factors(model).values()))
+    sizes = {id(weight): (weight.numel(), weight.nbytes) for weight in model.parameters()}
+    for layer in model.modules():
+        if (bits := bits_of(layer)) is not None:
+            shape: Any = layer.out_features, layer.in_features
+            sizes[id(layer.weight)] = math.prod(shape), num_bytes_of(bits, *shape)
+    counts, num_bytes = zip(*sizes.values(), strict=True)
+    return sum(counts), sum(num_bytes)
 
 
 def set_dtype_(model: nn.Module, dtype: torch.dtype) -> None:
