@@ -8,20 +8,24 @@ configurations alone, with the settings of FlowerTune, and of training all weigh
 """
 
 import argparse
-from dataclasses import replace
+import json
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scaling_fl.experiment.estimate import estimate
-from scaling_fl.experiment.settings import Settings
+from scaling_fl import Settings, plan
 from scaling_fl.models.adapters import add_adapter, lora
 from scaling_fl.models.compute import checkpoint_activations
 from scaling_fl.models.flat import trained_weights
 from scaling_fl.models.memory import Batch, Meter, estimate_bytes
-from scaling_fl.models.quantised import find_factors, measure, move_, quantise_, set_dtype_
+from scaling_fl.models.quantised import find_factors, measure, move_, quantise_
 from scaling_fl.training.loop import train
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_tokens
@@ -36,14 +40,10 @@ OPEN_3B |= {"num_attention_heads": 32}
 OPEN_7B |= {"num_attention_heads": 32}
 PUBLISHED = {("7B", 8): 22.0, ("7B", 4): 16.5, ("3B", 8): 13.5, ("3B", 4): 10.6}  # GB, by FlowerTune's README
 OF_FLOWERTUNE: dict[str, Any] = {
-    **{"task_name": "instruct", "template": "flowertune", "optimiser": "adamw", "max_seq_len": 512},
-    **{"batch_size": 16, "val_batch_size": 16, "activation_checkpointing": True, "quantise": 4},
+    **{"template": "flowertune", "batch_size": 16, "val_batch_size": 16, "activation_checkpointing": True},
     **{"adapter": "lora", "lora_rank": 32, "lora_alpha": 64, "lora_targets": ["q_proj", "v_proj"]},
 }
-OF_FULL: dict[str, Any] = {
-    **{"task_name": "instruct", "model": "meta-llama/Llama-3.2-1B", "optimiser": "adamw"},
-    **{"batch_size": 4, "val_batch_size": 4, "max_seq_len": 512},
-}
+OF_FULL: dict[str, Any] = {"template": "alpaca", "batch_size": 4, "val_batch_size": 4}
 
 
 def make_model(base: str, options: argparse.Namespace, device: torch.device) -> Any:
@@ -57,11 +57,9 @@ def make_model(base: str, options: argparse.Namespace, device: torch.device) -> 
         num_attention_heads=max(1, options.width // 64),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if base == "bfloat16" else torch.float32)
     if (bits := BASES[base]) is not None:
         quantise_(model, bits, compute=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    elif base != "float32":
-        set_dtype_(model, getattr(torch, base))
     model = add_adapter(model, lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]))
     checkpoint_activations(model)
     return model
@@ -79,6 +77,26 @@ def measure_training(model: Any, batch: Batch, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return meter.peak + sum(tensor.nbytes for tensor in held)
+
+
+def estimate(sizes: dict[str, Any], settings: dict[str, Any]) -> float:
+    """Return how many GB `plan` expects two sites to take that train texts of 512 tokens on a model of these sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return plan(Settings(**put_run(Path(folder), sizes) | settings))["devices"][0]["bytes"] * 1e-9
+
+
+def put_run(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Write a model's configuration, a tokenizer of a word, and texts; return the settings that name them."""
+    LlamaConfig(**sizes).save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    (folder / "rows.jsonl").write_text((json.dumps({"instruction": "a", "output": "a " * 600}) + "\n") * 32)
+    path = str(folder / "rows.jsonl")
+    return {
+        **{"task_name": "instruct", "model": str(folder), "train_path": path, "test_path": path},
+        **{"site_ids": [0, 0], "max_seq_len": 512, "optimiser": "adamw"},
+    }
 
 
 def main() -> None:
@@ -112,19 +130,15 @@ def main() -> None:
     if options.small:
         return
     print("\nmodel, of a configuration alone    | GB estimated | with base_dtype=bfloat16 | GB published", flush=True)
-    of_flowertune = Settings(**OF_FLOWERTUNE)
     for (name, bits), published in PUBLISHED.items():
-        config = LlamaConfig(**{"7B": OPEN_7B, "3B": OPEN_3B}[name])
-        sizes = [
-            estimate(replace(of_flowertune, quantise=bits, base_dtype=dtype), config) * 1e-9
-            for dtype in ("float32", "bfloat16")
-        ]
+        config = {"7B": OPEN_7B, "3B": OPEN_3B}[name]
+        sizes = [estimate(config, OF_FLOWERTUNE | {"quantise": bits, "base_dtype": d}) for d in ("float32", "bfloat16")]
         print(
-            f"OpenLLaMA {name} in {bits} bits, LoRA      | {sizes[0]:>12.1f} | {sizes[1]:>24.1f} | {published:>12.1f}"
+            f"OpenLLaMA {name} in {bits} bits, LoRA      | {sizes[0]:>12.1f} | {sizes[1]:>24.1f} | {published:>12.1f}",
+            flush=True,
         )
-    full, config = Settings(**OF_FULL), LlamaConfig(**LLAMA_1B)
     for optimiser in ("adamw", "adamw8bit"):
-        size = estimate(replace(full, optimiser=optimiser), config) * 1e-9
+        size = estimate(LLAMA_1B, OF_FULL | {"optimiser": optimiser})
         print(f"Llama 3.2 1B, whole, {optimiser:<13} | {size:>12.1f} |")
 
 

@@ -18,7 +18,7 @@ from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
 from scaling_fl.models.memory import state_bytes
 from scaling_fl.models.pretrained import LoadedModel, Pretrained
-from scaling_fl.models.quantised import check_bitsandbytes, find_whole, quantise_, set_dtype_, widen_trained_
+from scaling_fl.models.quantised import check_bitsandbytes, find_whole, quantise_
 from scaling_fl.storage import host_path
 from scaling_fl.training.seeds import derive_seed
 
@@ -60,8 +60,8 @@ def adapt(
     full = {*loaded.new, *(find_head(pretrained, loaded.model) if objective is LABELS else ())}
     if settings.quantise is not None:
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
-        quantise_(loaded.model, settings.quantise, full | find_whole(given, loaded.model), compute)
-        set_dtype_(loaded.model, find_dtype(settings))
+        whole = full | find_whole(given, loaded.model)
+        quantise_(loaded.model, settings.quantise, whole, find_dtype(settings), compute)
     loaded.model.name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     model = add_adapter(
         loaded.model,
@@ -70,7 +70,6 @@ def adapt(
         seed=derive_seed(settings.seed, "adapter"),
         freeze_a=settings.lora_mean == "freeze_a",
     )
-    widen_trained_(model)
     if settings.lora_mean is not None and not has_lora(model):
         raise ValueError(f"lora_mean: expected None, as {given['peft_type']} is not LoRA, got {settings.lora_mean!r}")
     if settings.lora_mean in MEANS[1:] and (factor := find_other_factor(model)):

@@ -58,8 +58,8 @@ class Evaluation:
         self, data: SiteData, objective: Objective, testing: Progress, score_answers: ScoreAnswers | None = None
     ) -> None:
         self.data, self._objective, self._score_answers = data, objective, score_answers
-        self.score = self._score_with(testing)
-        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, self.score)
+        self._score = self._score_with(testing)
+        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, self._score)
 
     def evaluate_local(self, sites: Iterable[int]) -> SiteEvaluation:
         """Return what evaluates the models that sites have trained, of the sites that are evaluated."""
@@ -69,7 +69,7 @@ class Evaluation:
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
         """Return the scores of a device's part of the common test set."""
-        return self.score(model, self.data.common[device])
+        return self._score(model, self.data.common[device])
 
     def name(self, scores: Scores) -> Metrics:
         """Return the metrics of a round: docs/metrics.md has their table."""

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from scaling_fl.data.site_files import files_of
@@ -12,20 +11,19 @@ from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
 from scaling_fl.experiment.centralised import find_unused, without_federation
-from scaling_fl.experiment.evaluation import Evaluation, describe_validation, find_gains, find_judged, is_evaluated
+from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.header import describe
-from scaling_fl.experiment.merging import describe_merged, save_merged
 from scaling_fl.experiment.messages import count_message
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
 from scaling_fl.experiment.optimiser_states import closing
 from scaling_fl.experiment.plan import check_output
+from scaling_fl.experiment.saving import save_models
 from scaling_fl.experiment.settings import Settings, of_site
 from scaling_fl.federation.round import Federation
 from scaling_fl.models.adapter_files import saved_weights
-from scaling_fl.models.loading import REMEMBERED, TRAINED
 from scaling_fl.records import checkpoint, console
 from scaling_fl.records.best import BEST, Choice, find_best, is_over, load_best, save_best
-from scaling_fl.records.export import BEST_FOLDER, MERGED, MODEL_FOLDER, save_elsewhere, save_model, save_state_dict
+from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER, save_elsewhere, save_state_dict
 from scaling_fl.records.machine import describe_machine
 from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
@@ -124,7 +122,7 @@ def run_rounds(settings: Settings, job: Job, record: Record, clock: Clock) -> No
         record.add_round(round_, metrics)
         if not all_gather(rank() > 0 or record.goes_on({"round": round_, **metrics}))[0]:
             break
-    finish(settings, job, record, federation, choice, evaluation)
+    finish(settings, job, record, federation, choice)
 
 
 def save_round(settings: Settings, job: Job, record: Record, choice: Choice) -> None:
@@ -148,9 +146,7 @@ def make_table(settings: Settings, job: Job) -> console.Table:
     )
 
 
-def finish(
-    settings: Settings, job: Job, record: Record, federation: Federation, choice: Choice, evaluation: Evaluation
-) -> None:
+def finish(settings: Settings, job: Job, record: Record, federation: Federation, choice: Choice) -> None:
     """Save the last and the best model, and print what came out."""
     history, best, metric = job.history, find_best(job.history, choice), str(choice.metric)
     weights = None
@@ -166,14 +162,13 @@ def finish(
         model: Any = federation.model
         if find_objective(settings) is ANSWERS:
             model.config.use_cache = True  # for those who generate with the saved model
-        folders = [save_models(settings, job, record, model, MODEL_FOLDER, evaluation)]
+        saved = save_models(settings, job, record, model, MODEL_FOLDER)
         save_state_dict(record.folder, saved_weights(model))
         if weights is not None:
             model.load_state_dict(weights, strict=False)  # a weight that layers share has one name there
-            folders.append(save_models(settings, job, record, model, BEST_FOLDER, evaluation))
+            saved |= save_models(settings, job, record, model, BEST_FOLDER)
             if job.checkpoints_dir is None:
                 os.remove(os.path.join(record.folder, BEST))
-        saved = {name: path for of in folders for name, path in of.items()}
         if settings.report:
             saved["report"] = os.path.join(record.folder, REPORT)
         console.print_once(*(f"{name:<9} {path}" for name, path in saved.items()))
@@ -181,23 +176,6 @@ def finish(
         console.print_once(f"best      is not kept: no file has the weights of round {best} any more")
     lines = console.summarise(history, choice, describe_validation(job.data), find_judged(job.data))
     console.print_once(f"weights   SHA-256 {sha256}", *lines)
-
-
-def save_models(
-    settings: Settings, job: Job, record: Record, model: Any, name: str, evaluation: Evaluation
-) -> dict[str, str]:
-    """Save a model into the folder `name` of the record, and merged beside it if asked for; return their paths."""
-    known = {key: value for key in REMEMBERED if (value := getattr(settings, key)) is not None}
-    beside = {TRAINED: known} if known else {}
-    save = partial(save_model, str(record.folder), tokenizer=job.encoder.tokenizer, beside=beside)
-    path = save(model, name=name)
-    if not settings.merge:
-        return {name: path}
-    merged, losses = save_merged(settings, job.data, path, model, evaluation, save)
-    if losses:
-        record.add_info({f"{name}{MERGED}": losses})
-        console.print_once(*describe_merged(settings, merged, losses))
-    return {name: path, f"{name}{MERGED}": merged}
 
 
 def answer_samples(settings: Settings, job: Job, federation: Federation) -> Metrics:

@@ -58,13 +58,8 @@ EXTENSIBLE = {
 }
 # What `site_settings` may name.
 OF_SITES = ("learning_rate", "num_local_epochs", "local_steps", "batch_size", "gradient_accumulation")
-RESOLVED_FIRST = (
-    "plugins",
-    "task_name",
-    "model",
-    "train_path",
-    "iid_split",
-)  # as the defaults of others depend on them
+# As the defaults of others depend on them.
+RESOLVED_FIRST = ("plugins", "task_name", "model", "train_path", "iid_split")
 OF_TASKS = ("model", "train_path")  # of the names above, those of which a task may have its own default
 LARGE = 1e36  # torch refuses factors that float32 does not hold, and Adam divides its own by 0.1 first
 

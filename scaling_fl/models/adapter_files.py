@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from scaling_fl.errors import one_line
 from scaling_fl.models.adapters import add_adapter, import_peft
 from scaling_fl.models.loading import read_file
-from scaling_fl.models.quantised import find_whole, quantise_, set_dtype_, widen_trained_
+from scaling_fl.models.quantised import find_whole, quantise_
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -108,11 +108,8 @@ def load_saved(
     first = dtype if quantise is None else "auto"
     model = loader(saved.base, config=config, dtype=first, ignore_mismatched_sizes=True)
     if quantise is not None:
-        whole = find_whole(saved.config, model)
-        quantise_(model, quantise, whole)
-        set_dtype_(model, dtype)
+        quantise_(model, quantise, find_whole(saved.config, model), dtype)
     adapted = add_adapter(model, saved.config)
-    widen_trained_(adapted)
     load_weights_(adapted, saved.weights, folder)
     return adapted.eval()
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from scaling_fl.errors import one_line
-from scaling_fl.models.quantised import silence
+from scaling_fl.models.quantised import silence, widen_trained_
 
 MEANS = ("ab", "freeze_a", "alternate")
 # Others compute the start of A and B from the model's weights, which they change.
@@ -101,6 +101,7 @@ def add_adapter(
     for name, weight in adapted.named_parameters():
         if freeze_a and _is_of(name, A_PARTS):
             weight.requires_grad_(False)
+    widen_trained_(adapted)
     trained = {_base_name(name) for name, weight in adapted.named_parameters() if weight.requires_grad}
     if missing := wanted - trained:
         raise ValueError(

@@ -119,7 +119,7 @@ def load_pretrained(model: str, max_seq_len: int, *, generates: bool = False, ma
     )
 
 
-def make_unloaded(pretrained: Pretrained, config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype) -> LoadedModel:
+def make_unloaded(pretrained: Pretrained, config: PreTrainedConfig, auto_class: Any, dtype: Any) -> LoadedModel:
     """Make a model without pretrained weights: newly initialised ones in float32, or, if it is empty, of this type."""
     if pretrained.is_empty:
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BITS = {"Linear8bitLt": 8, "Linear4bit": 4}  # of the layers of bitsandbytes, which need not be installed here
+LAYERS = {"Linear8bitLt": 8, "Linear4bit": 4}  # of the layers of bitsandbytes, which need not be installed here
 OUTLIER = 6.0  # of LLM.int8(): activations above it are multiplied in 16 bits
 BLOCK, NESTED = 64, 256  # weights with one factor, and factors with one, of 4 bits
 
@@ -36,13 +36,8 @@ def check_bitsandbytes(setting: str) -> None:
         )
 
 
-def find_layers(model: Any, others: Collection[str] = ()) -> dict[str, nn.Module]:
-    """Return the linear layers of a model that can be quantised, by name, as transformers chooses them.
-
-    Args:
-        model: of transformers, without an adapter.
-        others: names of weights that stay as they are.
-    """
+def _find_layers(model: Any, others: Collection[str]) -> dict[str, nn.Module]:
+    """Return the linear layers that are quantised, by name, as transformers chooses them."""
     from transformers.pytorch_utils import Conv1D  # here, as a federation of other models needs no transformers
 
     places: dict[int, int] = {}
@@ -66,13 +61,20 @@ def find_whole(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if any(f".{entry}." in f".{name}" for entry in entries)}
 
 
-def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torch.dtype = torch.float32) -> None:
+def quantise_(
+    model: Any,
+    bits: int,
+    others: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype = torch.float32,
+) -> None:
     """Put the linear layers of a model in 8 or 4 bits, one after another, where their weights are.
 
     Args:
         model: of transformers, without an adapter.
         bits: of a weight.
-        others: names of weights that stay as they are.
+        others: names of weights that are not put in them.
+        dtype: of all other weights.
         compute: the type of products with weights of 4 bits; those with weights of 8 bits choose their own.
 
     Raises:
@@ -81,7 +83,7 @@ def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torc
     silence()
     import bitsandbytes as bnb
 
-    layers = find_layers(model, others)
+    layers = _find_layers(model, others)
     if not layers:
         raise ValueError(f"quantise: expected a model with linear layers, got {type(model).__name__}, got {bits}")
     for name, layer in layers.items():
@@ -101,12 +103,15 @@ def quantise_(model: Any, bits: int, others: Collection[str] = (), compute: torc
             made.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=made).to(weight.device)
         made.bias = held.bias
         model.set_submodule(name, made.train(layer.training))
+    for rest in model.parameters():
+        if rest.is_floating_point():
+            rest.data = rest.data.to(dtype)
     setattr(model, f"is_loaded_in_{bits}bit", True)  # by which peft chooses its layers
 
 
 def bits_of(layer: nn.Module) -> int | None:
     """Return the bits of a weight of a quantised layer; None of any other."""
-    return BITS.get(type(layer).__name__) if isinstance(layer, nn.Linear) else None  # peft has layers of these names
+    return LAYERS.get(type(layer).__name__) if isinstance(layer, nn.Linear) else None  # peft has layers of these names
 
 
 def num_bytes_of(bits: int, num_out: int, num_in: int) -> int:
@@ -146,13 +151,6 @@ def measure(model: nn.Module) -> tuple[int, int]:
             sizes[id(layer.weight)] = math.prod(shape), num_bytes_of(bits, *shape)
     counts, num_bytes = zip(*sizes.values(), strict=True)
     return sum(counts), sum(num_bytes)
-
-
-def set_dtype_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put all weights in floating point in one type; buffers stay as they are."""
-    for weight in model.parameters():
-        if weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
 
 
 def widen_trained_(model: nn.Module) -> None:

@@ -102,12 +102,6 @@ METRICS: dict[str, Metric] = {
     ),
     "speed.examples_per_s": Metric("1/s", "examples that all sites together trained on, over `time.train_s`"),
     "speed.tokens_per_s": Metric("1/s", "the same, of tokens without padding"),
-    "merged.loss": Metric(
-        "nats",
-        "in `info.json` only, of `merge=True` with `quantise` or `base_dtype`: of the merged model, on the examples "
-        "of rank 0 by which the best round is chosen ([Quantised bases](quantised.md))",
-    ),
-    "merged.trained_loss": Metric("nats", "likewise, of the adapter beside the base with which it was trained"),
     "sites.cohort": Metric("sites", "that were asked to train in this round", "sites", "{:.0f}"),
     "sites.failed": Metric("sites", "left out of this round, with `on_site_failure=skip`", "failed sites", "{:.0f}"),
     "site.rank": Metric("", "by site, the rank that trained it, of the sites of this round"),
