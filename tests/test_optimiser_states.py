@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -373,16 +374,23 @@ def test_states_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch)
     check_states(Settings(optimiser="counting", optimiser_state="keep"))
 
 
-def test_what_is_checked_before_ranks_are_forked_starts_no_threads() -> None:
-    """A fork of a process in which torch has computed with several threads waits for them for ever."""
+def test_what_is_checked_before_ranks_are_forked_starts_no_threads_and_asks_no_gpu() -> None:
+    """A fork of a process in which torch has computed with several threads waits for them for ever.
+
+    And CUDA, which the import of bitsandbytes starts, works in no fork.
+    """
 
     def count_new_threads(check: Callable[[Settings], Any]) -> int:
         torch.set_num_threads(2)
+        for name in [name for name in sys.modules if name.startswith("bitsandbytes")]:  # of earlier tests
+            del sys.modules[name]
         before = len(os.listdir("/proc/self/task"))
         turns = {"adapter": "lora", "lora_mean": "alternate", "strategy": "fedadam"}
-        for settings in ({"optimiser_state": "keep"}, {"centralised": True}, turns):
-            check(Settings(**settings, optimiser="adamw"))
-        return len(os.listdir("/proc/self/task")) - before
+        quantised = {"adapter": "lora", "quantise": 4, "base_dtype": "bfloat16", "merge": True}
+        eight = {"optimiser": "adamw8bit", "optimiser_state": "keep"}
+        for settings in ({"optimiser_state": "keep"}, {"centralised": True}, turns, quantised, eight):
+            check(Settings(**{"optimiser": "adamw"} | settings))
+        return len(os.listdir("/proc/self/task")) - before + 100 * ("bitsandbytes" in sys.modules)
 
     (after_checks,) = launch(count_new_threads, find_contradictions, num_ranks=1, fork=True)
     (after_step,) = launch(count_new_threads, keeps_state, num_ranks=1, fork=True)
