@@ -237,10 +237,12 @@ def test_the_saved_model_is_used_beside_the_base_that_it_was_trained_with(
     succeed(command(**settings, quantise=4, merge=True))
     folder = tmp_path / "runs" / "1"
     ours, used = Run.load(folder).model, load_for_use(str(folder), generates=True).model
+    copied = load_for_use(str(shutil.copytree(folder / "model", tmp_path / "copy")), generates=True).model
     merged = load_for_use(str(folder / "model_merged"), generates=True).model
     ids = torch.arange(12).view(2, 6)
-    outputs = [model(input_ids=ids).logits for model in (ours, used, merged)]
+    outputs = [model(input_ids=ids).logits for model in (ours, used, merged, copied)]
     assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[3])
     assert find_factors(used)
     assert not find_factors(merged)
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)

@@ -105,7 +105,6 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
     of_run = run.settings
     for name, given in (("template", template), ("max_seq_len", max_seq_len)):
         _check_given(name, given, getattr(of_run, name), str(run.folder))
-    is_adapter = os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
     return Settings(
         task_name=of_run.task_name,
         model=path,
@@ -114,8 +113,6 @@ def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) 
         max_seq_len=of_run.max_seq_len,
         plugins=of_run.plugins,
         text_column=of_run.text_column,
-        quantise=of_run.quantise if is_adapter else None,
-        base_dtype=of_run.base_dtype if is_adapter else None,
     )
 
 

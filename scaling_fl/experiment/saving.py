@@ -12,7 +12,7 @@ from scaling_fl.experiment.build import Job
 from scaling_fl.experiment.objectives import find_objective
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.adapter_files import load_saved, merge
-from scaling_fl.models.loading import REMEMBERED, TRAINED
+from scaling_fl.models.loading import OF_BASE, REMEMBERED, TRAINED
 from scaling_fl.records import console
 from scaling_fl.records.export import MERGED, save_model
 from scaling_fl.records.rounds import Record
@@ -26,19 +26,20 @@ def save_models(settings: Settings, job: Job, record: Record, model: Any, name: 
     Where the base has few bits, the adapter is added to the weights of its files in float32, and the record gets the
     loss of both models.
     """
+    save = partial(save_model, str(record.folder), tokenizer=job.encoder.tokenizer)
     known = {key: value for key in REMEMBERED if (value := getattr(settings, key)) is not None}
-    beside = {TRAINED: known} if known else {}
-    save = partial(save_model, str(record.folder), tokenizer=job.encoder.tokenizer, beside=beside)
-    saved, of_merged = {name: save(model, name=name)}, f"{name}{MERGED}"
+    saved, of_merged = {name: save(model, name=name, beside={TRAINED: known} if known else {})}, f"{name}{MERGED}"
     if not settings.merge:
         return saved
+    known = {key: value for key, value in known.items() if key not in OF_BASE}
+    save = partial(save, name=of_merged, beside={TRAINED: known} if known else {})
     if settings.quantise is None and settings.base_dtype in (None, "float32"):
-        return saved | {of_merged: save(merge(model), name=of_merged)}
+        return saved | {of_merged: save(merge(model))}
     objective, parts = find_objective(settings), _find_parts(job.data)
     merged = load_saved(saved[name], objective.auto_class.from_pretrained).merge_and_unload(safe_merge=True)
     if merged.can_generate():
         merged.generation_config = model.generation_config
-    saved[of_merged] = save(merged, name=of_merged)
+    saved[of_merged] = save(merged)
     if parts:
         found, trained = (
             objective.summarise(objective.evaluate(each, (part.batch() for part in parts)))["loss"]

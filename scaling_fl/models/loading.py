@@ -62,7 +62,8 @@ MODELS: dict[str, Nickname] = {
 OLD_FAMILIES = ("albert", "bert", "distilbert", "electra", "roberta", "xlnet")
 
 TRAINED = "scaling_fl.json"  # beside the weights of a result: settings that users of the model need
-REMEMBERED = ("template",)
+OF_BASE = ("quantise", "base_dtype")  # of an adapter
+REMEMBERED = ("template", *OF_BASE)
 
 WEIGHT_FILES = (
     "model.safetensors",
