@@ -346,6 +346,7 @@ def test_a_configuration_alone_is_planned_as_the_model_with_its_weights(
             planned.append(plan(Settings(**given | settings)))
         assert ("the plan holds" in capsys.readouterr().out) == has_weights
         Path(given["model"], "model.safetensors").unlink(missing_ok=True)
+        Path(given["model"], "model.safetensors.index.json").write_text("{}")
     assert planned[0]["devices"][0]["bytes"] > 0
     assert planned[0] == planned[1]
 

@@ -150,9 +150,9 @@ def find_file(path: str, name: str, **options: Any) -> str | None:
 
 
 def lacks_weights(model: str) -> bool:
-    """Tell whether a model is a folder without weights."""
+    """Tell whether a model is a folder without weights; it may have the index of their files."""
     path = path_of(model)
-    return os.path.isdir(path) and not any(find_file(path, name) for name in WEIGHT_FILES)
+    return os.path.isdir(path) and not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(path))
 
 
 def read_file(model: str, name: str) -> bytes | None:
