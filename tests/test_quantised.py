@@ -217,7 +217,7 @@ def test_a_language_model_learns_and_its_merged_model_is_another_one_whose_loss_
     assert again["validation.loss"] == pytest.approx(found["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long(seconds=5))])
 def test_the_command_resumes_on_other_ranks_and_refuses_other_bits(
     bits: int, command: Command, given: dict[str, Any], tmp_path: Path
 ) -> None:
