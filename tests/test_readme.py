@@ -62,10 +62,14 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "benchmarks/evaluation": ({}, "--small --repeats 1"),
     "overhead": ({}, "--cases try --repetitions 1"),
+    "model=open_llama_3b": ({"open_llama_3b": "{llm}"}, SMALL_LLM),
+    "smollm2 quantise": (
+        {"model=smollm2": "model={llm}"},
+        f"{SMALL_LLM} max_test_examples_per_site=2 template=chat adapter=lora",
+    ),
     "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} max_test_examples_per_site=2 template=chat"),
     "SmolLM2-360M": ({"/path/to": "{llm}", "HuggingFaceTB/SmolLM2-360M": "{llm}"}, SMALL_LLM),
     "sweep.py with learning_rate": ({"num_rounds=3": "num_rounds=1"}, SMALL),
-    "model=open_llama_3b": ({"open_llama_3b": "{llm}"}, "train_path={llm}/rows.jsonl"),
     "open_llama": (
         {
             "openlm-research/open_llama_7b_v2,openlm-research/open_llama_3b_v2": "{llm},{llm}/.",
