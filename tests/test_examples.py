@@ -113,7 +113,9 @@ def test_an_example_runs_as_it_is_and_learns(name: str) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    # transformers' Trainer imports bitsandbytes, where it is installed, which warns of what it would compute with.
+    said = [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+    assert (done.returncode, said) == (0, [])
     first, second = (line.split(" ", 1) for line in done.stdout.splitlines())
     assert (first[0], second[0]) == ("1", "2")
     assert first[1] == second[1]

@@ -182,6 +182,7 @@ def silence_libraries() -> None:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stack traces of what it raises, or tries again
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # accelerate, of trackers, imports it, if it is there
 
 
 def draw_report(run: Run) -> None:
