@@ -35,7 +35,7 @@ def test_evaluation_changes_nothing() -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_an_optimiser_is_that_of_torch(optimiser: str) -> None:
     ours, plain = make_bert(dropout=0.0), make_bert(dropout=0.0)
     train(ours, one_batch() * 3, OPTIMISERS[optimiser](ours.parameters(), lr=1e-2), score_classes)
