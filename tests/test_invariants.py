@@ -1,7 +1,8 @@
 """The promises of the library, each as a property of a whole federation."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_evaluation_does_not_depend_on_the_partition_of_the_test_set() -> None:
     assert whole["validation.accuracy"] == pytest.approx(right.item())
 
 
+@contextmanager
+def new_objects_only() -> Iterator[None]:
+    """Leave out of Python's list of objects what is there before the body: other tests leave a million."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def tensor_bytes() -> int:
     """Return the bytes of all tensors that Python can reach, each storage once."""
     storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
@@ -149,14 +161,10 @@ def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch: pytest.Monke
         score_classes(output, batch, means)
 
     monkeypatch.setattr("conftest.score_classes", measured)
-    gc.collect()
-    gc.freeze()  # what other tests have left need not be visited at each batch
-    try:
+    with new_objects_only():
         for num_sites in (2, 16):
             Play(site_ids=(0,) * num_sites, num_examples=128, batch_size=4, num_rounds=1, optimiser="adamw").play()
             gc.collect()
-    finally:
-        gc.unfreeze()
     assert peaks[16] == pytest.approx(peaks[2], rel=0.01)
 
 
