@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+from last_runs import last_runs
+
 from scaling_fl import Run
-from scaling_fl.records.observers import runs_dir
 
 MIB, SECONDS = 16.74, 151.02  # Flower writes MB
 LOSSES = 0.022265, 0.022134, 0.022124
@@ -19,12 +20,6 @@ TABLE = (
     ("validation loss", "validation.loss", tuple(loss * TO_MEAN for loss in LOSSES), 1.0),
     ("the same as Flower prints it", "validation.loss", LOSSES, TO_MEAN),
 )
-
-
-def last_run() -> Run:
-    """Return the last recorded run."""
-    numbers = [int(name) for name in os.listdir(runs_dir()) if name.isdigit()]
-    return Run.load(os.path.join(runs_dir(), str(max(numbers))))
 
 
 def compare(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -42,7 +37,7 @@ def compare(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def main() -> None:
     """Print the table, and what Flower's figures mean."""
-    run = Run.load(sys.argv[1]) if len(sys.argv) > 1 else last_run()
+    run = Run.load(sys.argv[1]) if len(sys.argv) > 1 else last_runs(1)[0]
     print(f"\n{'':40} {'Flower':>10} {os.path.relpath(run.folder):>10}")
     for name, theirs, ours in compare(run):
         print(f"{name:40} {theirs:>10} {ours:>10}")

@@ -1,4 +1,4 @@
-"""Make a folder with a tiny model and tiny data, with which every recipe runs offline: TOY=FOLDER recipes/...sh."""
+"""Make a folder with tiny models and tiny data, with which every recipe runs offline: TOY=FOLDER recipes/...sh."""
 
 import csv
 import json
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForPreTraining
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from toy_instructions import INSTRUCTIONS, make_instructions
+from transformers import BertConfig, BertForPreTraining, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 WORDS = {
     "imdb": ("terrible boring awful", "wonderful moving great"),
@@ -21,6 +26,11 @@ CONFIG = {
     **{"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
 }
 NUM_ROWS = {"train": 320, "test": 240}  # enough for two sites with 100 of each
+CONTROLS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def make_model(folder: Path) -> None:
@@ -59,9 +69,39 @@ def make_data(folder: Path) -> None:
                     write([text, label] if task == "imdb" else [label + 1, "A title", text])
 
 
+def make_language_model(folder: Path, num_layers: int) -> None:
+    """Write a random Llama, 64 wide, and a tokenizer of bytes and their pairs with a chat template."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=512, special_tokens=CONTROLS, initial_alphabet=alphabet, show_progress=False)
+    rows = [row for make in INSTRUCTIONS.values() for row in make()]
+    tokenizer.train_from_iterator([str(value) for row in rows for value in row.values()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": num_layers},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024},
+        **{"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True},
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make(folder: Path) -> None:
+    """Write all models and data."""
+    make_model(folder / "model")
+    make_data(folder)
+    make_language_model(folder / "llm", num_layers=2)
+    make_language_model(folder / "llm-small", num_layers=1)
+    make_instructions(folder / "instruct")
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FOLDER, such as data/toy")
-    make_model(Path(sys.argv[1], "model"))
-    make_data(Path(sys.argv[1]))
-    print(f"{sys.argv[1]}: a model and data. Type: TOY={sys.argv[1]} recipes/flower_quickstart.sh")
+    logging.disable_progress_bar()
+    make(Path(sys.argv[1]))
+    print(f"{sys.argv[1]}: models and data. Type: TOY={sys.argv[1]} recipes/flower_quickstart.sh")
