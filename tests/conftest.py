@@ -17,6 +17,7 @@ import numpy as np
 import pymongo
 import pytest
 import torch
+from recipe_project import network, project, toy  # noqa: F401 - fixtures
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 from warm import WarmPopen, fork_script, wait_for_exit

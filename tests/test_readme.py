@@ -43,7 +43,7 @@ NAMES = (
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 # Below, and in other files:
-IN_OTHER_TESTS = "benchmarks/(bases|cohorts)|hf download|language_models|torch.distributed.run|dashboard|pip install"
+IN_OTHER_TESTS = "recipes/|benchmarks/(bases|cohorts)|hf download|language_models|torch.distributed.run|dashboard|pip install"
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
@@ -70,13 +70,6 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "model=smollm2": ({"model=smollm2": "model={llm}"}, f"{SMALL_LLM} max_test_examples_per_site=2 template=chat"),
     "SmolLM2-360M": ({"/path/to": "{llm}", "HuggingFaceTB/SmolLM2-360M": "{llm}"}, SMALL_LLM),
     "sweep.py with learning_rate": ({"num_rounds=3": "num_rounds=1"}, SMALL),
-    "open_llama": (
-        {
-            "openlm-research/open_llama_7b_v2,openlm-research/open_llama_3b_v2": "{llm},{llm}/.",
-            "recipes/": f"{ROOT}/recipes/",
-        },
-        "train_path={llm}/rows.jsonl num_sites=10 validation_fraction=0.4 local_steps=1 num_rounds=2 report=False",
-    ),
     "task_name=text": ({"/path/to": "{corpus}", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "torch.distributed.run": (
         {"10.0.0.1": "127.0.0.1", "29500": "{port}"},

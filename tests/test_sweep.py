@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,13 +15,10 @@ from typing import Any
 import pytest
 from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights_hash
 from sacred.arg_parser import get_config_updates
-from test_readme import commands_of
 from test_report import write_run
 
-from scaling_fl.command.sweep import read_points
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
-from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.experiment.sweep import OUTPUT, Outcome, _start, find_variables
 
@@ -375,16 +371,3 @@ def test_runs_at_a_time_share_the_cores(parallel: int, monkeypatch: pytest.Monke
     assert shared == max(1, alone // parallel)
     monkeypatch.setenv("RANKS", "3")
     assert "RANKS" not in find_variables({"site_ids": [0] * 64}, parallel)
-
-
-def test_the_sweep_of_flowertune_has_its_models_and_fractions_and_its_rate_over_the_rounds() -> None:
-    (command,) = [command for command in commands_of("docs/sweeps.md") if "flowertune" in command]
-    words = shlex.split(command.partition(" scripts/sweep.py ")[2].replace("recipes/", f"{ROOT}/recipes/"))
-    points = read_points(words, parallel=1)
-    models = [f"openlm-research/open_llama_{size}_v2" for size in ("7b", "3b")]
-    found = {(point.given["model"], point.given["sites_per_round"]) for point in points}
-    assert found == {(model, fraction) for model in models for fraction in (0.1, 0.2)}
-    settings = Settings(**points[0].given)
-    schedule = bind("lr_schedule", vars(settings))()
-    for round_, rate in ((1, 5e-5), (51, 2.55e-5), (101, 1e-6)):
-        assert schedule.rate(settings.learning_rate, round_, 9, 10) == pytest.approx(rate), "the same in all of a round"
