@@ -15,7 +15,13 @@ from scaling_fl.experiment.settings import FIELDS
 from scaling_fl.federation.strategies import STRATEGIES
 from scaling_fl.records import rounds
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "recipes" / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MAX_WORDS = 1_500
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 

@@ -1,6 +1,7 @@
 """The recipes of language models: FlowerTune's baselines and first README, and NVFlare's example with SFTTrainer."""
 
 import re
+import shutil
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,8 @@ import table
 import torch
 from peft import PeftConfig
 from recipe_project import RECIPES, Project
+from safetensors.torch import load_file
+from test_readme import commands_of
 from transformers import MistralConfig, MistralForCausalLM
 
 from scaling_fl import Run, Settings
@@ -66,10 +69,12 @@ def test_a_flowertune_baseline_has_the_budget_that_flower_publishes(name: str) -
 def test_flowertunes_rate_falls_over_the_rounds_and_its_sites_take_ten_steps_of_sixteen(recipe: str) -> None:
     settings = settings_of(recipe)
     schedule = bind("lr_schedule", vars(settings))()
-    middle, end = settings.num_rounds // 2 + 1, settings.num_rounds + 1
-    for round_, rate in ((1, 5e-5), (middle, 2.55e-5), (end, 1e-6)):
+    num_rounds = 100 if recipe == "flowertune_openllama" else 200
+    assert settings.num_rounds == num_rounds
+    quarter = 1e-6 + 4.9e-5 * (1 + 0.5**0.5) / 2
+    for round_, rate in ((0, 5e-5), (num_rounds // 4, quarter), (num_rounds // 2, 2.55e-5), (num_rounds, 1e-6)):
         for step in (0, 9):
-            found = schedule.rate(settings.learning_rate, round_, step, settings.local_steps)
+            found = schedule.rate(settings.learning_rate, 1 + round_, step, settings.local_steps)
             assert found == pytest.approx(rate), "the same in all of a round"
     assert (settings.local_steps, settings.batch_size, settings.gradient_accumulation) == (10, 16, 1)
     assert (settings.max_seq_len, settings.quantise, settings.template) == (512, 4, "flowertune")
@@ -106,11 +111,12 @@ def test_the_first_readme_of_flowertune_ends_with_an_answer(project: Project) ->
     assert answer.strip() == project.load().ask("Which place comes first?", max_new_tokens=8).strip()
 
 
-@pytest.mark.long(seconds=40)
+@pytest.mark.long(seconds=30)
+@pytest.mark.usefixtures("warm")
 def test_the_sweep_of_the_first_readme_has_eight_runs(project: Project) -> None:
     if not find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed: EXTRAS=quantise installs it")
-    status, (output,) = project.run("flowertune_openllama", "num_rounds=2", "report=False", SWEEP="1")
+    status, (output,) = project.run("flowertune_openllama", "num_rounds=2", "local_steps=1", "report=False", SWEEP="1")
     assert status == 0, output
     runs = [Run.load(path.parent) for path in project.folder.glob("runs/sweep-*/*/1/run.json")]
     grid = {(run.settings.model, run.settings.quantise, run.settings.sites_per_round) for run in runs}
@@ -155,6 +161,24 @@ def test_one_site_is_the_centralised_run_and_half_messages_leave_the_curve(mode:
         assert [float(cell) for cell in cells.split()] == pytest.approx([of_run[number] for of_run in losses], abs=5e-5)
 
 
+@pytest.mark.long(seconds=40)
+def test_the_commands_of_the_page_work(project: Project) -> None:
+    make, baseline, peft, openllama, table_ = commands_of("recipes/README.md")
+    shutil.rmtree(project.folder / "data")
+    few = " ".join(["num_rounds=2", "report=False", *in_float32()])
+    for command in (make, f"{baseline} {few}", f"{peft} num_rounds=2 report=False", f"{openllama} {few}", table_):
+        status, outputs = project.start(["bash", "-c", command], cwd=project.folder)
+        assert status == 0, outputs
+    header, _, row = (line.strip("|").split("|") for line in outputs[0].splitlines() if line.startswith("|"))
+    cells = dict(zip((name.strip() for name in header), (cell.strip() for cell in row), strict=True))
+    run = project.load(1)
+    assert cells["settings that differ"].startswith("train_path, model, num_rounds=2")
+    message = 4 * sum(weight.numel() for weight in load_file(f"{run.folder}/model/adapter_model.safetensors").values())
+    assert cells["MB sent"] == f"{message * 2 * 2 * 2 / 1e6:.1f}", "2 sites, 2 rounds, both ways"
+    assert cells["loss after"] == f"{run.history[-1]['validation.loss']:.4f}"
+    assert (cells["recipe"], cells["rounds"], cells["machine"]) == ("flowertune_nlp", "2", "2 cores, 24 GB")
+
+
 @pytest.mark.parametrize(("recipe", "weights"), [("nvflare_sft", (None,)), ("nvflare_peft", ("lora", 64, 16, 0.1))])
 def test_nvflares_recipe_trains_as_its_script_does(recipe: str, weights: tuple[object, ...]) -> None:
     of = settings_of(recipe)
@@ -170,6 +194,12 @@ def test_online_a_baseline_is_trained_with_its_own_files(name: str, project: Pro
     files = ["recipes/flowertune.yaml", f"recipes/{recipe}.yaml"]
     calls = project.words(recipe, "num_rounds=5")
     assert calls == [["scripts/train_federated.py", "with", *files, "num_rounds=5"]]
+
+
+def test_the_first_readme_has_two_of_twenty_sites_in_a_round() -> None:
+    settings = settings_of("flowertune_openllama")
+    assert (settings.num_sites, settings.sites_per_round * settings.num_sites) == (20, 2)
+    assert (settings.train_path, settings.model) == ("vicgalle/alpaca-gpt4", "openlm-research/open_llama_7b_v2")
 
 
 def test_the_sweep_of_flowertunes_first_readme_has_its_models_bits_and_fractions(project: Project) -> None:
