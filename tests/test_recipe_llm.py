@@ -3,11 +3,13 @@
 import re
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import table
 import torch
+from conftest import SCRIPT, fork_script, succeed, wait_for_exit
 from peft import PeftConfig
 from recipe_project import RECIPES, Project
 from safetensors.torch import load_file
@@ -63,6 +65,21 @@ def test_a_flowertune_baseline_has_the_budget_that_flower_publishes(name: str) -
     num_weights = count_message(model, "float32")["bytes"] // 4
     assert num_weights == 13_631_488
     assert count_budget([num_weights], settings.comm_dtype, cohort, settings.num_rounds) == budget * MIB
+
+
+@pytest.mark.long(seconds=10)
+def test_the_plan_of_a_baseline_prints_its_budget(toy: Path, tmp_path: Path) -> None:
+    """From the configuration of its model, and no weights."""
+    *_, cohort, budget = BASELINES["finance"]
+    shutil.copytree(toy / "llm", tmp_path / "mistral", ignore=shutil.ignore_patterns("*.safetensors"))
+    MistralConfig(architectures=["MistralForCausalLM"]).save_pretrained(tmp_path / "mistral")
+    files = [str(RECIPES / f"{file}.yaml") for file in ("flowertune", "flowertune_finance")]
+    data = toy / "instruct" / "finance.parquet"
+    words = ["plan", "with", *files, "model=mistral", f"train_path={data}", *in_float32()]
+    pid = fork_script(SCRIPT, words, tmp_path / "output", tmp_path, {"RANKS": "1"})
+    output = succeed((wait_for_exit(pid), (tmp_path / "output").read_text()))
+    assert f"budget    {budget:,}.0 MiB" in output
+    assert f"{cohort} sites x 200 rounds x both ways, of float32" in output
 
 
 @pytest.mark.parametrize("recipe", FLOWERTUNE)
