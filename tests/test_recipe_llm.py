@@ -1,6 +1,7 @@
 """The recipes of language models: FlowerTune's baselines and first README, and NVFlare's example with SFTTrainer."""
 
 import re
+import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -251,3 +252,22 @@ def test_an_unknown_mode_is_refused_before_anything_is_prepared(project: Project
     status, outputs = project.run("nvflare_sft", MODE="lora")
     assert (status, outputs) == (1, [])
     assert capfd.readouterr().err == "error: MODE: expected sft or peft, got lora\n"
+
+
+def test_what_their_pages_say_of_a_recipe_is_so() -> None:
+    """Settings after `recipe` fit it, and those "in the recipe" have these values there."""
+    num_checked = 0
+    for section in (RECIPES.parent / "docs" / "their_pages.md").read_text().split("\n## ")[2:]:
+        (recipe,) = re.findall(r"^`recipe` is \[recipes/(\w+)\.sh\]", section, re.MULTILINE)
+        assert (RECIPES / f"{recipe}.sh").exists()
+        own = table.settings_of(recipe)
+        for cell in re.findall(r"^\|.*\| (.*) \|$", section, re.MULTILINE):
+            for words in re.findall(r"`(?:[A-Z_]+=\S+ )*recipe ([^`]+)`", cell):
+                read_points(
+                    ["with", *(f"{name}={value!r}" for name, value in own.items()), *shlex.split(words)], parallel=1
+                )
+                num_checked += 1
+            for name, value in re.findall(r"(\w+)=([\w.]+)", cell) if "in the recipe" in cell else ():
+                assert str(own[name]) == value
+                num_checked += 1
+    assert num_checked == 12
