@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scaling_fl import Run
+from scaling_fl import Run, Settings
 from scaling_fl.command.arguments import read_file
 from scaling_fl.training.metrics import Metrics
 
@@ -18,8 +18,8 @@ SHARED = {
     **{f"flowertune_{name}": "flowertune" for name in ("nlp", "finance", "medical", "code", "openllama")},
     "nvflare_peft": "nvflare_sft",
 }
-PATHS = {"model", "train_path", "test_path"}  # of which the value says nothing to others
-QUIET = {"report", "job_name", "checkpoints_dir", "comm_dtype"}  # which change neither size nor length
+PATHS = "model", "train_path", "test_path"  # of which the value says nothing to others
+QUIET = {"report", "job_name", "checkpoints_dir", "author"}  # which change no result
 COLUMNS = (
     *("recipe", "settings that differ", "rounds", "minutes", "peak MB", "MB sent"),
     *("loss before", "loss after", "accuracy", "machine"),
@@ -36,9 +36,12 @@ def settings_of(recipe: str) -> dict[str, Any]:
 def find_changed(recipe: str, run: Run) -> str:
     """Return the settings of a run that differ from those of its recipe."""
     given = vars(run.settings)
-    changed = {name: given[name] for name, value in settings_of(recipe).items() if given[name] != value}
-    changed = {name: value for name, value in changed.items() if name not in QUIET}
-    return ", ".join(name if name in PATHS else f"{name}={value}" for name, value in changed.items()) or "none"
+    paths = {name: given[name] for name in PATHS}
+    own = vars(Settings(**settings_of(recipe)))
+    expected = vars(Settings(**settings_of(recipe) | paths))  # models and data sets have defaults of their own
+    changed = [name for name in PATHS if given[name] != own[name]]
+    changed += [f"{name}={value}" for name, value in given.items() if name not in QUIET and value != expected[name]]
+    return ", ".join(changed) or "none"
 
 
 def count_bytes(run: Run, trained: list[Metrics]) -> int:
@@ -55,7 +58,7 @@ def make_row(recipe: str, run: Run, machine: str) -> Iterator[str]:
     yield recipe
     yield find_changed(recipe, run)
     yield str(len(trained))
-    yield f"{sum(metrics['time.round_s'] for metrics in run.history) / 60:.1f}"
+    yield f"{sum(metrics['time.round_s'] for metrics in run.history) / 60:.2f}"
     yield f"{max(size for metrics in trained for size in metrics['site.memory_mb'].values()):,.0f}"
     yield f"{count_bytes(run, trained) / 1e6:,.1f}"
     yield f"{losses[0]:.4f}"
