@@ -18,7 +18,7 @@ SHARED = {
     **{f"flowertune_{name}": "flowertune" for name in ("nlp", "finance", "medical", "code", "openllama")},
     "nvflare_peft": "nvflare_sft",
 }
-PATHS = "model", "train_path", "test_path"  # of which the value says nothing to others
+PATHS = {"model", "train_path", "test_path"}  # of which the value says nothing to others
 QUIET = {"report", "job_name", "checkpoints_dir", "author"}  # which change no result
 COLUMNS = (
     *("recipe", "settings that differ", "rounds", "minutes", "peak MB", "MB sent"),
@@ -35,17 +35,15 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 def find_changed(recipe: str, run: Run) -> str:
     """Return the settings of a run that differ from those of its recipe."""
-    given = vars(run.settings)
-    paths = {name: given[name] for name in PATHS}
-    own = vars(Settings(**settings_of(recipe)))
-    expected = vars(Settings(**settings_of(recipe) | paths))  # models and data sets have defaults of their own
-    changed = [name for name in PATHS if given[name] != own[name]]
-    changed += [f"{name}={value}" for name, value in given.items() if name not in QUIET and value != expected[name]]
-    return ", ".join(changed) or "none"
+    given, own = vars(run.settings), vars(Settings(**settings_of(recipe)))
+    changed = [name for name, value in given.items() if name not in QUIET and value != own[name]]
+    return ", ".join(name if name in PATHS else f"{name}={given[name]}" for name in changed) or "none"
 
 
 def count_bytes(run: Run, trained: list[Metrics]) -> int:
     """Return the bytes between a server and the sites of all rounds, both ways, as FlowerTune counts them."""
+    if run.settings.centralised:
+        return 0
     message = json.loads(Path(run.folder, "info.json").read_text())["message"]
     size = message["bytes" if run.settings.comm_dtype == "exact" else "bytes_sent"]
     return 2 * size * sum(metrics["sites.cohort"] for metrics in trained)
