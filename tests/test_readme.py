@@ -43,7 +43,9 @@ NAMES = (
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 # Below, and in other files:
-IN_OTHER_TESTS = "recipes/|benchmarks/(bases|cohorts)|hf download|language_models|torch.distributed.run|dashboard|pip install"
+IN_OTHER_TESTS = (
+    "recipes/|benchmarks/(bases|cohorts)|hf download|language_models|torch.distributed.run|dashboard|pip install"
+)
 SMALL = (
     "task_name=text train_path={corpus}/train.csv test_path={corpus}/test.csv model={tiny} max_seq_len=32 report=False"
 )
