@@ -1,5 +1,6 @@
 """The recipes of language models: FlowerTune's baselines and first README, and NVFlare's example with SFTTrainer."""
 
+import json
 import re
 import shlex
 import shutil
@@ -127,6 +128,17 @@ def test_the_first_readme_of_flowertune_ends_with_an_answer(project: Project) ->
     status, (trained, answer) = project.run("flowertune_openllama", *given, QUESTION="Which place comes first?")
     assert status == 0, trained + answer
     assert answer.strip() == project.load().ask("Which place comes first?", max_new_tokens=8).strip()
+    ask = "./run-local.sh recipes/ask.py 'Which one?' --max-new-tokens 4 --output answers.jsonl"
+    status, outputs = project.start(["bash", "-c", ask], cwd=project.folder)
+    assert status == 0, outputs
+    assert json.loads((project.folder / "answers.jsonl").read_text())["question"] == "Which one?"
+
+
+def test_a_question_to_the_first_readmes_adapter_follows_its_training(project: Project) -> None:
+    trained, asked = project.words("flowertune_openllama", QUESTION="Which?")
+    files = ["recipes/flowertune.yaml", "recipes/flowertune_openllama.yaml"]
+    assert trained == ["scripts/train_federated.py", "with", *files]
+    assert asked == ["recipes/ask.py", "Which?"]
 
 
 @pytest.mark.long(seconds=30)
