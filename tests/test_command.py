@@ -90,6 +90,10 @@ def test_an_unknown_subcommand_is_one_sentence(tmp_path: Path, words: list[str],
     )
 
 
+def test_with_may_come_without_settings(tmp_path: Path) -> None:
+    assert run(SCRIPT, tmp_path, "print_config", "with") == run(SCRIPT, tmp_path, "print_config")
+
+
 @pytest.mark.parametrize(
     ("missing", "package"), [("pkg_resources", '"setuptools<80.9"'), ("sacred", "sacred"), ("docopt", "docopt-ng")]
 )

@@ -64,6 +64,7 @@ STAND_INS: dict[str, tuple[dict[str, str], str]] = {
     "site_paths": ({"/path/to": "{tmp}/sites", "distilbert-base-uncased": "{tiny}"}, "max_seq_len=32 report=False"),
     "benchmarks/evaluation": ({}, "--small --repeats 1"),
     "overhead": ({}, "--cases try --repetitions 1"),
+    "timeline": ({}, f"--repetitions 1 num_rounds=1 {SMALL}"),
     "model=open_llama_3b": ({"open_llama_3b": "{llm}"}, SMALL_LLM),
     "smollm2 quantise": (
         {"model=smollm2": "model={llm}"},

@@ -52,6 +52,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
+    if arguments[-1:] == ["with"]:  # and no settings, which Sacred does not expect
+        del sys.argv[-1], arguments[-1]
     if arguments[:1] == ["centralised"]:
         sys.argv[1:] = arguments = add_setting(arguments[1:], "centralised=True")
     name = arguments[0] if arguments else "with"
