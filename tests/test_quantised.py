@@ -124,6 +124,26 @@ def test_a_federation_of_one_site_is_ordinary_training_beside_the_same_base(bits
     assert not torch.allclose(logits(found), logits(make()), atol=1e-3), "the weights must move"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_in_bfloat16_leave_biases_as_they_are_and_where_the_flat_vector_has_them(bits: int) -> None:
+    model = make_bert()
+    quantise_(model, bits, HEAD, compute=torch.bfloat16)  # as on a GPU
+    model = add_adapter(model, {**lora(rank=2), "bias": "lora_only", "task_type": "SEQ_CLS"}, full=HEAD)
+    biases = {name: bias for name, bias in model.named_parameters() if name.endswith("bias")}
+    trained = [bias for name, bias in biases.items() if name.endswith("layer.bias") and bias.requires_grad]
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.copy_(torch.linspace(0.1, 0.9, len(bias)))
+    before, outputs, places = frozen_sha256(model), logits(model), [bias.data_ptr() for bias in trained]
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(**make_examples(9).batch()).loss.backward()
+    assert frozen_sha256(model) == before
+    assert torch.equal(logits(model), outputs), "else an evaluation depends on which rank has trained a site"
+    assert len(trained) == 4
+    assert [bias.data_ptr() for bias in trained] == places
+    assert all(bias.grad is not None and bias.grad.dtype == torch.float32 for bias in trained)
+
+
 @pytest.mark.long(seconds=8)
 def test_two_sixteen_and_sixty_four_sites_share_one_base_and_take_the_same_memory(
     monkeypatch: pytest.MonkeyPatch,

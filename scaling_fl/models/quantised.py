@@ -102,11 +102,24 @@ def quantise_(
             made.support_avx512bf16_for_cpu = False
             made.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=made).to(weight.device)
         made.bias = held.bias
+        if made.bias is not None:
+            made.register_forward_pre_hook(_lend_bias)
+            made.register_forward_hook(_return_bias, always_call=True)
         model.set_submodule(name, made.train(layer.training))
     for rest in model.parameters():
         if rest.is_floating_point():
             rest.data = rest.data.to(dtype)
     setattr(model, f"is_loaded_in_{bits}bit", True)  # by which peft chooses its layers
+
+
+def _lend_bias(layer: Any, given: tuple[Tensor, ...]) -> None:
+    """Compute with a bias of the type of the product: bitsandbytes would round that of the layer, which may train."""
+    bias = vars(layer)["own_bias"] = layer.bias
+    layer._parameters["bias"] = bias.to(getattr(layer, "compute_dtype", None) or given[0].dtype)
+
+
+def _return_bias(layer: Any, *_: Any) -> None:
+    layer._parameters["bias"] = vars(layer).pop("own_bias")
 
 
 def bits_of(layer: nn.Module) -> int | None:
