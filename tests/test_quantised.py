@@ -45,7 +45,7 @@ from scaling_fl.models.compute import checkpoint_activations
 from scaling_fl.models.flat import frozen_sha256, trained_weights
 from scaling_fl.models.memory import Meter, estimate_bytes, state_bytes
 from scaling_fl.models.pretrained import load_pretrained
-from scaling_fl.models.quantised import find_factors, num_bytes_of, quantise_
+from scaling_fl.models.quantised import find_factors, find_whole, num_bytes_of, quantise_
 from scaling_fl.records.rounds import Record
 from scaling_fl.training.loop import train
 from scaling_fl.training.optimisers import OPTIMISERS
@@ -291,6 +291,22 @@ def test_the_head_of_a_classifier_and_what_its_files_lack_train_in_float32(
     embedding = model.get_base_model().bert.embeddings.word_embeddings.weight
     assert str(embedding.dtype).removeprefix("torch.") == narrow.get("base_dtype", "float32")
     assert bool(find_factors(model)) == ("quantise" in narrow)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_modules_that_train_whole_fit_between_those_of_a_base_in_bfloat16(bits: int | None) -> None:
+    model = make_llama().to(torch.bfloat16)
+    given = lora(rank=2, modules_to_save=["embed_tokens", "o_proj", "lm_head"])
+    if bits is not None:
+        quantise_(model, bits, find_whole(given, model), torch.bfloat16)
+    model = add_adapter(model, given)
+    ids = torch.arange(5, 29).view(2, 12)
+    found = model(input_ids=ids, labels=ids)
+    found.loss.backward()
+    assert found.logits.dtype == torch.float32, "nothing after the head needs fewer bits"
+    whole = {name: weight for name, weight in trained_weights(model).items() if "modules_to_save" in name}
+    assert len({name.split(".modules_to_save")[0].split(".")[-1] for name in whole}) == 3
+    assert all(weight.dtype == torch.float32 and weight.grad.any() for weight in whole.values())
 
 
 def test_what_few_bits_need_is_a_sentence(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

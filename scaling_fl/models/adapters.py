@@ -86,6 +86,7 @@ def add_adapter(
     wanted = set(full)
     config = _make_config(given, sorted({*_outermost(model, wanted), *(given.get("modules_to_save") or ())}))
     names = list(dict(model.named_modules(remove_duplicate=False)))
+    last = wanted | _find_output(model)
     _check_names(model, config, given)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -101,7 +102,7 @@ def add_adapter(
     for name, weight in adapted.named_parameters():
         if freeze_a and _is_of(name, A_PARTS):
             weight.requires_grad_(False)
-    widen_trained_(adapted)
+    widen_trained_(adapted, [name for name, _ in adapted.named_parameters() if _base_name(name) in last])
     trained = {_base_name(name) for name, weight in adapted.named_parameters() if weight.requires_grad}
     if missing := wanted - trained:
         raise ValueError(
@@ -109,6 +110,13 @@ def add_adapter(
             f"{given.get('peft_type')}, which leaves {min(missing)} as it is at random"
         )
     return adapted
+
+
+def _find_output(model: Any) -> set[str]:
+    """Return the names of the weights by which a language model makes its logits."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    made_by = {id(weight) for weight in (output.parameters() if output is not None else ())}
+    return {name for name, weight in model.named_parameters() if id(weight) in made_by}
 
 
 def _settle_names(config: Any, names: Collection[str]) -> None:

@@ -7,6 +7,7 @@
 import logging
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -166,15 +167,28 @@ def measure(model: nn.Module) -> tuple[int, int]:
     return sum(counts), sum(num_bytes)
 
 
-def widen_trained_(model: nn.Module) -> None:
-    """Let modules that train whole have float32, and compute in it, beside a base in fewer bits."""
+def widen_trained_(model: nn.Module, last: Collection[str] = ()) -> None:
+    """Let modules that train whole have float32, and compute in it, beside a base in fewer bits.
+
+    Args:
+        model: with an adapter.
+        last: names of weights whose products nothing of the base reads, so that they stay in float32.
+    """
 
     def widen(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
-    for module in model.modules():
-        narrow = [w for w in module.parameters(recurse=False) if w.requires_grad and w.dtype != torch.float32]
-        for weight in narrow:
-            weight.data = weight.data.float()
+    for place, module in model.named_modules():
+        weights = module.named_parameters(prefix=place, recurse=False)
+        narrow = {name: w for name, w in weights if w.requires_grad and w.dtype != torch.float32}
         if narrow:
+            dtype = next(iter(narrow.values())).dtype
             module.register_forward_pre_hook(widen)
+            if narrow.keys().isdisjoint(last):
+                module.register_forward_hook(partial(_narrow, dtype))
+        for weight in narrow.values():
+            weight.data = weight.data.float()
+
+
+def _narrow(dtype: torch.dtype, _: nn.Module, __: object, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
