@@ -8,4 +8,4 @@ from scaling_fl.command.generate import main
 
 if __name__ == "__main__":
     (run,) = last_runs(1)
-    main(["--model", run.folder, "--question", *sys.argv[1:]])
+    main(["--model", run.folder, *(f"--question={text}" for text in sys.argv[1:2]), *sys.argv[2:]])

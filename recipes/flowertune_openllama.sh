@@ -7,16 +7,16 @@
 # With TOY=FOLDER, which recipes/make_toy.py makes, no model and no data are downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-brief=() settings=(recipes/flowertune.yaml recipes/flowertune_openllama.yaml)
+question=("${QUESTION:-What is the ideal 1-day plan in London?}") settings=(recipes/flowertune.yaml recipes/flowertune_openllama.yaml)
 models=openlm-research/open_llama_7b_v2,openlm-research/open_llama_3b_v2
 if [[ -n ${TOY:-} ]]; then
   settings+=(model="$TOY/llm" train_path="$TOY/instruct/alpaca.parquet")
   models=$TOY/llm,$TOY/llm-small
-  brief=(--max-new-tokens 8)
+  question+=(--max-new-tokens 8)
 fi
 export EXTRAS=${EXTRAS:-quantise} # with quantise=None, EXTRAS=llm is enough
 if [[ -n ${SWEEP:-} ]]; then
   exec ./run-local.sh scripts/sweep.py with "${settings[@]}" model="$models" quantise=8,4 sites_per_round=0.1,0.2 "$@"
 fi
 ./run-local.sh scripts/train_federated.py with "${settings[@]}" "$@"
-./run-local.sh recipes/ask.py "${QUESTION:-What is the ideal 1-day plan in London?}" "${brief[@]}"
+./run-local.sh recipes/ask.py "${question[@]}"

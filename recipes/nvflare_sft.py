@@ -24,17 +24,17 @@ def losses_of(run: Run) -> dict[int, float]:
 
 
 def compare(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the lines of the table, and what follows from it."""
+    """Yield the lines of the table, and what follows from it. Several sites have fewer steps than a centralised run."""
     losses = [losses_of(run) for run in runs]
     yield "{:>10}{:>15}{:>15}{:>15}".format("step", *NAMES)
     for step in losses[0]:
-        yield f"{step:>10}" + "".join(f"{of_run[step]:>15.4f}" for of_run in losses)
+        yield f"{step:>10}" + "".join(f"{of_run[step]:>15.4f}" if step in of_run else f"{'-':>15}" for of_run in losses)
     last = [run.history[-1]["validation.loss"] for run in runs]
     yield f"{'validation':>10}" + "".join(f"{loss:>15.4f}" for loss in last)
     alike = "the same" if runs[0].sha256 == runs[1].sha256 else "not the same"
     yield f"The weights of the centralised run and of the one site are {alike}, bit for bit."
-    most = max(abs(losses[2][step] - losses[1][step]) for step in losses[1])
-    yield f"With half of the bytes in a message, no training loss changes by more than {most:.1e}."
+    if changes := [abs(losses[2][step] - loss) for step, loss in losses[1].items() if step in losses[2]]:
+        yield f"With half of the bytes in a message, no training loss changes by more than {max(changes):.1e}."
 
 
 if __name__ == "__main__":

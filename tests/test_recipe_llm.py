@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nvflare_sft
 import pytest
 import table
 import torch
 from conftest import SCRIPT, fork_script, succeed, wait_for_exit
+from last_runs import last_runs
 from peft import PeftConfig
 from recipe_project import RECIPES, Project
 from safetensors.torch import load_file
@@ -139,6 +141,46 @@ def test_a_question_to_the_first_readmes_adapter_follows_its_training(project: P
     files = ["recipes/flowertune.yaml", "recipes/flowertune_openllama.yaml"]
     assert trained == ["scripts/train_federated.py", "with", *files]
     assert asked == ["recipes/ask.py", "Which?"]
+
+
+def put_run(folder: Path, status: str = "COMPLETED", sha256: str = "", losses: tuple[float, ...] = ()) -> None:
+    folder.mkdir(parents=True)
+    steps = {"step.number": [*range(1, len(losses) + 1)], "step.loss": losses} if losses else {}
+    (folder / "rounds.jsonl").write_text(json.dumps({"round": 1, "validation.loss": 0.5, **steps}) + "\n")
+    for name, content in {"config": {}, "run": {"status": status}, "info": {"sha256": sha256}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_last_runs_are_complete_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SACRED_RUNS_DIR", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit, match=r"^error: .*runs: expected at least 1 complete runs, got 0$"):
+        last_runs(1)
+    statuses = ["COMPLETED", "FAILED", "COMPLETED", "RUNNING", "COMPLETED", "INTERRUPTED", "RUNNING"]
+    for number, status in enumerate(statuses, 7):
+        put_run(tmp_path / "runs" / str(number), status)
+    (tmp_path / "runs" / "14").mkdir()
+    (tmp_path / "runs" / "_sources").mkdir()
+    assert [Path(run.folder).name for run in last_runs(2)] == ["9", "11"], "by number, and 9 is before 11"
+
+
+def test_losses_by_step_are_printed_where_each_run_has_them(tmp_path: Path) -> None:
+    for name, losses in {"1": (3.0, 2.0, 1.0), "2": (3.5, 2.5), "3": (3.5, 2.25)}.items():
+        put_run(tmp_path / name, sha256=name, losses=losses)
+    put_run(tmp_path / "4", sha256="4")
+    first, second, third, without = (Run.load(tmp_path / name) for name in "1234")
+    assert list(nvflare_sft.compare([first, second, third]))[3:] == [
+        f"{3:>10}{'1.0000':>15}{'-':>15}{'-':>15}",
+        f"{'validation':>10}" + f"{'0.5000':>15}" * 3,
+        ONE_SITE.replace("are the same", "are not the same"),
+        "With half of the bytes in a message, no training loss changes by more than 2.5e-01.",
+    ]
+    assert list(nvflare_sft.compare([without] * 3))[2:] == [ONE_SITE]
+
+
+def test_no_recipe_expands_an_empty_array() -> None:
+    """Which ends a script with `set -u` in the bash of macOS, here after days of training."""
+    scripts = {path.stem: path.read_text() for path in RECIPES.glob("*.sh")}
+    assert {name for name, script in scripts.items() if "=()" in script} == {"huggingface_blog"}, "with its processes"
 
 
 @pytest.mark.long(seconds=30)
