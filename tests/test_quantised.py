@@ -33,6 +33,7 @@ from scaling_fl.experiment.adapting import FROZEN, adapt, identity_of_adapter
 from scaling_fl.experiment.build import build
 from scaling_fl.experiment.checks import check
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.header import describe_training
 from scaling_fl.experiment.objectives import make_model
 from scaling_fl.experiment.plan import plan
 from scaling_fl.experiment.result import Run
@@ -267,6 +268,14 @@ def test_the_saved_model_is_used_beside_the_base_that_it_was_trained_with(
     assert find_factors(used)
     assert not find_factors(merged)
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-4)
+
+
+def test_a_run_says_that_its_base_has_other_bits_than_the_adapter_was_trained_with(tmp_path: Path) -> None:
+    (tmp_path / "scaling_fl.json").write_text(json.dumps({"template": "alpaca", "quantise": 4}))
+    for bits in (8, None):
+        (line,) = describe_training(Settings(model=str(tmp_path), quantise=bits))
+        assert line == f"quantise  {bits}, but {tmp_path} was trained with 4"
+    assert describe_training(Settings(model=str(tmp_path), quantise=4)) == []
 
 
 NARROW = [{"quantise": 8}, {"quantise": 4}, {"base_dtype": "bfloat16"}, {"quantise": 4, "base_dtype": "bfloat16"}]

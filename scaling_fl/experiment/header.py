@@ -13,6 +13,7 @@ from scaling_fl.federation.cohorts import Cohorts
 from scaling_fl.models.adapter_files import is_adapted
 from scaling_fl.models.adapters import has_lora
 from scaling_fl.models.flat import trained_weights
+from scaling_fl.models.loading import OF_BASE
 from scaling_fl.models.quantised import measure
 
 
@@ -89,9 +90,9 @@ def describe_training(settings: Settings) -> list[str]:
     """Return a line for each setting that is another one than the model says it was trained with."""
     trained = of_training(settings.model)
     return [
-        f"{name:<9} {getattr(settings, name)}, but {settings.model} was trained with {value}"
+        f"{name:<9} {given}, but {settings.model} was trained with {value}"
         for name, value in trained.items()
-        if getattr(settings, name) not in (None, value)
+        if (given := getattr(settings, name)) != value and (given is not None or name in OF_BASE)
     ]
 
 
