@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers import (
 
 from scaling_fl.distributed.world import world
 from scaling_fl.experiment.adapting import FROZEN, adapt, identity_of_adapter
-from scaling_fl.experiment.build import build
+from scaling_fl.experiment.build import build, identity_of_settings
 from scaling_fl.experiment.checks import check
 from scaling_fl.experiment.contradictions import find_contradictions
 from scaling_fl.experiment.header import describe_training
@@ -337,11 +338,13 @@ def test_what_few_bits_need_is_a_sentence(given: dict[str, Any], monkeypatch: py
 ALL = {name for name, _ in make_bert().named_parameters()}
 
 
-def test_ranks_and_resumed_runs_compare_the_version_of_bitsandbytes() -> None:
-    model = make_quantised()
-    assert identity_of_adapter(Settings(adapter="lora", quantise=4), model)["version of bitsandbytes"]
-    assert "version of bitsandbytes" not in identity_of_adapter(Settings(adapter="lora"), model)
-    assert identity_of_adapter(Settings(adapter="lora"), make_quantised(8))[FROZEN] != frozen_sha256(model)
+def test_ranks_and_resumed_runs_compare_the_frozen_bits_and_the_version_of_bitsandbytes() -> None:
+    for given in ({"adapter": "lora", "quantise": 4}, {"optimiser": "adamw8bit"}):
+        assert identity_of_settings(Settings(**given))["version of bitsandbytes"] == version("bitsandbytes")
+    assert "version of bitsandbytes" not in identity_of_settings(Settings(adapter="lora", optimiser="adamw"))
+    hashes = {identity_of_adapter(Settings(adapter="lora"), make_quantised(bits))[FROZEN] for bits in (8, 4)}
+    assert hashes == {frozen_sha256(make_quantised(8)), frozen_sha256(make_quantised(4))}
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -121,8 +120,6 @@ def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {} if sha256 is None else {FROZEN: sha256}
     if is_adapted(model):
         found["version of peft"] = import_peft().__version__
-        if settings.quantise is not None:
-            found["version of bitsandbytes"] = version("bitsandbytes")
         if settings.adapter is None:
             found |= {f"{name} of the adapter": value for name, value in describe_config(model).items()}
     return found

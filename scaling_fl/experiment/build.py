@@ -226,6 +226,8 @@ def find_largest(batches: Iterable[Batch]) -> Batch | None:
 def identity_of_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings and versions that the weights of a round depend on."""
     values = {name: value for name, value in asdict(settings).items() if not FIELDS[name]["may_change"]}
+    if settings.quantise is not None or settings.optimiser == "adamw8bit":
+        values["version of bitsandbytes"] = version("bitsandbytes")
     return {
         **values,
         **hash_plugins(settings.plugins or ()),
