@@ -326,7 +326,10 @@ def test_what_few_bits_need_is_a_sentence(given: dict[str, Any], monkeypatch: py
             says = refusal(partial(build, Settings(**without, **{name: value})))
         assert says == f"{name}: expected None, as there is no adapter, got {value!r}. Set adapter=lora"
     assert "quantise: expected 8 or 4 or None, got 3" in refusal(lambda: check({"quantise": 3}))
-    assert "quantise: expected a model with linear layers" in refusal(lambda: quantise_(make_bert(), 4, ALL))
+    with world():
+        says = refusal(partial(build, Settings(**given, quantise=8, use_dora=True)))
+    assert says.startswith("quantise: expected 4 or None with DoRA on a CPU"), "its second step would fail"
+    assert "quantise=4: expected a model with frozen linear layers" in refusal(lambda: quantise_(make_bert(), 4, ALL))
     assert find_contradictions(Settings(**given, quantise=4)) == []
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     (says,) = find_contradictions(Settings(**given, quantise=4))

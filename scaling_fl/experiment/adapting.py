@@ -76,6 +76,8 @@ def adapt(
             f"lora_mean: expected ab, as {factor} is a third factor of BA, with which no mean is exact, got "
             f"{settings.lora_mean!r}"
         )
+    if settings.quantise == 8 and device.type == "cpu" and "lora_magnitude" in (find_other_factor(model) or ""):
+        raise ValueError("quantise: expected 4 or None with DoRA on a CPU, where peft loses the factors, got 8")
     if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
     if saved is None:

@@ -86,7 +86,7 @@ def quantise_(
 
     layers = _find_layers(model, others)
     if not layers:
-        raise ValueError(f"quantise: expected a model with linear layers, got {type(model).__name__}, got {bits}")
+        raise ValueError(f"quantise={bits}: expected a model with frozen linear layers, got {type(model).__name__}")
     for name, layer in layers.items():
         held: Any = layer
         weight = held.weight.data if isinstance(layer, nn.Linear) else held.weight.data.T
