@@ -40,7 +40,7 @@ def train_site(model, site, round_):
             per_device_train_batch_size=own["batch_size"],
             learning_rate=own["learning_rate"],
             lr_scheduler_type="constant",
-            optim={"adamw": "adamw_torch", "sgd": "sgd"}[own["optimiser"]],
+            optim={"adamw": "adamw_torch", "adamw8bit": "adamw_8bit", "sgd": "sgd"}[own["optimiser"]],
             bf16=False,
             activation_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokens
@@ -49,7 +49,10 @@ def train_site(model, site, round_):
             logging_strategy="no",
             report_to="none",
         )
+        trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
         trainer = SFTTrainer(model, arguments, train_dataset=rows)
+        for weight, data in trained:
+            weight.data = data  # which trl rounds to bfloat16 beside a base in 8 or 4 bits
         trainer.remove_callback(PrinterCallback)
         num_steps, mean_loss, _ = trainer.train()
     return {"num_examples": len(rows), "loss": (mean_loss * num_steps, num_steps)}

@@ -83,11 +83,15 @@ def compare_with_the_built_in(folder: Path, given: dict[str, Any]) -> None:
     assert trained[1][-1]["validation.loss"] < 0.9 * trained[1][0]["validation.loss"]
 
 
-@pytest.mark.parametrize(("optimiser", "rate"), [("sgd", 0.5), ("adamw", 0.02)])
+@pytest.mark.parametrize(
+    ("optimiser", "rate", "bits"), [("sgd", 0.5, None), ("adamw", 0.02, None), ("adamw8bit", 0.02, 4)]
+)
 def test_sft_trainer_takes_the_steps_of_the_built_in_training(
-    given: dict[str, Any], tmp_path: Path, optimiser: str, rate: float
+    given: dict[str, Any], tmp_path: Path, optimiser: str, rate: float, bits: int | None
 ) -> None:
-    given |= {"batch_size": 64, "num_local_epochs": 4, "optimiser": optimiser, "learning_rate": rate}
+    if bits is not None:
+        pytest.importorskip("bitsandbytes")
+    given |= {"batch_size": 64, "num_local_epochs": 4, "optimiser": optimiser, "learning_rate": rate, "quantise": bits}
     if optimiser == "sgd":
         given["site_settings"] = {1: {"learning_rate": 0.25, "num_local_epochs": 3}}
     launch(compare_with_the_built_in, tmp_path, given, num_ranks=1, fork=True)
