@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+OF_WEIGHTS = re.compile(r".+\.safetensors|pytorch_model.*\.bin")  # a Trainer leaves other .bin files
 
 
 def trained_with(model: str) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def find_file(path: str, name: str, **options: Any) -> str | None:
 def lacks_weights(model: str) -> bool:
     """Tell whether a model is a folder without weights; it may have the index of their files."""
     path = path_of(model)
-    return os.path.isdir(path) and not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(path))
+    return os.path.isdir(path) and not any(map(OF_WEIGHTS.fullmatch, os.listdir(path)))
 
 
 def read_file(model: str, name: str) -> bytes | None:
