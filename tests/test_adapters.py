@@ -225,6 +225,15 @@ def test_what_is_newly_initialised_trains_and_is_saved_whatever_its_name(new: st
     assert torch.equal(logits(back), logits(model))
 
 
+def test_a_name_by_which_peft_would_train_other_modules_too_is_refused() -> None:
+    given = {**lora(modules_to_save=["norm"], targets=["q_proj"]), "task_type": "CAUSAL_LM"}
+    assert refusal(lambda: add_adapter(make_llama(), given)) == (
+        "lora_modules_to_save: expected more of a name, such as 'model.norm', got 'norm', by which peft would train "
+        "model.layers.0.input_layernorm, too"
+    )
+    add_adapter(make_llama(), given | {"modules_to_save": ["model.norm"]})
+
+
 def test_a_new_weight_beside_pretrained_ones_of_its_module_is_refused() -> None:
     given = {**lora(), "task_type": "SEQ_CLS"}
     says = refusal(lambda: add_adapter(make_bert(), given, full={*HEAD, "bert.pooler.dense.bias"}))

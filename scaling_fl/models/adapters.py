@@ -213,6 +213,13 @@ def _check_names(model: nn.Module, config: Any, given: Mapping[str, Any]) -> Non
                     }
                 )
                 raise ValueError(f"{ours}: expected modules of the model, such as {', '.join(ends[:8])}, got {entry!r}")
+            within = tuple(f"{name}." for name in matched)
+            also = [n for n in names if n.endswith(entry) and n not in matched and not n.startswith(within)]
+            if matched and also and setting == "modules_to_save":
+                raise ValueError(
+                    f"lora_modules_to_save: expected more of a name, such as {matched[0]!r}, got {entry!r}, by "
+                    f"which peft would train {also[0]}, too"
+                )
             for name in matched:
                 for weight, tensor in names[name].named_parameters(prefix=name):
                     if others := {place for place in places[id(tensor)] if not place.startswith(f"{name}.")}:
