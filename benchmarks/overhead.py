@@ -1,30 +1,35 @@
-"""Compare a round of the library with the least that a federated round could be.
+"""Compare a run of the library with the least that a federated run could be, and with other libraries.
 
 That floor is a plain PyTorch loop: two gloo ranks of one thread each, whose sites take turns on one
 model, and one flat float32 all-reduce a round. It has none of the library's code and must end with
 the library's weights. Both train on random tokens with fused SGD, without dropout or evaluation; the
-library also pads, scores and checks as in a real run. The programs that are compared are started at
-once and take turns of a fraction of a second, in which the others are stopped: what else the machine
-does meets them alike. Their memory is measured in a run of their own. Linux only, as it is read from
-/proc.
+library also pads, scores and checks as in a real run. `--peers` lets other libraries train the same,
+each in an environment that is made for it (peers/environments.py, by peers/*.py).
+
+The programs that are compared are started at once and take turns of a fraction of a second, in which
+the others are stopped: what else the machine does meets them alike. Only a program that sleeps gains,
+as it also sleeps while it is stopped. Memory is measured in a run of its own. Linux only, as it is
+read from /proc.
 
     python benchmarks/overhead.py --cases a b c --repetitions 3
+    python benchmarks/overhead.py --cases a b256 c --repetitions 2 --peers
 """
 
 import argparse
+import importlib
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from operator import truediv
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from typing import TYPE_CHECKING
@@ -32,6 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
+from peers.environments import PEERS, make_environment, version_of
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -215,8 +221,11 @@ RUNS: dict[str, Callable[[Case, Path], None]] = {
     "float32": partial(run_library, "float32"),
     "exact": partial(run_library, "exact"),
 }
-# Of a steady round (median of all but the first), then of the whole run.
-TIMES = ("round, s", "round, CPU s", "wall, s", "CPU, s")
+WHOLE = ("wall, s", "CPU, s")
+# Where the wall time goes: imports, launch and model; rounds, of which the steady one is the median of all but the
+# first; the end.
+PARTS = ("before rounds, s", "first round, s", "steady round, s", "after rounds, s", "steady, CPU s")
+TIMES = (*WHOLE, *PARTS)
 MEMORY = "memory, MiB"
 
 
@@ -227,7 +236,8 @@ class Program:
         self.result = folder / run
         self._turns: list[tuple[float, float]] = []
         self._cpu = 0.0
-        command = [sys.executable, __file__, "--one", case, run, str(self.result)]
+        python = make_environment(run) if run in PEERS else sys.executable
+        command = [python, __file__, "--one", case, run, str(self.result)]
         self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
         self._signal(signal.SIGSTOP)
 
@@ -255,9 +265,15 @@ class Program:
         if self.process.returncode != 0:
             raise SystemExit(f"error: {self.result.name} ended with exit status {self.process.returncode}")
         rounds, weights = torch.load(self.result)
-        steady = [(self._in_turns(start, end), cpu) for start, end, cpu in rounds[1:]]
-        medians = map(statistics.median, zip(*steady, strict=True))
-        times = *medians, self._in_turns(0, math.inf), self._cpu
+        walls = [self._in_turns(start, end) for start, end, _ in rounds]
+        parts = (
+            self._in_turns(0, rounds[0][0]),
+            walls[0],
+            statistics.median(walls[1:]),
+            self._in_turns(rounds[-1][1], math.inf),
+            statistics.median(cpu for _, _, cpu in rounds[1:]),
+        )
+        times = self._in_turns(0, math.inf), self._cpu, *parts
         return dict(zip(TIMES, times, strict=True)), weights
 
     def _in_turns(self, start: float, end: float) -> float:
@@ -273,11 +289,11 @@ def cpu_of_ended() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def take_turns(case: str) -> dict[str, tuple[dict[str, float], Tensor]]:
+def take_turns(case: str, runs: Sequence[str]) -> dict[str, tuple[dict[str, float], Tensor]]:
     """Let all programs run a case, and return their TIMES and final weights."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         programs = {}
-        for run in RUNS:
+        for run in runs:
             programs[run] = Program(case, run, Path(folder))
             stack.callback(programs[run].end)
         running = list(programs.values())
@@ -321,15 +337,15 @@ def family(pid: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def compare(case: str, num_repetitions: int) -> dict[str, dict[str, list[float]]]:
+def compare(case: str, runs: Sequence[str], num_repetitions: int) -> dict[str, dict[str, list[float]]]:
     """Return what each run of a case took, repetition by repetition; its memory is measured once.
 
     Raises:
         SystemExit: final weights are not the floor's.
     """
-    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in TIMES} for run in RUNS}
+    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in TIMES} for run in runs}
     for _ in range(num_repetitions):
-        found = take_turns(case)
+        found = take_turns(case, runs)
         for run, (times, weights) in found.items():
             difference = (weights - found["floor"][1]).abs().max().item()
             print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
@@ -341,22 +357,39 @@ def compare(case: str, num_repetitions: int) -> dict[str, dict[str, list[float]]
     return {run: times | {MEMORY: [peak_memory(case, run)]} for run, times in measured.items()}
 
 
-def print_table(results: dict[str, dict[str, dict[str, list[float]]]], num_repetitions: int) -> None:
-    """Print the floor's medians, and those of the library as multiples of the floor in the same repetition."""
-    print(
-        f"\n{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {NUM_RANKS} ranks of one thread,", end=""
-    )
-    print(f" medians of {num_repetitions}\n\n{'library / floor':38}", *(f"{run:>10}" for run in RUNS))
+def print_tables(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
+    """Print a Markdown table of each case: the floor's medians, and multiples of the floor in the same repetition."""
+    print(f"\n{machine()}, torch {torch.__version__}, {NUM_RANKS} ranks of one thread")
     for name, runs in results.items():
         case = CASES[name]
-        print(f"({name}) {case.make_model.__name__}, {case.num_sites} sites x {case.num_examples} examples")
-        for measure in (*TIMES, MEMORY):
-            floor, *library = (runs[run][measure] for run in RUNS)
-            ratios = (statistics.median(map(truediv, values, floor)) for values in library)
-            print(f"{measure:>38} {statistics.median(floor):>10.2f}", *(f"{ratio:>10.3f}" for ratio in ratios))
+        title = f"({name}) {case.make_model.__name__}, {case.num_sites} sites x {case.num_examples} examples"
+        print(f"\n| {title} |", " | ".join(version_of(run) for run in runs), "|")
+        print("|---" * (1 + len(runs)) + "|")
+        for measure in (*WHOLE, MEMORY, *PARTS):
+            floor, *others = (runs[run][measure] for run in runs)
+            print(
+                f"| {measure} | {statistics.median(floor):.2f} |",
+                " | ".join(ratios(values, floor) for values in others),
+                "|",
+            )
     if {"a", "b256"} <= results.keys():
-        growth = (results["b256"][run][MEMORY][0] / results["a"][run][MEMORY][0] for run in RUNS)
-        print(f"{'memory, 256 sites / 16 sites':38}", *(f"{ratio:>10.3f}" for ratio in growth))
+        growth = (
+            f"{run} {runs[MEMORY][0] / results['a'][run][MEMORY][0]:.2f}" for run, runs in results["b256"].items()
+        )
+        print("\nMemory with 256 sites over that with 16:", ", ".join(growth))
+
+
+def ratios(values: Sequence[float], floor: Sequence[float]) -> str:
+    """Return values as multiples of the floor's: the median, and what it lies between."""
+    found = sorted(value / least for value, least in zip(values, floor, strict=True))
+    spread = f" ({found[0]:.2f} to {found[-1]:.2f})" if len(found) > 1 else ""
+    return "" if math.isnan(found[0]) else f"{statistics.median(found):.2f}{spread}"
+
+
+def machine() -> str:
+    """Return the cores that this process may use, and the name of the processor."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'an unknown processor'}"
 
 
 def main() -> None:
@@ -364,14 +397,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"))
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which other libraries, all without a name")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         case, run, result = options.one
-        RUNS[run](CASES[case], Path(result))
+        if run in PEERS:
+            importlib.import_module(f"peers.{run}").run(case, Path(result))
+        else:
+            RUNS[run](CASES[case], Path(result))
     else:
+        runs = [*RUNS, *([] if options.peers is None else options.peers or PEERS)]
         chosen = [name for name in CASES if name in options.cases or name[0] in options.cases]
-        print_table({name: compare(name, options.repetitions) for name in chosen}, options.repetitions)
+        print_tables({name: compare(name, runs, options.repetitions) for name in chosen})
 
 
 if __name__ == "__main__":
