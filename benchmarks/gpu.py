@@ -23,7 +23,8 @@ from unittest.mock import patch
 
 import torch
 from commands import Command, put_data, put_model
-from overhead import CASES, LEARNING_RATE, NUM_LABELS, VOCABULARY, Case, distilbert, make_federation, run_round
+from library import make_federation, run_round
+from overhead import CASES, LEARNING_RATE, NUM_LABELS, VOCABULARY, Case, distilbert
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 

@@ -29,10 +29,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise, starmap
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,9 +45,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-if TYPE_CHECKING:
-    from scaling_fl.federation.round import Federation
-
+LIBRARY = ("float32", "exact")  # by the type of its messages
 NUM_RANKS = 2
 NUM_LABELS = 4
 VOCABULARY = 30_522
@@ -57,6 +54,10 @@ TOLERANCE = 1e-5  # of the final weights: the floor adds in another order
 TURN = 0.3  # seconds
 SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next
 LOOKING = 0.02  # of the time at most, as a look takes a core 30 ms and more where much memory is shared
+WHOLE = ("wall, s", "CPU, s")
+# Of the wall time: imports, launch and model; rounds, the steady one being the median of all but the first; the end.
+PARTS = ("before rounds, s", "first round, s", "steady round, s", "after rounds, s")
+MEMORY = "memory, MiB"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -143,90 +144,29 @@ def floor_rank(rank: int, case: Case, result: Path) -> None:
         dist.all_reduce(total)
         weights.copy_(total)
 
-    rounds = time_rounds(run_round, case.num_rounds)
+    moments = time_rounds(run_round, case.num_rounds)
     if rank == 0:
-        torch.save((rounds, weights), result)
+        torch.save((moments, weights), result)
     dist.destroy_process_group()
 
 
-def run_library(comm_dtype: str, case: Case, result: Path) -> None:
-    """Train the same with the library, which is imported here so that the floor has none of it."""
-    from scaling_fl.distributed.collectives import rank
-    from scaling_fl.distributed.launch import launch
-    from scaling_fl.distributed.world import world
-
-    def library_rank() -> None:
-        with world():
-            federation = make_federation(case, comm_dtype)
-            rounds = time_rounds(partial(run_round, federation), case.num_rounds)
-            if rank() == 0:
-                torch.save((rounds, federation.global_model.weights), result)
-
-    launch(library_rank, num_ranks=NUM_RANKS, fork=True)
-
-
-def make_federation(case: Case, comm_dtype: str) -> "Federation":
-    """Return the federation of a case, whose sites are on the first device."""
-    from scaling_fl.data.examples import Examples
-    from scaling_fl.distributed.placement import place_sites
-    from scaling_fl.federation.global_model import GlobalModel
-    from scaling_fl.federation.local_training import LocalTraining
-    from scaling_fl.federation.round import Federation
-    from scaling_fl.federation.site import Site
-    from scaling_fl.federation.strategies import make_strategy
-    from scaling_fl.training.loop import Batch, evaluate
-    from scaling_fl.training.optimisers import OPTIMISERS
-    from scaling_fl.training.scores import score_classes
-
-    topology = place_sites([0] * case.num_sites)
-    tokens, labels = case.examples()
-    lengths = np.full(len(tokens), case.length)
-    starts = np.arange(0, tokens.size, case.length)
-    examples = Examples({"input_ids": tokens.reshape(-1)}, starts, lengths, labels, {"input_ids": 0})
-    model = case.model()
-    test = examples.fixed_batches(case.batch_size)
-
-    def batches(site: Site, seed: int, start: int) -> Iterator[Batch]:
-        return (examples.select(indices).batch() for indices in case.batches(site.number))
-
-    return Federation(
-        topology,
-        [Site(number, device, case.num_examples) for number, device in topology.sites.items()],
-        model,
-        GlobalModel(model, make_strategy("fedavg"), comm_dtype, topology.devices[0]),
-        train_site=LocalTraining(partial(OPTIMISERS["sgd"], lr=LEARNING_RATE), batches, score_classes, seed=0),
-        evaluate_device=lambda model, _: evaluate(model, (part.batch() for part in test), score_classes).totals(),
-        seed=0,
-    )
-
-
-def run_round(federation: "Federation", round_: int) -> None:
-    """Train a round of the library."""
-    federation.train(round_)
-    federation.global_model.step()
-
-
-def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[tuple[float, float, float]]:
-    """Return when each round began and ended (seconds of the machine's clock), and the seconds of this rank's CPU."""
-    rounds = []
+def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[float]:
+    """Return when the first round began and when each round ended, in seconds of the machine's clock."""
+    moments = [time.monotonic()]
     for round_ in range(1, num_rounds + 1):
-        start, cpu_start = time.monotonic(), time.process_time()
         run_round(round_)
-        rounds.append((start, time.monotonic(), time.process_time() - cpu_start))
-    return rounds
+        moments.append(time.monotonic())
+    return moments
 
 
-RUNS: dict[str, Callable[[Case, Path], None]] = {
-    "floor": run_floor,
-    "float32": partial(run_library, "float32"),
-    "exact": partial(run_library, "exact"),
-}
-WHOLE = ("wall, s", "CPU, s")
-# Where the wall time goes: imports, launch and model; rounds, of which the steady one is the median of all but the
-# first; the end.
-PARTS = ("before rounds, s", "first round, s", "steady round, s", "after rounds, s", "steady, CPU s")
-TIMES = (*WHOLE, *PARTS)
-MEMORY = "memory, MiB"
+def run_one(case: str, run: str, result: str) -> None:
+    """Train a case in this process with one program, which alone is imported."""
+    if run == "floor":
+        run_floor(CASES[case], Path(result))
+    elif run in LIBRARY:
+        importlib.import_module("library").run(case, Path(result), run)
+    else:
+        importlib.import_module(f"peers.{run}").run(case, Path(result))
 
 
 class Program:
@@ -235,7 +175,8 @@ class Program:
     def __init__(self, case: str, run: str, folder: Path) -> None:
         self.result = folder / run
         self._turns: list[tuple[float, float]] = []
-        self._cpu = 0.0
+        self._cpu = 0.0  # of the processes that were waited for, when all have ended
+        self._cpu_seen: dict[int, float] = {}  # of each process
         python = make_environment(run) if run in PEERS else sys.executable
         command = [python, __file__, "--one", case, run, str(self.result)]
         self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
@@ -251,7 +192,10 @@ class Program:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGSTOP)
         self._turns.append((start, time.monotonic()))
-        self._cpu = cpu_of_ended() - cpu  # when it has ended
+        self._cpu = cpu_of_ended() - cpu
+        for pid in family(self.process.pid):
+            with suppress(OSError):  # it has ended
+                self._cpu_seen[pid] = cpu_of(pid)
         return self.process.returncode is not None
 
     def end(self) -> None:
@@ -261,20 +205,14 @@ class Program:
             self.process.wait()
 
     def outcome(self) -> tuple[dict[str, float], Tensor]:
-        """Return the TIMES it took in its turns, and its final weights."""
+        """Return what it took in its turns, by WHOLE and PARTS, and its final weights."""
         if self.process.returncode != 0:
             raise SystemExit(f"error: {self.result.name} ended with exit status {self.process.returncode}")
-        rounds, weights = torch.load(self.result)
-        walls = [self._in_turns(start, end) for start, end, _ in rounds]
-        parts = (
-            self._in_turns(0, rounds[0][0]),
-            walls[0],
-            statistics.median(walls[1:]),
-            self._in_turns(rounds[-1][1], math.inf),
-            statistics.median(cpu for _, _, cpu in rounds[1:]),
-        )
-        times = self._in_turns(0, math.inf), self._cpu, *parts
-        return dict(zip(TIMES, times, strict=True)), weights
+        moments, weights = torch.load(self.result)
+        before, first, *steady, after = starmap(self._in_turns, pairwise([0, *moments, math.inf]))
+        cpu = max(self._cpu, sum(self._cpu_seen.values()))  # as Ray does not wait for its processes
+        times = self._in_turns(0, math.inf), cpu, before, first, statistics.median(steady), after
+        return dict(zip((*WHOLE, *PARTS), times, strict=True)), weights
 
     def _in_turns(self, start: float, end: float) -> float:
         return sum(max(0.0, min(end, turn_end) - max(start, turn_start)) for turn_start, turn_end in self._turns)
@@ -289,8 +227,14 @@ def cpu_of_ended() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def cpu_of(pid: int) -> float:
+    """Return the CPU seconds of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def take_turns(case: str, runs: Sequence[str]) -> dict[str, tuple[dict[str, float], Tensor]]:
-    """Let all programs run a case, and return their TIMES and final weights."""
+    """Let all programs run a case, and return their `outcome`."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         programs = {}
         for run in runs:
@@ -343,7 +287,7 @@ def compare(case: str, runs: Sequence[str], num_repetitions: int) -> dict[str, d
     Raises:
         SystemExit: final weights are not the floor's.
     """
-    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in TIMES} for run in runs}
+    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in (*WHOLE, *PARTS)} for run in runs}
     for _ in range(num_repetitions):
         found = take_turns(case, runs)
         for run, (times, weights) in found.items():
@@ -383,7 +327,7 @@ def ratios(values: Sequence[float], floor: Sequence[float]) -> str:
     """Return values as multiples of the floor's: the median, and what it lies between."""
     found = sorted(value / least for value, least in zip(values, floor, strict=True))
     spread = f" ({found[0]:.2f} to {found[-1]:.2f})" if len(found) > 1 else ""
-    return "" if math.isnan(found[0]) else f"{statistics.median(found):.2f}{spread}"
+    return f"{statistics.median(found):.2f}{spread}"
 
 
 def machine() -> str:
@@ -401,13 +345,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        case, run, result = options.one
-        if run in PEERS:
-            importlib.import_module(f"peers.{run}").run(case, Path(result))
-        else:
-            RUNS[run](CASES[case], Path(result))
+        run_one(*options.one)
     else:
-        runs = [*RUNS, *([] if options.peers is None else options.peers or PEERS)]
+        runs = ["floor", *LIBRARY, *([] if options.peers is None else options.peers or PEERS)]
         chosen = [name for name in CASES if name in options.cases or name[0] in options.cases]
         print_tables({name: compare(name, runs, options.repetitions) for name in chosen})
 

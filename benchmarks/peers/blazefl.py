@@ -60,8 +60,8 @@ def run(name: str, result: Path) -> None:
     handler = FedAvgBaseServerHandler(
         Models(case), "", None, case.num_rounds, case.num_sites, 1.0, "cpu", case.batch_size, seed=0
     )
-    rounds = time_rounds(partial(run_round, handler, trainer), case.num_rounds)
-    torch.save((rounds, nn.utils.parameters_to_vector(handler.model.parameters()).detach()), result)
+    moments = time_rounds(partial(run_round, handler, trainer), case.num_rounds)
+    torch.save((moments, nn.utils.parameters_to_vector(handler.model.parameters()).detach()), result)
 
 
 def run_round(handler: FedAvgBaseServerHandler, trainer: Trainer, _: int) -> None:

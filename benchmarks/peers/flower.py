@@ -5,8 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
-from itertools import pairwise
-from math import nan
 from pathlib import Path
 
 # Read on import. Ray would give its workers the least of the processor.
@@ -74,8 +72,7 @@ def run(name: str, result: Path) -> None:
         weights = pack(nn.utils.parameters_to_vector(CASES[name].model().parameters()).detach())
         strategy = TimedFedAvg()
         found = strategy.start(grid, weights, CASES[name].num_rounds, train_config=ConfigRecord({"case": name}))
-        rounds = [(start, end, nan) for start, end in pairwise(strategy.moments)]
-        torch.save((rounds, torch.from_numpy(found.arrays["weights"].numpy())), result)
+        torch.save((strategy.moments, torch.from_numpy(found.arrays["weights"].numpy())), result)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     # Started here, Ray needs no environment for its workers, which takes Flower seconds to make.

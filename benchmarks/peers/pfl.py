@@ -4,8 +4,6 @@ import os
 import socket
 import time
 from functools import partial
-from itertools import pairwise
-from math import nan
 from pathlib import Path
 
 import torch
@@ -92,5 +90,4 @@ def run_rank(case: Case, result: Path | None) -> None:
     )
     torch.distributed.destroy_process_group()
     if result:
-        rounds = [(start, end, nan) for start, end in pairwise(moments.moments)]
-        torch.save((rounds, nn.utils.parameters_to_vector(module.parameters()).detach()), result)
+        torch.save((moments.moments, nn.utils.parameters_to_vector(module.parameters()).detach()), result)
