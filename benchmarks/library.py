@@ -1,8 +1,9 @@
-"""The cases of overhead.py by the library: what `scaling_fl.train` does, without files and reports."""
+"""The cases of overhead.py by the library: its command, without settings, files and reports."""
 
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from overhead import CASES, LEARNING_RATE, NUM_RANKS, Case, time_rounds
 
 from scaling_fl.data.examples import Examples
 from scaling_fl.distributed.collectives import rank
+from scaling_fl.distributed.ending import run_program
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.placement import place_sites
 from scaling_fl.distributed.world import world
@@ -23,9 +25,9 @@ from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 
 
-def run(name: str, result: Path, comm_dtype: str) -> None:
-    """Train a case on ranks forked from this process."""
-    launch(train_rank, CASES[name], result, comm_dtype, num_ranks=NUM_RANKS, fork=True)
+def run(name: str, result: Path, comm_dtype: str) -> NoReturn:
+    """Train a case on ranks forked from this process, and exit."""
+    run_program(partial(launch, train_rank, CASES[name], result, comm_dtype, num_ranks=NUM_RANKS, fork=True))
 
 
 def train_rank(case: Case, result: Path, comm_dtype: str) -> None:
