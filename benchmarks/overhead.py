@@ -36,7 +36,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 import numpy as np
 import torch
 import torch.distributed as dist
-from peers.environments import PEERS, make_environment, version_of
+from peers.environments import OURS, PEERS, make_environment, version_of
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -172,12 +172,11 @@ def run_one(case: str, run: str, result: str) -> None:
 class Program:
     """A run of a case in a fresh process, stopped until its turn comes."""
 
-    def __init__(self, case: str, run: str, folder: Path) -> None:
+    def __init__(self, case: str, run: str, python: str, folder: Path) -> None:
         self.result = folder / run
         self._turns: list[tuple[float, float]] = []
         self._cpu = 0.0  # of the processes that were waited for, when all have ended
         self._cpu_seen: dict[int, float] = {}  # of each process
-        python = make_environment(run) if run in PEERS else sys.executable
         command = [python, __file__, "--one", case, run, str(self.result)]
         self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
         self._signal(signal.SIGSTOP)
@@ -233,12 +232,12 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def take_turns(case: str, runs: Sequence[str]) -> dict[str, tuple[dict[str, float], Tensor]]:
+def take_turns(case: str, pythons: dict[str, str]) -> dict[str, tuple[dict[str, float], Tensor]]:
     """Let all programs run a case, and return their `outcome`."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         programs = {}
-        for run in runs:
-            programs[run] = Program(case, run, Path(folder))
+        for run, python in pythons.items():
+            programs[run] = Program(case, run, python, Path(folder))
             stack.callback(programs[run].end)
         running = list(programs.values())
         while running:
@@ -246,10 +245,10 @@ def take_turns(case: str, runs: Sequence[str]) -> dict[str, tuple[dict[str, floa
         return {run: program.outcome() for run, program in programs.items()}
 
 
-def peak_memory(case: str, run: str) -> float:
+def peak_memory(case: str, run: str, python: str) -> float:
     """Run one case alone and return the most memory that its processes had at once, in MiB."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        program = Program(case, run, Path(folder))
+        program = Program(case, run, python, Path(folder))
         stack.callback(program.end)
         peak, pause = 0.0, SAMPLE_EVERY / 5  # as a small case ends soon
         while not program.run_for(pause):
@@ -281,15 +280,20 @@ def family(pid: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def compare(case: str, runs: Sequence[str], num_repetitions: int) -> dict[str, dict[str, list[float]]]:
+def compare(case: str, pythons: dict[str, str], num_repetitions: int) -> dict[str, dict[str, list[float]]]:
     """Return what each run of a case took, repetition by repetition; its memory is measured once.
+
+    Args:
+        case: a key of CASES.
+        pythons: the program that runs each.
+        num_repetitions: how often.
 
     Raises:
         SystemExit: final weights are not the floor's.
     """
-    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in (*WHOLE, *PARTS)} for run in runs}
+    measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in (*WHOLE, *PARTS)} for run in pythons}
     for _ in range(num_repetitions):
-        found = take_turns(case, runs)
+        found = take_turns(case, pythons)
         for run, (times, weights) in found.items():
             difference = (weights - found["floor"][1]).abs().max().item()
             print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
@@ -298,7 +302,7 @@ def compare(case: str, runs: Sequence[str], num_repetitions: int) -> dict[str, d
                 raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {TOLERANCE}")
             for name, value in times.items():
                 measured[run][name].append(value)
-    return {run: times | {MEMORY: [peak_memory(case, run)]} for run, times in measured.items()}
+    return {run: times | {MEMORY: [peak_memory(case, run, pythons[run])]} for run, times in measured.items()}
 
 
 def print_tables(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
@@ -347,9 +351,12 @@ def main() -> None:
     if options.one:
         run_one(*options.one)
     else:
-        runs = ["floor", *LIBRARY, *([] if options.peers is None else options.peers or PEERS)]
+        ours = sys.executable if options.peers is None else make_environment("scaling_fl", OURS)
+        peers = [] if options.peers is None else options.peers or PEERS
+        pythons = dict.fromkeys(("floor", *LIBRARY), ours)
+        pythons |= {name: make_environment(name, PEERS[name]) for name in peers}
         chosen = [name for name in CASES if name in options.cases or name[0] in options.cases]
-        print_tables({name: compare(name, runs, options.repetitions) for name in chosen})
+        print_tables({name: compare(name, pythons, options.repetitions) for name in chosen})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-FOLDER = Path(__file__).parent.parent.parent / ".peers"
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / ".peers"
 SHARED = ("torch", "transformers", "numpy")
 
 
@@ -25,13 +26,16 @@ PEERS = {
 }
 
 
-def make_environment(name: str) -> str:
-    """Return the Python of a peer's environment, which is made or updated if it is not what PEERS says.
+# Without the tools of its developers, of which transformers imports some where they are installed.
+OURS = Peer(f"--editable={ROOT}")
+
+
+def make_environment(name: str, peer: Peer) -> str:
+    """Return the Python of an environment, which is made first, or again if it is for something else.
 
     Raises:
         CalledProcessError: pip failed.
     """
-    peer = PEERS[name]
     python, marker = FOLDER / name / "bin" / "python", FOLDER / name / "installed"
     pins = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
     wanted = f"{sys.version}\n{peer}\n{pins}"
