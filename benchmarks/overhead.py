@@ -57,7 +57,7 @@ LOOKING = 0.02  # of the time at most, as a look takes a core 30 ms and more whe
 WHOLE = ("wall, s", "CPU, s")
 # Of the wall time: imports, launch and model; rounds, the steady one being the median of all but the first; the end.
 PARTS = ("before rounds, s", "first round, s", "steady round, s", "after rounds, s")
-MEMORY = "memory, MiB"
+MEMORY = "memory, MiB"  # the most at once
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
 
 
