@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from scaling_fl.training.loop import NOT_TRAINED, Batch
+
+if TYPE_CHECKING:  # it takes half a second to import
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -171,4 +174,4 @@ class Encoded:
     lost: dict[str, int]  # how many rows were left out, and of how many a part was cut off
 
 
-Encode = Callable[[Dataset, Sequence[str]], Encoded]  # takes rows and the names of the labels
+Encode = Callable[["Dataset", Sequence[str]], Encoded]  # takes rows and the names of the labels
