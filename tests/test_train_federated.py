@@ -434,7 +434,7 @@ MOMENTS = {
     "the record is opened": (FileStorageObserver, "save_sources", PASS, 1, 1),
     "the tokenizer is loaded": (AutoTokenizer, "from_pretrained", SWALLOW, 1, 1),
     "the model is loaded": (AutoModelForSequenceClassification, "from_pretrained", SWALLOW, 1, 1),
-    "the model is tried": (torch.Tensor, "backward", SWALLOW, 1, 2),
+    "the model is tried": (torch.Tensor, "backward", SWALLOW, 1, 1),
     "a batch is trained": (AdamW, "step", SWALLOW, 100_000, 2),
     "a checkpoint is half written": (LocalFileSystem, "mv", PASS, 100_000, 2),
     "metrics are recorded": (MetricsLogger, "log_scalar_metric", SWALLOW, 100_000, 1),
