@@ -219,7 +219,9 @@ def test_a_page_of_a_thousand_sites_is_as_large_as_one_of_a_few(tmp_path: Path) 
     sizes = []
     for num_sites in (50, 1000):
         runs = read([write_run(tmp_path / str(num_sites), num_sites=num_sites, num_rounds=3, change=evaluate)])
-        charts = [draw_plot(plot, runs, with_png=False) for plot in (*PLOTS, *label_plots(runs)) if plot.section == "Sites"]
+        charts = [
+            draw_plot(plot, runs, with_png=False) for plot in (*PLOTS, *label_plots(runs)) if plot.section == "Sites"
+        ]
         assert len(charts) == 9
         sizes.append(len(page(runs, [chart for chart in charts if chart is not None])))
     assert sizes[1] < 1.5 * sizes[0]
