@@ -25,7 +25,7 @@ if [[ -n ${TOY:-} ]]; then
 fi
 export EXTRAS=${EXTRAS:-llm}
 
-prepare() { # NAME SOURCE [options]; what is there stays
+prepare() { # NAME SOURCE [options]; does not replace files
   [[ ! -e $target/$1/validation.jsonl ]] || return 0
   ./run-local.sh scripts/prepare_data.py --source "$2" --train-path "$target/$1/training.jsonl" \
     --validation-path "$target/$1/validation.jsonl" --overwrite "${@:3}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
-from test_invariants import new_objects_only, tensor_bytes, train_plainly
+from test_invariants import check_promises, new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
 from tiny_models import put_model
 from torch import Tensor, nn
@@ -72,16 +72,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_an_adapter_keeps_the_promises_of_a_whole_model(tmp_path: Path) -> None:
-    play = Play(make_model=make_adapted, site_ids=(0, 0, 0), num_examples=23)
-    alone = play.on_ranks(1)
-    assert len(set(alone[1])) == play.num_rounds + 1, "the weights must move"
-    stopping = play.but(checkpoints_dir=str(tmp_path))
-    history, hashes = stopping.but(num_rounds=1).on_ranks(2)
-    assert (history, hashes) == (alone[0][:-1], alone[1][:-1]), "where a site runs changes no bit"
-    history, hashes = stopping.on_ranks(1)
-    assert (history, hashes[-1]) == (alone[0], alone[1][-1]), "stopping changes no bit"
-    saved = torch.load(tmp_path / "round-2.pt")["server"]["weights"]
-    assert saved.keys() == trained_weights(make_adapted()).keys(), "a checkpoint holds the adapter only"
+    check_promises(make_adapted, tmp_path)
 
 
 def test_wrapping_draws_from_a_generator_of_its_own_and_keeps_the_mode() -> None:

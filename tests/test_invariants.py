@@ -14,6 +14,7 @@ from torch import nn
 from scaling_fl.data.partition import iid, partition_indices
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.strategies import STRATEGIES, fedavg
+from scaling_fl.models.flat import trained_weights
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_classes
 from scaling_fl.training.seeds import derive_seed
@@ -82,6 +83,20 @@ def train_plainly(play: Play, model: nn.Module) -> nn.Module:
     return model
 
 
+def check_promises(make_model: Callable[[], nn.Module], folder: Path) -> None:
+    """Check that ranks and stops change no bit of a federation of a model that trains in part, such as an adapter."""
+    play = Play(make_model=make_model, site_ids=(0, 0, 0), num_examples=23)
+    alone = play.on_ranks(1)
+    assert len(set(alone[1])) == play.num_rounds + 1, "the weights must move"
+    stopping = play.but(checkpoints_dir=str(folder))
+    history, hashes = stopping.but(num_rounds=1).on_ranks(2)
+    assert (history, hashes) == (alone[0][:-1], alone[1][:-1]), "where a site runs changes no bit"
+    history, hashes = stopping.on_ranks(1)
+    assert (history, hashes[-1]) == (alone[0], alone[1][-1]), "stopping changes no bit"
+    saved = torch.load(folder / "round-2.pt")["server"]["weights"]
+    assert saved.keys() == trained_weights(make_model()).keys(), "a checkpoint holds the adapter only"
+
+
 def weights_of(server: object, federation: object) -> torch.Tensor:
     return server.weights.clone()  # type: ignore[attr-defined]
 
@@ -138,7 +153,7 @@ def test_evaluation_does_not_depend_on_the_partition_of_the_test_set() -> None:
 
 @contextmanager
 def new_objects_only() -> Iterator[None]:
-    """Leave out of Python's list of objects what is there before the body: other tests leave a million."""
+    """Leave the objects from before the body out of Python's list: other tests leave a million."""
     gc.collect()
     gc.freeze()
     try:

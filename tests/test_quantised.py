@@ -17,7 +17,7 @@ import torch
 from bases import LLAMA_1B, OF_FLOWERTUNE, OF_FULL, OPEN_3B, OPEN_7B, PUBLISHED
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from test_instruct import PAIRS, put_model, put_rows
-from test_invariants import new_objects_only, tensor_bytes, train_plainly
+from test_invariants import check_promises, new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
 from torch import Tensor, nn
 from transformers import (
@@ -103,16 +103,7 @@ def test_the_bits_are_those_of_transformers(bits: int, make: Callable[[], nn.Mod
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_adapter_beside_few_bits_keeps_the_promises(bits: int, tmp_path: Path) -> None:
-    play = Play(make_model=partial(make_quantised, bits), site_ids=(0, 0, 0), num_examples=23)
-    alone = play.on_ranks(1)
-    assert len(set(alone[1])) == play.num_rounds + 1, "the weights must move"
-    stopping = play.but(checkpoints_dir=str(tmp_path))
-    history, hashes = stopping.but(num_rounds=1).on_ranks(2)
-    assert (history, hashes) == (alone[0][:-1], alone[1][:-1]), "where a site runs changes no bit"
-    history, hashes = stopping.on_ranks(1)
-    assert (history, hashes[-1]) == (alone[0], alone[1][-1]), "stopping changes no bit"
-    saved = torch.load(tmp_path / "round-2.pt")["server"]["weights"]
-    assert saved.keys() == trained_weights(make_quantised(bits)).keys(), "a checkpoint holds the adapter only"
+    check_promises(partial(make_quantised, bits), tmp_path)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -69,21 +69,27 @@ def adapt(
         seed=derive_seed(settings.seed, "adapter"),
         freeze_a=settings.lora_mean == "freeze_a",
     )
-    if settings.lora_mean is not None and not has_lora(model):
-        raise ValueError(f"lora_mean: expected None, as {given['peft_type']} is not LoRA, got {settings.lora_mean!r}")
-    if settings.lora_mean in MEANS[1:] and (factor := find_other_factor(model)):
-        raise ValueError(
-            f"lora_mean: expected ab, as {factor} is a third factor of BA, with which no mean is exact, got "
-            f"{settings.lora_mean!r}"
-        )
-    if settings.quantise == 8 and device.type == "cpu" and "lora_magnitude" in (find_other_factor(model) or ""):
-        raise ValueError("quantise: expected 4 or None with DoRA on a CPU, where peft loses the factors, got 8")
-    if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
-        raise ValueError(f"merge: expected False, as {given['peft_type']} cannot be merged, got True")
+    _check_kind(settings, model, given["peft_type"], device)
     if saved is None:
         return replace(loaded, model=model)
     load_weights_(model, saved.weights, settings.model)
     return replace(loaded, model=model, new=[])
+
+
+def _check_kind(settings: Settings, model: Any, kind: str, device: torch.device) -> None:
+    """Check that an adapter is of a kind for which the other settings are."""
+    if settings.lora_mean is not None and not has_lora(model):
+        raise ValueError(f"lora_mean: expected None, as {kind} is not LoRA, got {settings.lora_mean!r}")
+    factor = find_other_factor(model)
+    if settings.lora_mean in MEANS[1:] and factor is not None:
+        raise ValueError(
+            f"lora_mean: expected ab, as {factor} is a third factor of BA, with which no mean is exact, got "
+            f"{settings.lora_mean!r}"
+        )
+    if settings.quantise == 8 and device.type == "cpu" and "lora_magnitude" in (factor or ""):
+        raise ValueError("quantise: expected 4 or None with DoRA on a CPU, where peft loses the factors, got 8")
+    if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(f"merge: expected False, as {kind} cannot be merged, got True")
 
 
 def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights
 
 
 def make_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> dict[str, Any]:
-    """Return the state of an optimiser of a thousand weights after a step; none if that has left no state."""
+    """Return the state of an optimiser of some weights after a step; none if that has left no state."""
     (weights,), optimiser = _take_step(make_optimiser)
     before, after = (made.state_dict() for made in (make_optimiser([weights]), optimiser))
     return after if after["state"] or after != before else {}

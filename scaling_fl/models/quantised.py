@@ -99,7 +99,7 @@ def quantise_(
         if bits == 8:
             made.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)
         else:
-            # Else an evaluation packs the weights anew on some CPUs, and computes with fewer bits than training.
+            # Else an evaluation packs the weights again on some CPUs, and computes with fewer bits than training.
             made.support_avx512bf16_for_cpu = False
             made.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=made).to(weight.device)
         made.bias = held.bias
