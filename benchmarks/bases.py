@@ -30,7 +30,10 @@ from scaling_fl.training.loop import train
 from scaling_fl.training.optimisers import OPTIMISERS
 from scaling_fl.training.scores import score_tokens
 
-BASES = {"float32": None, "bfloat16": None, "8 bits": 8, "4 bits": 4}
+BASES: dict[str, tuple[int | None, torch.dtype]] = {  # bits of the linear layers, and the type of the rest
+    **{"float32": (None, torch.float32), "bfloat16": (None, torch.bfloat16)},
+    **{"8 bits": (8, torch.float32), "4 bits": (4, torch.float32)},
+}
 # As the config.json of each has it on the hub.
 LLAMA_1B = {"vocab_size": 128_256, "hidden_size": 2_048, "intermediate_size": 8_192, "num_hidden_layers": 16}
 LLAMA_1B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
@@ -46,20 +49,13 @@ OF_FLOWERTUNE: dict[str, Any] = {
 OF_FULL: dict[str, Any] = {"template": "alpaca", "batch_size": 4, "val_batch_size": 4}
 
 
-def make_model(base: str, options: argparse.Namespace, device: torch.device) -> Any:
-    """Return a Llama of random weights in so many bits, with LoRA."""
+def make_model(config: LlamaConfig, bits: int | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a Llama of random weights in so many bits on a device, the rest in another type, with LoRA."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=options.width * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.width // 64),
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16 if base == "bfloat16" else torch.float32)
-    if (bits := BASES[base]) is not None:
-        quantise_(model, bits, compute=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with device:
+        model = LlamaForCausalLM(config).to(dtype if bits is None else torch.float32)
+    if bits is not None:
+        quantise_(model, bits, dtype=dtype, compute=torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = add_adapter(model, lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]))
     checkpoint_activations(model)
     return model
@@ -117,8 +113,16 @@ def main() -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     print(f"Llama, {options.width} wide, {options.layers} layers, on {device}, torch {torch.__version__}\n")
     print("base     | weights     | their MB | training, MB | estimated", flush=True)
-    for base in BASES:
-        model = make_model(base, options, device)
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=options.width * 8 // 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.width // 64),
+        use_cache=False,
+    )
+    for base, (bits, dtype) in BASES.items():
+        model = make_model(config, bits, device, dtype)
         num_weights, num_bytes = measure(model)
         estimated = estimate_bytes(model, batch, None, partial(OPTIMISERS["adamw"], lr=1e-4))
         found = measure_training(model, batch, device)

@@ -182,6 +182,15 @@ def test_the_benchmark_of_gpus_works_without_one(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("warm")
+def test_the_benchmark_of_language_models_on_gpus_works_without_one(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    output = run_warm("./run-local.sh benchmarks/gpu_language.py --small --parts memory", tmp_path)
+    assert output.count(" of a CPU and of cpu: 0 of ") == 2
+    assert output.count("FlowerTune publishes") == 8
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_a_round_costs_what_its_cohort_costs(tmp_path: Path) -> None:
     (command,) = [c for c in COMMANDS if "benchmarks/cohorts" in c]
     output = run_warm(f"{command} --sites 20 200", tmp_path)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from scaling_fl.federation.turns import InTurn
 from scaling_fl.models.pretrained import LoadedModel, load_pretrained
 from scaling_fl.records import checkpoint
 from scaling_fl.records.console import Progress
+from scaling_fl.records.machine import version_of
 from scaling_fl.storage import host_path
 from scaling_fl.training.loop import Batch
 from scaling_fl.training.scores import check_packing
@@ -227,13 +227,13 @@ def identity_of_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings and versions that the weights of a round depend on."""
     values = {name: value for name, value in asdict(settings).items() if not FIELDS[name]["may_change"]}
     if settings.quantise is not None or settings.optimiser == "adamw8bit":
-        values["version of bitsandbytes"] = version("bitsandbytes")
+        values["version of bitsandbytes"] = version_of("bitsandbytes")
     return {
         **values,
         **hash_plugins(settings.plugins or ()),
         "data": "partitioned" if settings.site_paths is None else "of the sites (site_paths)",
         "OMP_NUM_THREADS": num_threads(),
-        "versions": f"scaling_fl {version('scaling_fl')}, torch {torch.__version__}, "
+        "versions": f"scaling_fl {version_of('scaling_fl')}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
 

@@ -97,7 +97,8 @@ def quantise_(
             else:
                 made = bnb.nn.Linear4bit(num_in, num_out, compute_dtype=compute, quant_type="nf4")
         if bits == 8:
-            made.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)
+            source = weight if weight.is_meta else weight.cpu()  # from where `to` quantises
+            made.weight = bnb.nn.Int8Params(source, requires_grad=False).to(weight.device)
         else:
             # Else an evaluation packs the weights again on some CPUs, and computes with fewer bits than training.
             made.support_avx512bf16_for_cpu = False

@@ -5,7 +5,7 @@ import platform
 import socket
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -32,12 +32,20 @@ def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:
         "CPU threads of a rank": str(torch.get_num_threads()),
         "system": platform.platform(),
         "Python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
         "git": _git_state(),
         "constraints.txt (SHA-256)": hashlib.sha256(constraints.read_bytes()).hexdigest()
         if constraints.exists()
         else "none",
     }
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # as of code that is run from a folder, by PYTHONPATH
+        return "not installed"
 
 
 def _git_state() -> str:
