@@ -19,6 +19,7 @@ from scaling_fl.experiment.parameters import PARAMETERS
 from scaling_fl.experiment.result import Run
 from scaling_fl.experiment.run import train_on_rank
 from scaling_fl.experiment.settings import Settings
+from scaling_fl.models.flat import flatten_
 from scaling_fl.records.rounds import Record
 from scaling_fl.report.runs import read
 from scaling_fl.training.optimisers import OPTIMISERS
@@ -53,6 +54,7 @@ def train_in_a_loop(settings: Settings) -> dict[str, torch.Tensor]:
     """Train in plain PyTorch: one model, one optimiser, all epochs of all rounds."""
     job = build_twin(settings)
     model, examples = job.loaded.model.train(), job.data.train[0]
+    flatten_(model)  # as some CPUs multiply a single row in an order that depends on where in memory the weights are
     optimiser = OPTIMISERS[settings.optimiser](model.parameters(), lr=settings.learning_rate)
     for round_ in range(1, settings.num_rounds + 1):
         torch.manual_seed(derive_seed(settings.seed, "dropout", round_, 0))

@@ -199,5 +199,6 @@ def test_the_local_optimiser_and_fedprox_act() -> None:
         for mu in (0.0, 1.0)
     }
     moved = {key: (watched[-1] - watched[0]).norm() for key, watched in finals.items()}
-    assert len({value.item() for value in moved.values()}) == len(moved)
+    assert moved["sgd", 0.0] != moved["adamw", 0.0]  # adamw8bit keeps the state of tensors as small as these in float32
+    assert all(moved[optimiser, 1.0] != moved[optimiser, 0.0] for optimiser in OPTIMISERS_HERE)
     assert moved["sgd", 1.0] < moved["sgd", 0.0]
