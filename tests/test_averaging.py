@@ -14,7 +14,8 @@ from torch import Tensor
 
 from scaling_fl.distributed.collectives import all_gather, bytes_sent, rank, world_size
 from scaling_fl.distributed.launch import launch
-from scaling_fl.distributed.vectors import share_memory
+from scaling_fl.distributed.shared_memory import share_memory
+from scaling_fl.distributed.vectors import SharedVector
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.aggregation import PIECE, Mean, make_mean
 
@@ -43,7 +44,8 @@ def means(size: int, comm_dtype: str, share_it: bool, largest: float = 1.0) -> l
     """Return for two rounds the hash of the mean, its first numbers, and the bytes sent for it."""
     with world_that(share_it):
         mean = make_mean(size, comm_dtype, torch.device("cpu"))
-        assert bool(mean._vector._parts) == (share_it or world_size() == 1)
+        shares = isinstance(mean._vector, SharedVector) if comm_dtype == "exact" else bool(mean._vector._parts)
+        assert shares == (share_it and world_size() > 1)
         found, weights = [], global_weights(size, largest)
         for round_ in range(2):
             sent = bytes_sent()
@@ -118,18 +120,69 @@ def test_a_float32_mean_equals_a_mean_computed_in_float32(share_it: bool) -> Non
     assert first[1] == pytest.approx(exact[:100].tolist(), rel=1e-5, abs=1e-9)
 
 
-def test_shared_memory_is_written_by_one_rank_read_by_all_and_unnamed() -> None:
-    def write_and_read() -> list[list[int]]:
+def test_shared_memory_is_seen_by_all_ranks_unnamed_and_locked_by_one_at_a_time() -> None:
+    def write_and_read() -> list[int] | None:
         with world():
-            pieces = share_memory(3)
-            for own in pieces[rank() : rank() + 1]:
-                own.fill_(rank() + 1)
+            memory = share_memory(4)
+            if memory is None:
+                return None
+            memory.values[rank()] = rank() + 1
+            all_gather(None)
+            for _ in range(200):
+                with memory.locked(7):
+                    number = memory.values[3].item()
+                    time.sleep(1e-5)
+                    memory.values[3] = (number + 1) % 251
             all_gather(None)
             assert not [name for name in os.listdir("/dev/shm") if "scaling_fl" in name]
-            return [piece.tolist() for piece in pieces]
+            return memory.values.tolist()
 
-    assert launch(write_and_read, num_ranks=3, fork=True) == [[[1] * 3, [2] * 3, [3] * 3]] * 3
-    assert launch(write_and_read, num_ranks=1, fork=True) == [[]]
+    assert launch(write_and_read, num_ranks=3, fork=True) == [[1, 2, 3, 600 % 251]] * 3
+    assert launch(write_and_read, num_ranks=1, fork=True) == [None]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_ranks_that_finish_sites_at_once_lose_no_piece_of_them(keeps: bool) -> None:
+    """With `keeps`, rounds of one site, of which no rank reads the weights of another round."""
+    size = 3 * PIECE + 17
+
+    def many_rounds() -> list[str]:
+        with world():
+            mean, weights, found = make_mean(size, "exact", torch.device("cpu")), global_weights(size, 1.0), []
+            for round_ in range(6):
+                if keeps:
+                    if rank() == round_ % world_size():
+                        mean.keep(weights, train(weights, 0, round_))
+                    taken = mean.take()
+                else:
+                    for site in range(rank(), 8, world_size()):
+                        mean.add(weights, train(weights, site, round_), Fraction(1, 8))
+                    taken = mean.finish(weights)
+                if rank() == round_ % world_size():
+                    time.sleep(0.05)  # the others go on
+                assert taken is not None
+                found.append(hashlib.sha256(taken.numpy().tobytes()).hexdigest())
+            return found
+
+    (alone,), *others = (launch(many_rounds, num_ranks=num_ranks, fork=True) for num_ranks in (1, 2, 3))
+    assert [of_rank for of_ranks in others for of_rank in of_ranks] == [alone] * 5
+
+
+def test_a_rank_that_fails_while_it_adds_leaves_no_piece_locked() -> None:
+    def fail_and_add() -> bool:
+        with world():
+            mean, weights = make_mean(2 * PIECE, "exact", torch.device("cpu")), torch.ones(2 * PIECE)
+            if rank() == 0:
+                with pytest.raises(FloatingPointError) as error:
+                    mean.add(weights, torch.full((2 * PIECE,), torch.nan), Fraction(1, 2))
+                assert error.traceback
+            all_gather(None)
+            if rank() == 1:
+                mean.add(weights, torch.zeros(2 * PIECE), Fraction(1, 2))
+            all_gather(None)
+            return True
+
+    assert launch(fail_and_add, num_ranks=2, fork=True) == [True, True]
 
 
 @pytest.mark.long
@@ -140,7 +193,7 @@ def test_memory_of_another_process_with_the_same_path_is_not_used(monkeypatch: p
 
     def share() -> bool:
         with world():
-            return bool(share_memory(100))
+            return share_memory(100) is not None
 
     def is_own(path: str) -> bool:
         return path.startswith(f"/proc/{os.getpid()}/")
@@ -168,10 +221,10 @@ def test_no_rank_reads_a_part_of_the_mean_before_it_is_written() -> None:
 
 def be_late(mean: Mean) -> None:
     """Let this rank compute its part of the mean half a second after the others."""
+    drift_of = mean._drift_of
 
-    class Late(list):
-        def __getitem__(self, number: Any) -> Any:
-            time.sleep(0.5)
-            return super().__getitem__(number)
+    def late(*arguments: Any) -> Tensor:
+        time.sleep(0.5)
+        return drift_of(*arguments)
 
-    mean._vector._parts = Late(mean._vector._parts)
+    mean._drift_of = late  # type: ignore[method-assign]

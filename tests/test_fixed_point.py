@@ -6,11 +6,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scaling_fl.federation.fixed_point import LIMIT, ORIGIN, ORIGIN_BITS, UNIT, Grid, check_sizes, tie_free, to_sum_
+from scaling_fl.federation.fixed_point import LIMIT, ORIGIN, UNIT, Grid, check_sizes, tie_free
 
 CPU = torch.device("cpu")
 TERMS = st.floats(-LIMIT, LIMIT, width=32, exclude_min=True, exclude_max=True)
@@ -65,17 +65,6 @@ def test_no_product_is_halfway_between_two_multiples(term: float, weight: Fracti
     factor = tie_free(float(weight))
     assert factor == pytest.approx(float(weight), rel=2**-51)
     assert (Fraction(factor) * Fraction(term) / Fraction(UNIT)).denominator != 2
-
-
-@settings(deadline=None, database=None)
-@given(units=st.lists(st.integers(-(2**51) + 1, 2**51 - 1), min_size=1, max_size=40))
-@example(units=[-(2**51) + 1] * 3)
-def test_the_bits_of_sums_are_integers_that_can_be_summed(units: list[int]) -> None:
-    sums = torch.tensor([ORIGIN + UNIT * each for each in units], dtype=torch.float64)
-    assert (sums.view(torch.int64) - ORIGIN_BITS).tolist() == units
-    few = [math.copysign(abs(each) // len(units), each) for each in units]  # so that they do not leave the binade
-    bits = torch.tensor([ORIGIN + UNIT * each for each in few], dtype=torch.float64).view(torch.int64).sum()
-    assert to_sum_(bits, len(few)).item() == ORIGIN + UNIT * sum(few)
 
 
 @pytest.mark.parametrize("size", [LIMIT, math.inf, math.nan])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.distributed.launch import launch
+from scaling_fl.distributed.vectors import SharedVector
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.int8 import LEVELS, make_vector
 from scaling_fl.records import checkpoint
@@ -65,9 +66,10 @@ def sum_vectors(size: int, dtype: torch.dtype, wire: torch.dtype, share_it: bool
     with world():
         before = forget_peak()
         vector = make_vector(size, dtype, wire, torch.device("cpu"), PIECE)
-        assert bool(vector._vectors) == share_it
-        for number, piece in enumerate(vector.values.split(PIECE)):
-            piece.copy_(numbers_at(number * PIECE, number * PIECE + len(piece)).add_(rank()))
+        assert isinstance(vector, SharedVector) == share_it
+        for where, piece, has_sum in vector.fill():
+            own = numbers_at(where.start, where.stop).add_(rank())
+            piece.copy_(piece + own if has_sum else own)
         all_gather(None)
         mean = vector.all_reduce(lambda piece, where: piece.double() if dtype == torch.int64 else piece, 2.0, 1.0)
         errors = [

@@ -83,7 +83,7 @@ def test_the_estimate_for_a_device_is_the_memory_of_training(name: str) -> None:
 def test_the_size_of_a_global_model_is_that_of_its_tensors() -> None:
     with world():
         server = GlobalModel(make_bert(), make_strategy("fedavg"))
-    held = {**vars(server), **vars(server._mean)}.values()
+    held = {**vars(server), **vars(server._mean), **vars(server._mean._vector)}.values()
     storages = {
         tensor.data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in held

@@ -4,22 +4,22 @@ An aggregator gets a round's sites one by one (`add`) and returns the mean over 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import closing
 from fractions import Fraction
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from scaling_fl.distributed.collectives import all_gather, broadcast_
-from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free, to_sum_
+from scaling_fl.distributed.collectives import all_gather
+from scaling_fl.federation.fixed_point import LIMIT, UNIT, Grid, check_size, check_sizes, is_below, tie_free
 from scaling_fl.federation.int8 import make_vector
 
 LEAST_WEIGHT = Fraction(1, 2**16)  # of a round: the mean is divided by it, and so is its error
 
 # Pieces of this many weights stay in a core's cache through all the operations on them; an accelerator, which
 # has to be asked after each, takes larger ones.
-PIECE = 65_536
+PIECE = 131_072
 ACCELERATOR_PIECE = 2**22
 
 # What ranks send each other. Only "exact" gives the same bits on any number of ranks.
@@ -48,10 +48,8 @@ class Mean:
         self._origin, self._scale = origin, scale
         self._piece = PIECE if origin.device.type == "cpu" else min(size, ACCELERATOR_PIECE)
         self._vector = make_vector(size, origin.dtype, wire, origin.device, self._piece)
-        self._sum = self._vector.values
         self._weights: list[Fraction] = []  # of the sites that this rank has added
-        self._only = self._sum.view(torch.float32)[:size]  # the weights of a round's only site
-        self._has_only = False
+        self._has_only = False  # the vector has the weights of a round's only site
         self._lock = Lock()
 
     @property
@@ -76,7 +74,8 @@ class Mean:
         """
         with self._lock:
             self._prepare(global_weights)
-        check_sizes([self._check_piece(before, after) for before, after in self._pieces(global_weights, local_weights)])
+        pieces = zip(global_weights.split(self._piece), local_weights.split(self._piece), strict=True)
+        check_sizes([self._check_piece(before, after) for before, after in pieces])
 
     def add(self, global_weights: Tensor, local_weights: Tensor, weight: Fraction) -> None:
         """Add a site, and overwrite its weights with the global ones. Threads may do so at once.
@@ -94,10 +93,13 @@ class Mean:
         factor = tie_free(float(weight))
         with self._lock:
             self._prepare(global_weights)
-            sizes = [
-                self._add_piece(before, after, factor, total if self._weights else self._origin, total)
-                for before, after, total in self._pieces(global_weights, local_weights, self._sum)
-            ]
+            with closing(self._vector.fill()) as pieces:
+                sizes = [
+                    self._add_piece(
+                        global_weights[where], local_weights[where], factor, out if has_sum else self._origin, out
+                    )
+                    for where, out, has_sum in pieces
+                ]
             check_sizes(sizes)
             self._weights.append(weight)
 
@@ -108,14 +110,14 @@ class Mean:
             global_weights: as for `check`.
 
         Returns:
-            float32 (size,), in memory that the next round is summed in; None if no rank has added anything.
+            float32 (size,), in memory that ranks may share and that is overwritten when they finish the next round;
+            None if no rank has added anything.
 
         Raises:
             ValueError: the weights add up to more than 1, or to too little. All ranks raise it.
         """
         self._prepare(global_weights)
-        if not self._weights:
-            self._sum.copy_(self._origin)
+        self._vector.finish(self._origin)
         gathered = all_gather([weight.as_integer_ratio() for weight in self._weights])
         by_rank = [[Fraction(*ratio) for ratio in of_rank] for of_rank in gathered]
         total = sum(map(sum, by_rank), Fraction(0))
@@ -147,7 +149,7 @@ class Mean:
         Takes and raises what `check` does.
         """
         self.check(global_weights, local_weights)
-        self._only.copy_(local_weights)
+        self._vector.only.copy_(local_weights)
         local_weights.copy_(global_weights)
         self._has_only = True
 
@@ -155,10 +157,7 @@ class Mean:
         """Return on all ranks what `keep` was given on one; None if it was not called."""
         owners = [number for number, has_only in enumerate(all_gather(self._has_only)) if has_only]
         self._has_only = False
-        return broadcast_(self._only, owners[0]) if owners else None
-
-    def _pieces(self, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(vector.split(self._piece) for vector in vectors), strict=True)
+        return self._vector.broadcast(owners[0]) if owners else None
 
     def _prepare(self, global_weights: Tensor) -> None:
         """Decide before a round's first site how to sum: the same on all ranks, as the global weights are."""
@@ -233,7 +232,6 @@ class ExactMean(Mean):
         return size
 
     def _drift_of(self, total: Tensor, weights: Tensor, factors: Counter[float]) -> Tensor:
-        total = to_sum_(total, len(self._vector.ranks))
         drift = torch.sub(self._origin, total, out=self._buffer[: len(total)])
         if self._adds_weights:
             wide = weights.double()

@@ -9,9 +9,8 @@ product with a `tie_free` factor is a tie: its last bit that is set is that of t
 factor, which is at most 1, it is 2**-52 or less. The product's would have to be 2**-45, so the term's 2**7 = LIMIT or
 more, and the term as large.
 
-As all sums lie in one binade, the bits of a sum, read as int64, minus ORIGIN_BITS are the sum in units: ranks that
-share memory add these integers, modulo 2**64. Drifts may leave the binade, so messages have them divided by UNIT, which
-gives integers, too, without rounding.
+So ranks that share memory add to one sum, in the order in which they come. Messages have drifts divided by UNIT, which
+gives integers without rounding.
 
 In value a sum is within (number of terms) * UNIT of exact arithmetic: 5.7e-11 for 1,000 terms.
 """
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 ORIGIN = 1.5 * 2.0**8
-ORIGIN_BITS = (1023 + 8) << 52 | 1 << 51
 UNIT = 2.0**-44
 LIMIT = 2.0**7
 TOO_LARGE = f"a weight is not finite, or moved by {LIMIT / 2:g} or more"
@@ -47,14 +45,6 @@ class Grid:
             torch.add(before, term, alpha=factor, out=out)
         else:
             torch.add(before, self.place(term, factor).sub_(self.origin), out=out)
-
-
-def to_sum_(bits: Tensor, num_sums: int) -> Tensor:
-    """Return the sum (float64) of so many sums whose bits (int64) were added up, in the memory of these."""
-    if num_sums > 1:
-        offset = (num_sums - 1) * ORIGIN_BITS
-        bits.sub_((offset + 2**63) % 2**64 - 2**63)
-    return bits.view(torch.float64)
 
 
 def tie_free(factor: float) -> float:

@@ -172,6 +172,8 @@ class GlobalModel:
                 for weights, piece in zip(moving, only.split(sizes), strict=True):
                     weights.copy_(piece)
         elif (drift := self._mean.finish(self._moving(self.weights))) is not None:
+            if not takes_mean(self._optimiser):
+                drift = drift.clone()  # which others may change, and other ranks read
             for weights, piece in zip(moving, drift.split(sizes), strict=True):
                 weights.grad = piece  # others have none, so that the strategy leaves them out
             self._optimiser.step()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from scaling_fl.distributed.collectives import all_gather_rows, exchange_rows, world_size
-from scaling_fl.distributed.vectors import RankVector, Work
+from scaling_fl.distributed.shared_memory import share_memory
+from scaling_fl.distributed.vectors import RankVector, SharedVector, Work
 
 BLOCK = 256
 BLOCK_BYTES = BLOCK + torch.float32.itemsize
@@ -75,5 +76,12 @@ class BlockVector(RankVector):
 
 
 def make_vector(size: int, dtype: torch.dtype, wire: torch.dtype, device: torch.device, piece: int) -> RankVector:
-    """Return a vector whose ranks send each other numbers of type `wire`. Arguments as for RankVector."""
+    """Return a vector whose ranks send each other numbers of type `wire`. Arguments as for RankVector.
+
+    int64 is that of fixed-point numbers, whose sums no order changes.
+    """
+    if wire == torch.int64 and device.type == "cpu":
+        memory = share_memory(SharedVector.num_bytes(size, dtype, piece))
+        if memory is not None:
+            return SharedVector(memory, size, dtype, piece)
     return (BlockVector if wire == torch.int8 else RankVector)(size, dtype, wire, device, piece)
