@@ -178,7 +178,10 @@ class Program:
         self._cpu = 0.0  # of the processes that were waited for, when all have ended
         self._cpu_seen: dict[int, float] = {}  # of each process
         command = [python, __file__, "--one", case, run, str(self.result)]
-        self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
+        environment = os.environ | ENVIRONMENT
+        if run in LIBRARY:
+            environment |= importlib.import_module("library").LARGE_PAGES  # as in a run of the command
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
         self._signal(signal.SIGSTOP)
 
     def run_for(self, seconds: float) -> bool:
