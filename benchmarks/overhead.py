@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, starmap
 from pathlib import Path
@@ -109,6 +109,7 @@ CASES = {
     "a": Case(bert_tiny, num_sites=16, num_examples=128, length=64, batch_size=32, num_rounds=5),
     "b64": Case(bert_tiny, num_sites=64, num_examples=32, length=64, batch_size=32, num_rounds=2),
     "b256": Case(bert_tiny, num_sites=256, num_examples=32, length=64, batch_size=32, num_rounds=2),
+    "d": Case(bert_tiny, num_sites=1_000, num_examples=32, length=64, batch_size=32, num_rounds=2),
     "c": Case(distilbert, num_sites=4, num_examples=8, length=32, batch_size=8, num_rounds=3),
     "try": Case(bert_tiny, num_sites=4, num_examples=4, length=8, batch_size=4, num_rounds=2),  # that all of it works
 }
@@ -169,6 +170,10 @@ def run_one(case: str, run: str, result: str) -> None:
         importlib.import_module(f"peers.{run}").run(case, Path(result))
 
 
+class RunFailedError(Exception):
+    """A program ended with an error."""
+
+
 class Program:
     """A run of a case in a fresh process, stopped until its turn comes."""
 
@@ -209,7 +214,7 @@ class Program:
     def outcome(self) -> tuple[dict[str, float], Tensor]:
         """Return what it took in its turns, by WHOLE and PARTS, and its final weights."""
         if self.process.returncode != 0:
-            raise SystemExit(f"error: {self.result.name} ended with exit status {self.process.returncode}")
+            raise RunFailedError(f"{self.result.name} ended with exit status {self.process.returncode}")
         moments, weights = torch.load(self.result)
         before, first, *steady, after = starmap(self._in_turns, pairwise([0, *moments, math.inf]))
         cpu = max(self._cpu, sum(self._cpu_seen.values()))  # as Ray does not wait for its processes
@@ -236,7 +241,7 @@ def cpu_of(pid: int) -> float:
 
 
 def take_turns(case: str, pythons: dict[str, str]) -> dict[str, tuple[dict[str, float], Tensor]]:
-    """Let all programs run a case, and return their `outcome`."""
+    """Let all programs run a case, and return their `outcome`, but for peers that fail."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         programs = {}
         for run, python in pythons.items():
@@ -245,7 +250,22 @@ def take_turns(case: str, pythons: dict[str, str]) -> dict[str, tuple[dict[str, 
         running = list(programs.values())
         while running:
             running = [program for program in running if not program.run_for(TURN)]
-        return {run: program.outcome() for run, program in programs.items()}
+        outcomes = {}
+        for run, program in programs.items():
+            with peers_may_fail(run):
+                outcomes[run] = program.outcome()
+        return outcomes
+
+
+@contextmanager
+def peers_may_fail(run: str) -> Iterator[None]:
+    """Print that another library's run has failed, as with too little memory, and go on without it."""
+    try:
+        yield
+    except RunFailedError as error:
+        if run not in PEERS:
+            raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}, so it is left out", file=sys.stderr, flush=True)
 
 
 def peak_memory(case: str, run: str, python: str) -> float:
@@ -292,11 +312,12 @@ def compare(case: str, pythons: dict[str, str], num_repetitions: int) -> dict[st
         num_repetitions: how often.
 
     Raises:
-        SystemExit: final weights are not the floor's.
+        SystemExit: final weights are not the floor's, or the floor or the library failed.
     """
     measured: dict[str, dict[str, list[float]]] = {run: {name: [] for name in (*WHOLE, *PARTS)} for run in pythons}
     for _ in range(num_repetitions):
-        found = take_turns(case, pythons)
+        found = take_turns(case, {run: pythons[run] for run in measured})
+        measured = {run: measured[run] for run in found}
         for run, (times, weights) in found.items():
             difference = (weights - found["floor"][1]).abs().max().item()
             print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
@@ -305,7 +326,11 @@ def compare(case: str, pythons: dict[str, str], num_repetitions: int) -> dict[st
                 raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {TOLERANCE}")
             for name, value in times.items():
                 measured[run][name].append(value)
-    return {run: times | {MEMORY: [peak_memory(case, run, pythons[run])]} for run, times in measured.items()}
+    complete: dict[str, dict[str, list[float]]] = {}
+    for run, values in measured.items():
+        with peers_may_fail(run):
+            complete[run] = values | {MEMORY: [peak_memory(case, run, pythons[run])]}
+    return complete
 
 
 def print_tables(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
@@ -324,8 +349,11 @@ def print_tables(results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
                 "|",
             )
     if {"a", "b256"} <= results.keys():
+        both = results["a"].keys() & results["b256"].keys()
         growth = (
-            f"{run} {runs[MEMORY][0] / results['a'][run][MEMORY][0]:.2f}" for run, runs in results["b256"].items()
+            f"{run} {runs[MEMORY][0] / results['a'][run][MEMORY][0]:.2f}"
+            for run, runs in results["b256"].items()
+            if run in both
         )
         print("\nMemory with 256 sites over that with 16:", ", ".join(growth))
 

@@ -40,3 +40,10 @@ def test_peers_and_the_floor_run_none_of_our_code(path: Path) -> None:
     imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     assert imported
     assert not [name for name in imported if name.split(".")[0] in ("scaling_fl", "library")]
+
+
+def test_a_peer_that_fails_is_left_out_and_the_library_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.take_turns("try", {"blazefl": "/bin/false"}) == {}
+    assert "error: blazefl ended with exit status 1, so it is left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: exact ended with exit status 1"):
+        overhead.take_turns("try", {"exact": "/bin/false"})

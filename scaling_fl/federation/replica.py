@@ -26,6 +26,7 @@ class Replica:
         self.vector = flatten_(model)
         self.is_reset = False  # in this round
         self._weights = {name: weight.data_ptr() for name, weight in trained_weights(model).items()}
+        self._parameters = list(model.parameters())
         self._shared = {id(tensor): name for name, tensor in shared_tensors(model).items()}
         self._views = [(tensor, tensor.data, tensor.requires_grad) for tensor in shared_tensors(model).values()]
         self._unshared = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in self._shared]
@@ -130,7 +131,7 @@ class Replica:
             if tensor.data_ptr() != view.data_ptr():
                 tensor.data = view
             tensor.requires_grad_(requires_grad)
-        for weight in self.model.parameters():
+        for weight in self._parameters:
             weight.grad = None
         for tensor, first in self._unshared:
             tensor.detach().copy_(first)
