@@ -18,6 +18,7 @@ from scaling_fl.distributed.shared_memory import share_memory
 from scaling_fl.distributed.vectors import SharedVector
 from scaling_fl.distributed.world import world
 from scaling_fl.federation.aggregation import PIECE, Mean, make_mean
+from scaling_fl.federation.fixed_point import UNIT
 
 NUM_SITES = 5
 SHARES = [Fraction(number + 1, 15) for number in range(NUM_SITES)]
@@ -83,7 +84,7 @@ def test_the_mean_is_the_same_by_shared_memory_by_messages_and_on_one_rank(size:
             - sum(share * Fraction(after.item()) for share, after in zip(SHARES, afters, strict=True))
             for before, *afters in zip(weights[:100], *locals_, strict=False)
         ]
-        assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=1e-13)
+        assert runs[0][0][round_][1] == pytest.approx([float(mean) for mean in exact], rel=1e-7, abs=NUM_SITES * UNIT)
     for run in runs[1:]:
         assert all(of_round[2] >= 8 * size for of_rank in run for of_round in of_rank), "both kinds count the bytes"
 

@@ -18,7 +18,7 @@ from scaling_fl.records import checkpoint
 
 pytestmark = [pytest.mark.long(seconds=30), pytest.mark.usefixtures("warm")]  # but its ranks start cold
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
-WAITS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=6"  # of torchrun, seconds and a count
+WAITS = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=6"  # of torchrun, seconds and a count
 PATIENCE = 150.0  # seconds after which torchrun hangs
 SETTINGS = {"max_seq_len": 32, "learning_rate": 3e-3, "optimiser": "adamw", "batch_size": 4, "strategy": "fedadam"}
 SETTINGS |= {"num_local_epochs": 2, "num_rounds": 12, "report": False}

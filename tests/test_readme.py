@@ -38,7 +38,7 @@ NAMES = (
     "sweeps",
     "reports",
     "trackers",
-    "speed",
+    "performance",
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
