@@ -106,24 +106,21 @@ def try_bits(folder: Path, device: torch.device, *, small: bool) -> None:
     """Train each way once, and once with a kill after the first round."""
     common = settings_of(folder, SMALL if small else SIZES, 32 if small else 256, 64, device)
     common |= {"site_ids": [0, 0, 0, 0], "num_rounds": 4, "batch_size": 4}
-    runs, victims = {}, {}
+    runs, victims, stopped = {}, {}, {}
     for way, settings in WAYS.items():
-        name = way.replace(" ", "-")
-        stopped = common | settings | {"checkpoints_dir": str(folder / f"{name}-checkpoints")}
-        victims[way] = Command(folder, f"{name}-stopped", "with", stopped)
-        runs[way] = [Command(folder, name, "with", common | settings)]
+        stopped[way] = common | settings | {"checkpoints_dir": str(folder / f"{name_of(way)}-checkpoints")}
+        victims[way] = Command(folder, f"{name_of(way)}-stopped", "with", stopped[way])
+        runs[way] = [Command(folder, name_of(way), "with", common | settings)]
     waiting = dict(victims)
     while waiting:
         time.sleep(0.02)
         for way, victim in list(waiting.items()):
-            checkpoints = folder / f"{way.replace(' ', '-')}-checkpoints"
-            if victim.process.poll() is None and not (checkpoints / "round-1.pt").exists():
+            if victim.process.poll() is None and not Path(stopped[way]["checkpoints_dir"], "round-1.pt").exists():
                 continue
             del waiting[way]
             victim.process.kill()
             victim.process.wait()
-            stopped = common | WAYS[way] | {"checkpoints_dir": str(checkpoints)}
-            runs[way].append(Command(folder, f"{way.replace(' ', '-')}-resumed", "with", stopped))
+            runs[way].append(Command(folder, f"{name_of(way)}-resumed", "with", stopped[way]))
     for way, of_way in runs.items():
         sums = [run.find(r"SHA-256 ([0-9a-f]{64})") for run in of_way]
         resumed = of_way[-1].find(r"resumed.* round (\d)")
@@ -133,14 +130,19 @@ def try_bits(folder: Path, device: torch.device, *, small: bool) -> None:
         for line in of_way[0].output().splitlines():
             if "Warning" in line or line.startswith("merged"):
                 report("    " + line[:300])
-    for name in ("LoRA,-8-bits", "LoRA,-4-bits"):
+    for name in map(name_of, ("LoRA, 8 bits", "LoRA, 4 bits")):
         answers = [generate(folder / "runs" / name / "1") for _ in (1, 2)]
         report(f"{name} answers twice alike: {answers[0] == answers[1]}: {answers[0][-200:]}")
 
 
+def name_of(way: str) -> str:
+    """Return the name of the run and the files of a way."""
+    return way.replace(" ", "-")
+
+
 def describe_losses(folder: Path, way: str) -> str:
     """Return the losses of the rounds of an unbroken run, and the time of each round."""
-    rounds = map(json.loads, (folder / "runs" / way.replace(" ", "-") / "1" / "rounds.jsonl").read_text().splitlines())
+    rounds = map(json.loads, (folder / "runs" / name_of(way) / "1" / "rounds.jsonl").read_text().splitlines())
     return "losses " + " ".join(f"{of['validation.loss']:.4f} ({of['time.round_s']:.1f} s)" for of in rounds)
 
 

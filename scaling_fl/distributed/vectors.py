@@ -129,7 +129,7 @@ class SharedVector(RankVector):
     A rank locks the piece that it adds to, and starts at another place than the others.
 
     Args:
-        memory: of `num_bytes(size, piece)`.
+        memory: of `num_bytes(size, dtype, piece)`.
         size, dtype, piece: as for RankVector.
     """
 
