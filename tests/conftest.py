@@ -1,7 +1,8 @@
 """Fixtures and helpers of the tests: a tiny model, a tiny federation, and the real data if it exists."""
 
-import offline  # noqa: F401 isort: skip
+import before_imports  # noqa: F401 isort: skip
 
+import gc
 import re
 import signal
 import socket
@@ -19,6 +20,8 @@ import pytest
 import torch
 from recipe_project import network, project, toy  # noqa: F401 - fixtures
 from torch import nn
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 from warm import WarmPopen, fork_script, wait_for_exit
 
@@ -58,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return mark.kwargs.get("seconds", 0) if mark else 0
 
     items.sort(key=seconds, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of garbage collections, which would visit a million objects in each fork again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,6 +147,9 @@ def small_run(tiny_model: str, corpus: tuple[Path, Path]) -> dict[str, object]:
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets programs in Python start as forks of this process, which has imported all slow packages."""
     monkeypatch.setattr(subprocess, "Popen", WarmPopen)
+    monkeypatch.setattr(subprocess_handler, "Popen", WarmPopen)  # with which torchrun starts ranks
+    # To log who called, torchrun would search all modules for each frame of the stack, which is that of pytest here.
+    monkeypatch.setattr(dynamic_rendezvous, "get_method_name", lambda: "unknown")
 
 
 @pytest.fixture

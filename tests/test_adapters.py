@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
-from test_invariants import check_promises, new_objects_only, tensor_bytes, train_plainly
+from test_invariants import check_promises, list_new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
 from tiny_models import put_model
 from torch import Tensor, nn
@@ -261,8 +261,8 @@ def test_many_sites_and_rounds_leave_one_adapter_a_layer_and_no_memory() -> None
         return len(list(model.modules())), sum(weight.numel() for weight in model.parameters()), tensor_bytes()
 
     play = Play(make_model=make_adapted, make_turns=turns, site_ids=(0,) * 16, num_rounds=3, num_examples=32)
-    with new_objects_only():
-        assert len(set(play.but(watch=watch).play()[1])) == 1
+    list_new_objects_only()
+    assert len(set(play.but(watch=watch).play()[1])) == 1
 
 
 def test_the_merged_model_has_the_logits_of_the_adapter_and_the_class_of_the_base(tmp_path: Path) -> None:

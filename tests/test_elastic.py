@@ -16,7 +16,7 @@ from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
 
 from scaling_fl.records import checkpoint
 
-pytestmark = [pytest.mark.long(seconds=30), pytest.mark.usefixtures("warm")]  # but its ranks start cold
+pytestmark = [pytest.mark.long(seconds=30), pytest.mark.usefixtures("warm")]
 SOON = 15.0  # seconds on a busy machine from a node's end until the others know
 WAITS = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=6"  # of torchrun, seconds and a count
 PATIENCE = 150.0  # seconds after which torchrun hangs

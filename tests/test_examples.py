@@ -1,12 +1,11 @@
 """Models and trainers of one's own: the examples, and what a guest such as `transformers.Trainer` leaves behind."""
 
-import gc
 import os
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -46,14 +45,6 @@ def load(name: str) -> ModuleType:
 
 OWN_MODEL, OWN_TRAINER = load("own_model"), load("own_trainer")
 OWN_TRAINER.NUM_TEXTS = (20, 3, 11)  # takes less time
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collector() -> Iterator[None]:
-    """Keep what is imported out of the garbage collection with which `Trainer` starts."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def play(federation: Federation, *rounds: int) -> list[Any]:

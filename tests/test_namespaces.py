@@ -9,7 +9,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from chaos import SCRIPT, descendants, fork, run_script, stop
 from conftest import ROOT, weights_hash
+from warm import run_words
 
 from scaling_fl.records import checkpoint
 
@@ -160,17 +160,15 @@ class Job:
         for node, num_sites in enumerate(sites):
             given = settings | {"site_ids": f"[{','.join('0' * num_sites)}]", "checkpoints_dir": "checkpoints"}
             values = {"node": node, "address": self.network.address(node), "is_first": int(node == 0)}
-            command = [*self.network.inside(node), sys.executable, "-m", "torch.distributed.run"]
-            command += [option.format(**values) for option in options]
-            command += [str(SCRIPT), "with", *(f"{key}={value}" for key, value in given.items())]
-            with (self.folders[node] / "output.txt").open("w") as output:
-                self.pids[node] = subprocess.Popen(
-                    command,
-                    cwd=self.folders[node],
-                    env={**os.environ, "PYTHONPATH": path, **self.environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                ).pid
+            words = ["-m", "torch.distributed.run", *(option.format(**values) for option in options), str(SCRIPT)]
+            words += ["with", *(f"{key}={value}" for key, value in given.items())]
+
+            def program(node: int = node, words: list[str] = words) -> None:
+                self.network.enter(node)
+                os.chdir(self.folders[node])
+                run_words(words, os.environ | {"PYTHONPATH": path, **self.environment})
+
+            self.pids[node] = fork(program, self.folders[node] / "output.txt")
         return self
 
     def wait(self) -> dict[int, tuple[int, float]]:
@@ -227,6 +225,7 @@ def folders(tmp_path: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_two_torchrun_nodes_end_with_the_weights_of_one_process(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:
@@ -245,6 +244,7 @@ def test_three_nodes_with_the_variables_of_kubeflow_end_with_the_weights_of_one_
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_a_cut_link_ends_torchrun_on_all_nodes_and_the_same_commands_resume(
     network: Network, settings: dict[str, object], alone: str, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import torch
 from bases import LLAMA_1B, OF_FLOWERTUNE, OF_FULL, OPEN_3B, OPEN_7B, PUBLISHED
 from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from test_instruct import PAIRS, put_model, put_rows
-from test_invariants import check_promises, new_objects_only, tensor_bytes, train_plainly
+from test_invariants import check_promises, list_new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
 from torch import Tensor, nn
 from transformers import (
@@ -150,12 +150,12 @@ def test_two_sixteen_and_sixty_four_sites_share_one_base_and_take_the_same_memor
         score_classes(output, batch, means)
 
     monkeypatch.setattr("conftest.score_classes", measured)
-    with new_objects_only():
-        for num_sites in (2, 16, 64):
-            seen: list[dict[str, Tensor]] = []
-            gc.collect()
-            sites = (0,) * num_sites
-            Play(make_model=make_quantised, site_ids=sites, num_examples=128, num_rounds=1, batch_size=2).play()
+    list_new_objects_only()
+    for num_sites in (2, 16, 64):
+        seen: list[dict[str, Tensor]] = []
+        gc.collect()
+        sites = (0,) * num_sites
+        Play(make_model=make_quantised, site_ids=sites, num_examples=128, num_rounds=1, batch_size=2).play()
     assert len(seen) == 3
     assert peaks[2] == pytest.approx(peaks[16], rel=0.01) == pytest.approx(peaks[64], rel=0.01)
 
@@ -421,11 +421,11 @@ def test_the_command_plans_full_training_of_1_billion_weights_from_a_configurati
 
 
 @pytest.mark.long(seconds=30)
+@pytest.mark.usefixtures("warm")
 def test_the_memory_of_flowertune_is_known_from_the_configuration_and_fits_its_devices() -> None:
     sizes = {
         (name, bits): bases.estimate(config, OF_FLOWERTUNE | {"quantise": bits})
-        for name, config in (("3B", OPEN_3B), ("7B", OPEN_7B))
-        for bits in (8, 4)
+        for name, config, bits in (("3B", OPEN_3B, 4), ("7B", OPEN_7B, 8))  # the least and the most
     }
     # Published is what a device had in use, with the kernels and what torch keeps of freed memory.
     for key, size in sizes.items():
