@@ -376,16 +376,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which other libraries, all without a name")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which other libraries; without a name, all but nvflare")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         run_one(*options.one)
     else:
         ours = sys.executable if options.peers is None else make_environment("scaling_fl", OURS)
-        peers = [] if options.peers is None else options.peers or PEERS
+        peers = options.peers if options.peers != [] else [name for name in PEERS if not PEERS[name].only_by_name]
         pythons = dict.fromkeys(("floor", *LIBRARY), ours)
-        pythons |= {name: make_environment(name, PEERS[name]) for name in peers}
+        pythons |= {name: make_environment(name, PEERS[name]) for name in peers or ()}
         chosen = [name for name in CASES if name in options.cases or name[0] in options.cases]
         print_tables({name: compare(name, pythons, options.repetitions) for name in chosen})
 

@@ -17,12 +17,14 @@ class Peer:
 
     requirement: str
     needs: tuple[str, ...] | None = None
+    only_by_name: bool = False  # as it takes minutes a case
 
 
 PEERS = {
     "blazefl": Peer("blazefl==2.0.1", needs=("tqdm",)),  # it asks for Python 3.12, and runs on 3.11 too
     "pfl": Peer("pfl[pytorch]==0.6.0"),
     "flower": Peer("flwr[simulation]==1.41.0"),
+    "nvflare": Peer("nvflare==2.9.0", only_by_name=True),
 }
 
 

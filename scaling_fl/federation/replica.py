@@ -125,8 +125,9 @@ class Replica:
 
     def _restore(self) -> None:
         for found, before in self._attributes:
-            found.clear()
-            found.update(before)
+            if found or before:  # most are empty, such as a module's dicts of hooks
+                found.clear()
+                found.update(before)
         for tensor, view, requires_grad in self._views:
             if tensor.data_ptr() != view.data_ptr():
                 tensor.data = view
