@@ -376,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which other libraries; without a name, all but nvflare")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which others; all but nvflare without a name")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

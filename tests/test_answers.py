@@ -11,7 +11,7 @@ import torch
 from conftest import refusal
 from tiny_llm import make_llama, make_tokenizer, rows_of, say
 
-from scaling_fl.data.conversations import Conversation
+from scaling_fl.data.conversation import Conversation
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.exercises import is_right as is_right_of_exercises
 from scaling_fl.data.tokens import ConversationEncoder

@@ -13,7 +13,8 @@ from conftest import refusal
 from datasets import Dataset
 
 from scaling_fl.data import conversations
-from scaling_fl.data.conversations import Conversation, Turn, read_conversations
+from scaling_fl.data.conversation import Conversation, Turn
+from scaling_fl.data.conversations import read_conversations
 from scaling_fl.data.exercises import KINDS, make_exercises
 from scaling_fl.data.nicknames import DATASETS, Nickname, data_defaults
 from scaling_fl.experiment.settings import Settings

@@ -15,7 +15,8 @@ from conftest import refusal
 from datasets import ClassLabel, Dataset, Value
 
 from scaling_fl.data import conversations, oasst
-from scaling_fl.data.conversations import Conversation, read_conversations
+from scaling_fl.data.conversation import Conversation
+from scaling_fl.data.conversations import read_conversations
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny_llm import CHATS, KINDS, make_llama, make_tokenizer, rows_of, say
 from transformers import PreTrainedTokenizerFast
 
-from scaling_fl.data.conversations import Conversation
+from scaling_fl.data.conversation import Conversation
 from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.distributed.world import world

@@ -11,7 +11,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scaling_fl.data.conversations import Conversation, Turn
+from scaling_fl.data.conversation import Conversation, Turn
 
 SENTENCES = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",

@@ -1,4 +1,4 @@
-"""The cases of overhead.py by NVFlare: its simulator, a process for each site, which stays; started as a script, a site.
+"""The cases of overhead.py by NVFlare: its simulator, a process a site, which stays. Started as a script it is a site.
 
 With fewer processes than sites it would start a process for each site of each round. So many sites take much memory.
 """

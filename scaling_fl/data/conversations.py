@@ -1,22 +1,21 @@
 """Rows of instructions, prompts or messages, read as conversations."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from datasets import Dataset
 from fsspec.utils import tokenize
 
 from scaling_fl.data import oasst
 from scaling_fl.data.cache import Row, mapped, store
+from scaling_fl.data.conversation import Conversation, Turn, as_turns, check_turns
 from scaling_fl.data.labels import as_text, name_site
 from scaling_fl.data.nicknames import read_named
-from scaling_fl.errors import preview, printable
+from scaling_fl.errors import preview
 
 VERSION = 2  # of the conversations: another one ignores those in the cache
 NAMES = ("conversation", "group", "site")  # of the columns of rows as they are used
-ROLES = ("system", "user", "assistant")
 # The columns of the prompt and of the answer, by kind of file. A list of messages has both.
 FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("prompt", "response"))
 FORMATS += (("instruction", "output"), ("instruction", "response"))
@@ -24,39 +23,6 @@ OASST = (oasst.MESSAGE, oasst.TREE)
 CONTEXTS = ("input", "context")  # columns of what an instruction is about
 GROUPS = ("message_tree_id", "conversation_id", "document_id", "group")  # columns of what rows have in common
 FIELDS = tuple(dict.fromkeys([*(name for names in FORMATS for name in names), *CONTEXTS, *GROUPS, *oasst.MESSAGE]))
-CALLS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # parts of a turn that no template here writes
-
-
-class Turn(NamedTuple):
-    """What one of the two said, or the system."""
-
-    role: str  # one of ROLES
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns in their order.
-
-    Args:
-        turns: one or more, among them one of the assistant.
-        context: what the instruction, which is the first turn, is about; "" if it stands alone.
-        is_continued: the answer continues the prompt as it stands, without a line between them.
-    """
-
-    turns: tuple[Turn, ...]
-    context: str = ""
-    is_continued: bool = False
-
-    def to_json(self) -> str:
-        """Return it as it is kept in a column."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Conversation":
-        """Return what `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**fields | {"turns": tuple(Turn(*turn) for turn in fields["turns"])})
 
 
 def read_conversations(path: str, split: str = "train", site_column: str | None = None) -> Dataset:
@@ -87,31 +53,34 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
         )
     if columns in OASST:
         return _read_oasst(path, split, columns, site_column)
-    groups = [name for name in GROUPS if name in names]
-
-    def convert(rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {name: [] for name in NAMES[: 3 if site_column else 2]}
-        for position, index in enumerate(indices):
-            row = {name: values[position] for name, values in rows.items()}
-            try:
-                conversation = read_row(row, columns)
-                found["conversation"].append(conversation.to_json())
-                if site_column:
-                    found["site"].append(_check_site(row[site_column], site_column))
-            except ValueError as error:
-                raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
-            found["group"].append(_name_group(row, groups, conversation.context))
-        return found
-
     return mapped(
         table,
-        convert,
+        partial(_convert, path=path, columns=columns, site_column=site_column),
         batched=True,
         with_indices=True,
         remove_columns=table.column_names,
         new_fingerprint=tokenize(VERSION, table._fingerprint, site_column),
         desc=None,
     )
+
+
+def _convert(
+    rows: dict[str, list[Any]], indices: Sequence[int], path: str, columns: tuple[str, ...], site_column: str | None
+) -> dict[str, list[str]]:
+    """Return the columns of what `read_conversations` returns, of a part of the rows."""
+    groups = [name for name in GROUPS if name in rows]
+    found: dict[str, list[str]] = {name: [] for name in NAMES[: 3 if site_column else 2]}
+    for position, index in enumerate(indices):
+        row = {name: values[position] for name, values in rows.items()}
+        try:
+            conversation = read_row(row, columns)
+            found["conversation"].append(conversation.to_json())
+            if site_column:
+                found["site"].append(_check_site(row[site_column], site_column))
+        except ValueError as error:
+            raise ValueError(f"{path!r}: row {index + 1}: {error}") from None
+        found["group"].append(_name_group(row, groups, conversation.context))
+    return found
 
 
 def _read_oasst(path: str, split: str, columns: tuple[str, ...], site_column: str | None) -> Dataset:
@@ -161,14 +130,14 @@ def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
         ValueError: it is none.
     """
     if columns == ("messages",):
-        messages = _as_turns(row["messages"])
+        messages = as_turns(row["messages"])
         if messages is None:
             raise ValueError("'messages': expected a list of turns with a role and a content, got another value")
-        return Conversation(_check(messages))
+        return Conversation(check_turns(messages))
     is_instruction = columns[0] == "instruction"
-    prompt, answer = (None if is_instruction else _as_turns(row[name]) for name in columns)
+    prompt, answer = (None if is_instruction else as_turns(row[name]) for name in columns)
     if prompt is not None and answer is not None:
-        return Conversation(_check(prompt + answer))
+        return Conversation(check_turns(prompt + answer))
     if prompt is not None or answer is not None:
         raise ValueError(f"expected a text in both {' and '.join(columns)} or turns in both, got a text and turns")
     texts = {name: _as_text(row[name], name) for name in columns}
@@ -179,42 +148,7 @@ def read_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> Conversation:
         raise ValueError(f"{' and '.join(contexts)}: expected {expected}, got more. Join them in {columns[0]}")
     turns = Turn("user", texts[columns[0]]), Turn("assistant", texts[columns[1]])
     context = next(iter(contexts.values()), "")
-    return Conversation(_check(turns), context, is_continued=columns[1] == "completion")
-
-
-def _check(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Refuse turns of which no template makes sense. Answers are looked at when they are tokenised."""
-    for number, turn in enumerate(turns, start=1):
-        if turn.role not in ROLES:
-            raise ValueError(f"turn {number}: expected a role out of {', '.join(ROLES)}, got {_show(turn.role)}")
-        if turn.role == "system" and number > 1:
-            raise ValueError(f"turn {number}: expected the system's turn first, got it later")
-        if turn.role == "user" and not turn.content.strip():
-            raise ValueError(f"turn {number}: expected a text, got none. Leave the row out")
-    if all(turn.role != "assistant" for turn in turns):
-        raise ValueError("expected a turn of the assistant, got none. Leave the row out")
-    return turns
-
-
-def _as_turns(value: Any) -> tuple[Turn, ...] | None:
-    """Return the turns of a list, or of a text that is one in JSON; None if it is something else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return None
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) and "role" in turn for turn in value):
-        return None
-    return tuple(_as_turn(turn, number) for number, turn in enumerate(value, start=1))
-
-
-def _as_turn(turn: Mapping[str, Any], number: int) -> Turn:
-    if not isinstance(turn.get("content"), str) or not isinstance(turn["role"], str):
-        raise ValueError(f"turn {number}: expected a role and a content that are texts, got another value")
-    calls = [name for name in CALLS if turn.get(name)]
-    if calls:
-        raise ValueError(f"turn {number}: expected a text alone, got also {', '.join(calls)}")
-    return Turn(turn["role"], turn["content"])
+    return Conversation(check_turns(turns), context, is_continued=columns[1] == "completion")
 
 
 def _as_text(value: Any, name: str) -> str:
@@ -245,7 +179,3 @@ def _check_site(value: Any, column: str) -> str:
 def _filled(table: Dataset) -> list[str]:
     """Return the columns that have a value: fields that a file of JSON lacks are columns without one."""
     return [name for name in table.column_names if table.data.column(name).null_count < len(table)]
-
-
-def _show(role: str) -> str:
-    return repr(printable(role)[:40])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from scaling_fl.data.conversations import ROLES, Conversation, Turn
+from scaling_fl.data.conversation import ROLES, Conversation, Turn
 from scaling_fl.errors import one_line
 
 # Characters that Unicode reserves for private use, around contents while a chat template is rendered.

@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.backend import Backend, find_start_ids, make_backend
-from scaling_fl.data.conversations import Conversation, Turn
+from scaling_fl.data.conversation import Conversation, Turn
 from scaling_fl.data.encoder import check_ids, name_row, read_column, tokenise_once
 from scaling_fl.data.examples import Encoded, Examples
 from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece

@@ -49,11 +49,7 @@ def make_classifier(
     Raises:
         ValueError: the model cannot be found, or its files lack weights other than the head's.
     """
-    config = deepcopy(pretrained.config)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: index for index, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
-    config.return_dict = True
+    config = _configure(pretrained, label_names)
     torch.manual_seed(seed)
     if not pretrained.has_weights:
         return make_unloaded(pretrained, config, AutoModelForSequenceClassification, dtype)
@@ -81,6 +77,16 @@ def make_classifier(
     names = labels_of(pretrained.config)
     reason = f"its head has other labels: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
     return LoadedModel(model, sorted(new | info["missing_keys"]), "; ".join(filter(None, (reason, unused))))
+
+
+def _configure(pretrained: Pretrained, label_names: Sequence[str]) -> PreTrainedConfig:
+    """Return the configuration of the model with a head for the labels."""
+    config = deepcopy(pretrained.config)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    config.return_dict = True
+    return config
 
 
 def find_head(pretrained: Pretrained, model: PreTrainedModel) -> set[str]:

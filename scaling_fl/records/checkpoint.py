@@ -121,7 +121,15 @@ def restore(directory: str | None, settings: dict[str, Any]) -> dict[str, Any] |
     last_rounds = all_gather(max(list_rounds(directory), default=0))
     if not any(last_rounds):
         return None
-    state = load(broadcast_bytes(lambda: _read_last(directory), source=last_rounds.index(max(last_rounds))))
+    read: list[dict[str, Any]] = []  # by the rank that sends, which need not read its file once more
+
+    def read_file() -> bytes:
+        data, state = _read_last(directory)
+        read.append(state)
+        return data
+
+    data = broadcast_bytes(read_file, source=last_rounds.index(max(last_rounds)))
+    state = read[0] if read else load(data)
     _compare(directory, state["settings"], settings)
     return state
 
@@ -158,8 +166,8 @@ def _refuse(done: str, directory: str, error: Exception) -> ValueError:
     return ValueError(f"checkpoints_dir: expected a folder that can be {done}, got {directory!r} ({one_line(error)})")
 
 
-def _read_last(directory: str) -> bytes:
-    """Return the bytes of the last complete file."""
+def _read_last(directory: str) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes of the last complete file, and the state in them."""
     filesystem, path = fsspec.core.url_to_fs(directory)
     rounds = _find_rounds(filesystem, path)
     for number in rounds:
@@ -170,11 +178,9 @@ def _read_last(directory: str) -> bytes:
                 f"{directory}/round-{number}.pt: expected a file that can be read, got {one_line(error)}"
             ) from error
         try:
-            load(data)
+            return data, load(data)
         except ValueError as error:
             log.warning("skipping %s/round-%d.pt, which is damaged: %s", directory, number, one_line(error))
-        else:
-            return data
     raise ValueError(
         f"checkpoints_dir: expected a checkpoint that is complete, got damaged files only in {directory!r}, the last "
         f"of round {rounds[0]}. Use another folder, or remove the files"
