@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from overhead import CASES, LEARNING_RATE, NUM_RANKS, Case, time_rounds
 
-from scaling_fl.command.__main__ import LARGE_PAGES as LARGE_PAGES
 from scaling_fl.data.examples import Examples
 from scaling_fl.distributed.collectives import rank
 from scaling_fl.distributed.ending import run_program

@@ -4,7 +4,8 @@ That floor is a plain PyTorch loop: two gloo ranks of one thread each, whose sit
 model, and one flat float32 all-reduce a round. It has none of the library's code and must end with
 the library's weights. Both train on random tokens with fused SGD, without dropout or evaluation; the
 library also pads, scores and checks as in a real run. `--peers` lets other libraries train the same,
-each in an environment that is made for it (peers/environments.py, by peers/*.py).
+each in an environment that is made for it (peers/environments.py, by peers/*.py); NVFlare, which takes
+minutes a case, where it is named.
 
 The programs that are compared are started at once and take turns of a fraction of a second, in which
 the others are stopped: what else the machine does meets them alike. Only a program that sleeps gains,
@@ -183,10 +184,7 @@ class Program:
         self._cpu = 0.0  # of the processes that were waited for, when all have ended
         self._cpu_seen: dict[int, float] = {}  # of each process
         command = [python, __file__, "--one", case, run, str(self.result)]
-        environment = os.environ | ENVIRONMENT
-        if run in LIBRARY:
-            environment |= importlib.import_module("library").LARGE_PAGES  # as in a run of the command
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
         self._signal(signal.SIGSTOP)
 
     def run_for(self, seconds: float) -> bool:
@@ -225,7 +223,13 @@ class Program:
         return sum(max(0.0, min(end, turn_end) - max(start, turn_start)) for turn_start, turn_end in self._turns)
 
     def _signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
+        """Send a signal to all its processes; some may have groups of their own, and start others meanwhile."""
+        reached: set[int] = set()
+        while found := {*family(self.process.pid)} - reached:
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            reached |= found
 
 
 def cpu_of_ended() -> float:
@@ -371,21 +375,25 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'an unknown processor'}"
 
 
+def choose_peers(names: list[str] | None) -> list[str]:
+    """Return the peers to compare with: those that are named; if none is, all but the slow ones; none for None."""
+    return [name for name, peer in PEERS.items() if not peer.is_slow] if names == [] else names or []
+
+
 def main() -> None:
     """Measure the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="which others; all but nvflare without a name")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="libraries, by default all but the slow ones")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         run_one(*options.one)
     else:
         ours = sys.executable if options.peers is None else make_environment("scaling_fl", OURS)
-        peers = options.peers if options.peers != [] else [name for name in PEERS if not PEERS[name].only_by_name]
         pythons = dict.fromkeys(("floor", *LIBRARY), ours)
-        pythons |= {name: make_environment(name, PEERS[name]) for name in peers or ()}
+        pythons |= {name: make_environment(name, PEERS[name]) for name in choose_peers(options.peers)}
         chosen = [name for name in CASES if name in options.cases or name[0] in options.cases]
         print_tables({name: compare(name, pythons, options.repetitions) for name in chosen})
 

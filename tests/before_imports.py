@@ -1,4 +1,4 @@
-"""What comes before all imports: no access to the hub, and no garbage collection of what packages bring."""
+"""Imported first: turns off access to the hub before a package reads the variable, and garbage collection meanwhile."""
 
 import gc
 import os

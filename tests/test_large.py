@@ -20,6 +20,7 @@ from scaling_fl.records import checkpoint
 GIB = 2**30
 PERIOD = 1021  # a prime, so that no two places 2**32 bytes apart have the same number
 PIECE = 2**20
+SIZE = int(2.05 * GIB)
 
 pytestmark = [
     pytest.mark.long(seconds=25),
@@ -57,13 +58,13 @@ def peak() -> int:
 
 
 @cache
-def a_piece_from_any_place() -> Tensor:
+def cached_numbers() -> Tensor:
     return torch.arange(PIECE + PERIOD).remainder_(PERIOD).float()
 
 
 def numbers_at(start: int, stop: int) -> Tensor:
-    """Return the numbers of some places, at most a piece, which must not change."""
-    return a_piece_from_any_place()[start % PERIOD :][: stop - start]
+    """Return the numbers of at most PIECE places, a view of a cached tensor: do not write to it."""
+    return cached_numbers()[start % PERIOD :][: stop - start]
 
 
 def sum_vectors(size: int, dtype: torch.dtype, wire: torch.dtype, share_it: bool) -> tuple[float, float]:
@@ -99,8 +100,8 @@ def sum_vectors(size: int, dtype: torch.dtype, wire: torch.dtype, share_it: bool
 def test_a_vector_above_2_gib_is_summed_in_place(
     dtype: torch.dtype, wire: torch.dtype, share_it: bool, tolerance: float, most: float
 ) -> None:
-    need_memory(2 * most * 2.05 * GIB)
-    by_rank = launch(sum_vectors, int(2.05 * GIB) // dtype.itemsize, dtype, wire, share_it, num_ranks=2, fork=True)
+    need_memory(2 * most * SIZE)
+    by_rank = launch(sum_vectors, SIZE // dtype.itemsize, dtype, wire, share_it, num_ranks=2, fork=True)
     for error, num_vectors in by_rank:
         assert error <= tolerance
         assert num_vectors < most
@@ -108,26 +109,25 @@ def test_a_vector_above_2_gib_is_summed_in_place(
 
 def test_a_checkpoint_above_2_gib_reaches_a_rank_without_it_with_one_extra_copy(tmp_path: Path) -> None:
     """Rank 1 has the file, and rank 0 an empty folder."""
-    size = int(2.05 * GIB)
-    need_memory(5 * size)
+    need_memory(5 * SIZE)
     disk = os.statvfs(tmp_path)
-    if disk.f_bavail * disk.f_frsize < 2 * size:
-        pytest.skip(f"needs {2 * size / GIB:.1f} GiB of disk")
+    if disk.f_bavail * disk.f_frsize < 2 * SIZE:
+        pytest.skip(f"needs {2 * SIZE / GIB:.1f} GiB of disk")
 
     def write() -> float:
         with world():
-            weights, before = torch.empty(size // 4), forget_peak()
+            weights, before = torch.empty(SIZE // 4), forget_peak()
             for number, piece in enumerate(weights.split(PIECE)):
                 piece.copy_(numbers_at(number * PIECE, number * PIECE + len(piece)))
             state = {"weights": {"all": weights}, "optimiser": {}}
             checkpoint.save(str(tmp_path / "1"), state, [{}, {}], {}, keep=None)
-            return (peak() - before) / size
+            return (peak() - before) / SIZE
 
     def restore() -> tuple[bool, float]:
         with world():
             before = forget_peak()
             state = checkpoint.restore(str(tmp_path / str(rank())), {})
-            num_copies = (peak() - before) / size
+            num_copies = (peak() - before) / SIZE
             pieces = enumerate(state["server"]["weights"]["all"].split(PIECE))
             is_same = all(
                 torch.equal(piece, numbers_at(number * PIECE, number * PIECE + len(piece))) for number, piece in pieces

@@ -2,7 +2,11 @@
 
 import ast
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import overhead
@@ -40,6 +44,45 @@ def test_peers_and_the_floor_run_none_of_our_code(path: Path) -> None:
     imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     assert imported
     assert not [name for name in imported if name.split(".")[0] in ("scaling_fl", "library")]
+
+
+def test_slow_peers_are_compared_only_where_they_are_named() -> None:
+    assert overhead.choose_peers([]) == ["blazefl", "pfl", "flower"]
+    assert overhead.choose_peers(["nvflare"]) == ["nvflare"]
+    assert overhead.choose_peers(None) == []
+
+
+def test_a_program_stops_and_ends_with_all_its_processes() -> None:
+    code = "import subprocess, time; subprocess.Popen(['setsid', 'sleep', '100']); time.sleep(100)"
+    program = overhead.Program.__new__(overhead.Program)
+    program.process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        wait_for(lambda: "sleep" in [*map(name_of, overhead.family(program.process.pid))])
+        found = [*overhead.family(program.process.pid)]
+        program._signal(signal.SIGSTOP)
+        wait_for(lambda: {*map(state_of, found)} == {"T"})
+    finally:
+        program.end()
+    wait_for(lambda: {*map(state_of, found)} <= {"Z", ""})
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def state_of(pid: int) -> str:
+    """T is stopped, Z has ended; "" if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def wait_for(something: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not something():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_peer_that_fails_is_left_out_and_the_library_is_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ def test_shellcheck_reports_nothing() -> None:
 
 
 @pytest.mark.long(seconds=25)
-@pytest.mark.parametrize("name", ["scaling_fl", "flowertune_nlp"])  # the others run as above
+@pytest.mark.parametrize("name", ["huggingface_blog", "flowertune_nlp"])  # for the others see above
 def test_a_recipe_runs_by_run_local(name: str, toy: Path, tmp_path: Path, network: dict[str, str]) -> None:
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("run-local.sh makes another virtual environment: the tests were not started by it")

@@ -93,6 +93,9 @@ class WarmPopen(subprocess.Popen):
 def run_fork(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Take the place of the program that was about to start in this fork."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # of which torchrun's handlers are inherited here
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.disable()  # it writes to a file of the other process
     # Nothing of the other process stays open, such as the pipe that tells it of an error at the start. A number that
     # was free could be closed once more by an object of the other process, when it is another's.

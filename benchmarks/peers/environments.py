@@ -17,14 +17,14 @@ class Peer:
 
     requirement: str
     needs: tuple[str, ...] | None = None
-    only_by_name: bool = False  # as it takes minutes a case
+    is_slow: bool = False  # it takes minutes a case
 
 
 PEERS = {
     "blazefl": Peer("blazefl==2.0.1", needs=("tqdm",)),  # it asks for Python 3.12, and runs on 3.11 too
     "pfl": Peer("pfl[pytorch]==0.6.0"),
     "flower": Peer("flwr[simulation]==1.41.0"),
-    "nvflare": Peer("nvflare==2.9.0", only_by_name=True),
+    "nvflare": Peer("nvflare==2.9.0", is_slow=True),
 }
 
 
@@ -40,7 +40,7 @@ def make_environment(name: str, peer: Peer) -> str:
     """
     python, marker = FOLDER / name / "bin" / "python", FOLDER / name / "installed"
     pins = [f"{package}=={version(package).partition('+')[0]}" for package in SHARED]
-    wanted = f"{sys.version}\n{peer}\n{pins}"
+    wanted = f"{sys.version}\n{peer.requirement} {peer.needs}\n{pins}"
     if not marker.exists() or marker.read_text() != wanted:
         print(f"installing {peer.requirement} into {FOLDER / name}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER / name], check=True)

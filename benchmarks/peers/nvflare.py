@@ -5,6 +5,7 @@ With fewer processes than sites it would start a process for each site of each r
 
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,34 +49,29 @@ def run(name: str, result: Path) -> None:
             key_metric="",
         ).execute(SimEnv(num_clients=case.num_sites, workspace_root=folder, log_config="ERROR"))
         (saved,) = Path(folder).glob("**/FL_global_model.pt")
-        found = torch.load(saved)["model"]["weights"]
-        torch.save(([float(line) for line in moments.read_text().split()], found), result)
+        end = saved.stat().st_mtime - time.time() + time.monotonic()  # of the last round
+        starts = [float(line) for line in moments.read_text().split()]
+        assert len(starts) == case.num_rounds
+        torch.save(([*starts, end], torch.load(saved)["model"]["weights"]), result)
 
 
 def train_as_a_site(name: str, moments: str) -> None:
-    """Train each model that arrives; of the first site, note when each did, and when training had ended."""
+    """Train each model that arrives; the first site notes when."""
     torch.set_num_threads(1)
     case = CASES[name]
     vector, train = make_trainer(case, make_batches(case))
     client.init()
     site = int(client.get_site_name().removeprefix("site-")) - 1
-
-    def note() -> None:
+    while client.is_running():
+        model = client.receive()
         if site == 0:
             with Path(moments).open("a") as file:
                 file.write(f"{time.monotonic()}\n")  # as NVFlare takes what is printed for its log
-
-    while client.is_running():
-        model = client.receive()
-        note()
         vector.copy_(model.params["weights"])
         train(site)
         meta = {"NUM_STEPS_CURRENT_ROUND": case.num_examples}
         client.send(client.FLModel(params={"weights": vector.clone()}, meta=meta))
-    note()
 
 
 if __name__ == "__main__":
-    import sys
-
     train_as_a_site(*sys.argv[1:])

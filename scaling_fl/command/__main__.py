@@ -1,7 +1,6 @@
 """The command `scaling-fl`, which imports what a subcommand needs when it is named."""
 
 import gc
-import os
 import signal
 import sys
 from importlib import import_module
@@ -9,8 +8,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 TRAINING = "experiment"  # the module whose subcommands are Sacred's
-# Of torch: large tensors have pages of 2 MiB where Linux allows it, which are ready for use four times as fast.
-LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 class Subcommand(NamedTuple):
@@ -52,7 +49,6 @@ def main() -> None:
     """Run a subcommand and exit with its status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages are imported ends without a stack trace
-    os.environ.update(LARGE_PAGES | os.environ)  # torch reads it once, as it is imported
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]

@@ -47,7 +47,7 @@ def as_turns(value: Any) -> tuple[Turn, ...] | None:
     """Return the turns of a list, or of a text that is one in JSON; None if it is something else.
 
     Raises:
-        ValueError: one has no content that is a text, or more than that.
+        ValueError: a turn has no text as its content, or has other parts too, such as calls of tools.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -69,7 +69,7 @@ def _as_turn(turn: Mapping[str, Any], number: int) -> Turn:
 
 
 def check_turns(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Return the turns of a conversation.
+    """Return turns, or refuse those of which no template makes sense.
 
     Answers are looked at when they are tokenised.
 

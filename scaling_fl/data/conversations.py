@@ -67,7 +67,7 @@ def read_conversations(path: str, split: str = "train", site_column: str | None 
 def _convert(
     rows: dict[str, list[Any]], indices: Sequence[int], path: str, columns: tuple[str, ...], site_column: str | None
 ) -> dict[str, list[str]]:
-    """Return the columns of what `read_conversations` returns, of a part of the rows."""
+    """Return a batch of rows in the columns of `read_conversations`."""
     groups = [name for name in GROUPS if name in rows]
     found: dict[str, list[str]] = {name: [] for name in NAMES[: 3 if site_column else 2]}
     for position, index in enumerate(indices):

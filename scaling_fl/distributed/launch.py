@@ -104,11 +104,13 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int, fork:
 def _launch_forks(config: LaunchConfig, function: Callable[..., object], args: tuple) -> list:
     all_started = multiprocessing.get_context("fork").Barrier(config.nproc_per_node)
     # The garbage collector writes into every object that it visits, and so would copy the memory that forks share.
+    has_frozen_objects = gc.get_freeze_count() > 0  # which stay so
     gc.freeze()
     try:
         results = elastic_launch(config, _forked_rank)(all_started, function, *args)
     finally:
-        gc.unfreeze()
+        if not has_frozen_objects:
+            gc.unfreeze()
     return [results[number] for number in range(config.nproc_per_node)]
 
 

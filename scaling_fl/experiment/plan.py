@@ -68,13 +68,13 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         "state_bytes": job.states and job.states.site_bytes,
         "node_state_bytes": job.states and job.states.node_bytes,
     }
-    of_sizes = f"the plan is of sizes alone: {settings.model} has no weights, and nothing was computed"
+    without_weights = f"the plan is of sizes alone: {settings.model} has no weights, and nothing was computed"
     console.print_once(
         *describe(settings, job, unused),
         *describe_traffic(settings, job, planned),
         *console.site_table(planned["sites"]),
         *console.device_table(planned["devices"]),
-        of_sizes if is_empty else "the plan holds: nothing of it would be refused",
+        without_weights if is_empty else "the plan holds: nothing of it would be refused",
     )
     return planned
 

@@ -121,15 +121,15 @@ def restore(directory: str | None, settings: dict[str, Any]) -> dict[str, Any] |
     last_rounds = all_gather(max(list_rounds(directory), default=0))
     if not any(last_rounds):
         return None
-    read: list[dict[str, Any]] = []  # by the rank that sends, which need not read its file once more
+    sent: list[dict[str, Any]] = []  # the state, on the rank that sends it, which has loaded it already
 
     def read_file() -> bytes:
         data, state = _read_last(directory)
-        read.append(state)
+        sent.append(state)
         return data
 
     data = broadcast_bytes(read_file, source=last_rounds.index(max(last_rounds)))
-    state = read[0] if read else load(data)
+    state = sent[0] if sent else load(data)
     _compare(directory, state["settings"], settings)
     return state
 
