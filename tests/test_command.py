@@ -68,7 +68,8 @@ def test_a_report_is_drawn_without_torch(tmp_path: Path) -> None:
 def test_the_examples_of_the_help_name_their_subcommands() -> None:
     for name, subcommand in command.SUBCOMMANDS.items():
         assert subcommand.example.split()[0] == name
-        before, made = gc.get_freeze_count(), [[] for _ in range(100)]
+        made = [[] for _ in range(100)]
+        before = gc.get_freeze_count()
         assert callable(command.load(subcommand.module).main)
         assert gc.isenabled()
         assert gc.get_freeze_count() >= before + len(made), "collections visit the packages"
