@@ -425,7 +425,8 @@ def test_the_command_plans_full_training_of_1_billion_weights_from_a_configurati
 def test_the_memory_of_flowertune_is_known_from_the_configuration_and_fits_its_devices() -> None:
     sizes = {
         (name, bits): bases.estimate(config, OF_FLOWERTUNE | {"quantise": bits})
-        for name, config, bits in (("3B", OPEN_3B, 4), ("7B", OPEN_7B, 8))  # of the page's four rows
+        for name, config in (("3B", OPEN_3B), ("7B", OPEN_7B))
+        for bits in (8, 4)
     }
     # Published is what a device had in use, with the kernels and what torch keeps of freed memory.
     for key, size in sizes.items():

