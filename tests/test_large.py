@@ -75,7 +75,7 @@ def sum_vectors(size: int, dtype: torch.dtype, wire: torch.dtype, share_it: bool
         before = forget_peak()
         vector = make_vector(size, dtype, wire, torch.device("cpu"), PIECE)
         assert isinstance(vector, SharedVector) == share_it
-        for where, piece, has_sum in vector.fill():
+        for where, piece, has_sum in vector.fill(has_sum=False):
             own = numbers_at(where.start, where.stop) + rank()
             piece.copy_(piece + own if has_sum else own)
         all_gather(None)

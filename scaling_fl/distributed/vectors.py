@@ -40,7 +40,6 @@ class RankVector:
         self._vectors = [of_rank[:num_bytes].view(dtype) for of_rank in memory]
         # The ranks of whose vectors `all_reduce` gives the sum to its first argument.
         self.ranks = range(world_size()) if memory else range(rank(), rank() + 1)
-        self._is_filled = False
 
     @property
     def nbytes(self) -> int:
@@ -57,16 +56,14 @@ class RankVector:
         """Memory for float32 (size,) in place of the values, which `broadcast` hands to all ranks."""
         return self.values.view(torch.float32)[: len(self.values)]
 
-    def fill(self) -> Generator[tuple[slice, Tensor, bool]]:
-        """Yield where each piece is, the piece, to be overwritten, and whether it has been since the last sum."""
+    def fill(self, has_sum: bool) -> Generator[tuple[slice, Tensor, bool]]:
+        """Yield where each piece is, the piece, to be overwritten, and `has_sum`: whether it has been in this round."""
         for where in self._slices(0, len(self.values)):
-            yield where, self.values[where], self._is_filled
-        self._is_filled = True
+            yield where, self.values[where], has_sum
 
-    def finish(self, origin: Tensor) -> None:
-        """Overwrite all that has not been filled. Another collective must stand between this and `all_reduce`."""
-        if not self._is_filled:
-            self.values.copy_(origin)
+    def clear(self, origin: Tensor) -> None:
+        """Overwrite a vector that was not filled. Another collective must stand between this and `all_reduce`."""
+        self.values.copy_(origin)
 
     def all_reduce(self, work: Work, divisor: float, scale: float) -> Tensor:
         """Return the sum over all ranks of what `work` makes of their vectors, divided.
@@ -80,7 +77,6 @@ class RankVector:
         Returns:
             float32 (size,), in memory that may be shared and that the next sum overwrites.
         """
-        self._is_filled = False
         if self._vectors:
             self._reduce_in_memory(work, divisor)
         elif world_size() == 1 and self._wire.itemsize == self.values.itemsize:
@@ -129,13 +125,13 @@ class SharedVector(RankVector):
     A rank locks the piece that it adds to, and starts at another place than the others.
 
     Args:
-        memory: of `num_bytes(size, dtype, piece)`.
+        memory: of all the bytes of `sizes(size, dtype, piece)`.
         size, dtype, piece: as for RankVector.
     """
 
     def __init__(self, memory: SharedMemory, size: int, dtype: torch.dtype, piece: int) -> None:
         self._memory, self._wire, self._piece = memory, dtype, piece
-        values, mean, rounds = memory.values.split(self._sizes(size, dtype, piece))
+        values, mean, rounds = memory.values.split(self.sizes(size, dtype, piece))
         self.values, self._mean = values.view(dtype), mean.view(torch.float32)[:size]
         self._rounds = rounds.view(torch.int64)  # of each piece, the last in which it was filled
         self._round = 1
@@ -143,23 +139,21 @@ class SharedVector(RankVector):
         self._number = rank()  # which is hidden while sites train
 
     @staticmethod
-    def _sizes(size: int, dtype: torch.dtype, piece: int) -> list[int]:
+    def sizes(size: int, dtype: torch.dtype, piece: int) -> list[int]:
         """Return the bytes of the values, of their mean, and of the rounds of all pieces."""
         word = torch.int64.itemsize
         return [size * dtype.itemsize, -(-size * WORD // word) * word, -(-size // piece) * word]
-
-    @classmethod
-    def num_bytes(cls, size: int, dtype: torch.dtype, piece: int) -> int:
-        """Return how many bytes the ranks share."""
-        return sum(cls._sizes(size, dtype, piece))
 
     @property
     def nbytes(self) -> int:
         """How many bytes this rank holds: its share."""
         return -(-self._memory.values.nbytes // len(self.ranks))
 
-    def fill(self) -> Generator[tuple[slice, Tensor, bool]]:
-        """Yield as RankVector does. No other rank sees the piece until the next one; close the iterator after use."""
+    def fill(self, has_sum: bool) -> Generator[tuple[slice, Tensor, bool]]:
+        """Yield as RankVector does, but whether any rank has filled the piece in this round.
+
+        No other rank sees the piece until the next one; close the iterator after use.
+        """
         slices = self._slices(0, len(self.values))
         first = self._number * len(slices) // len(self.ranks)
         for number in (*range(first, len(slices)), *range(first)):
@@ -167,7 +161,7 @@ class SharedVector(RankVector):
                 yield slices[number], self.values[slices[number]], self._rounds[number].item() == self._round
                 self._rounds[number] = self._round
 
-    def finish(self, origin: Tensor) -> None:
+    def clear(self, origin: Tensor) -> None:
         """Do nothing, as some rank has filled all pieces, or none has and there is no sum."""
 
     def all_reduce(self, work: Work, divisor: float, scale: float) -> Tensor:

@@ -48,8 +48,7 @@ class Mean:
         self._origin, self._scale = origin, scale
         self._piece = PIECE if origin.device.type == "cpu" else min(size, ACCELERATOR_PIECE)
         self._vector = make_vector(size, origin.dtype, wire, origin.device, self._piece)
-        self._weights: list[Fraction] = []  # of the sites that this rank has added
-        self._has_only = False  # the vector has the weights of a round's only site
+        self._weights: list[Fraction] = []  # of the sites that this rank has added, or kept, in this round
         self._lock = Lock()
 
     @property
@@ -93,7 +92,7 @@ class Mean:
         factor = tie_free(float(weight))
         with self._lock:
             self._prepare(global_weights)
-            with closing(self._vector.fill()) as pieces:
+            with closing(self._vector.fill(has_sum=bool(self._weights))) as pieces:
                 sizes = [
                     self._add_piece(
                         global_weights[where], local_weights[where], factor, out if has_sum else self._origin, out
@@ -117,7 +116,8 @@ class Mean:
             ValueError: the weights add up to more than 1, or to too little. All ranks raise it.
         """
         self._prepare(global_weights)
-        self._vector.finish(self._origin)
+        if not self._weights:
+            self._vector.clear(self._origin)
         gathered = all_gather([weight.as_integer_ratio() for weight in self._weights])
         by_rank = [[Fraction(*ratio) for ratio in of_rank] for of_rank in gathered]
         total = sum(map(sum, by_rank), Fraction(0))
@@ -151,12 +151,12 @@ class Mean:
         self.check(global_weights, local_weights)
         self._vector.only.copy_(local_weights)
         local_weights.copy_(global_weights)
-        self._has_only = True
+        self._weights.append(Fraction(1))
 
     def take(self) -> Tensor | None:
         """Return on all ranks what `keep` was given on one; None if it was not called."""
-        owners = [number for number, has_only in enumerate(all_gather(self._has_only)) if has_only]
-        self._has_only = False
+        owners = [number for number, has_it in enumerate(all_gather(bool(self._weights))) if has_it]
+        self._weights = []
         return self._vector.broadcast(owners[0]) if owners else None
 
     def _prepare(self, global_weights: Tensor) -> None:

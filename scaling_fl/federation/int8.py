@@ -81,7 +81,7 @@ def make_vector(size: int, dtype: torch.dtype, wire: torch.dtype, device: torch.
     int64 is that of fixed-point numbers, whose sums no order changes.
     """
     if wire == torch.int64 and device.type == "cpu":
-        memory = share_memory(SharedVector.num_bytes(size, dtype, piece))
+        memory = share_memory(sum(SharedVector.sizes(size, dtype, piece)))
         if memory is not None:
             return SharedVector(memory, size, dtype, piece)
     return (BlockVector if wire == torch.int8 else RankVector)(size, dtype, wire, device, piece)
