@@ -1,7 +1,7 @@
 """Assign the sites to ranks and devices."""
 
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -92,9 +92,8 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
 def gather_on_node(value: T) -> list[T]:
     """Return the values of the ranks of this rank's node. All ranks call it."""
     values = all_gather((local_rank(), value))
-    starts = [number for number, (of_node, _) in enumerate(values) if of_node == 0] + [len(values)]
-    (node,) = (slice(start, end) for start, end in pairwise(starts) if start <= rank() < end)
-    return [found for _, found in values[node]]
+    (node,) = (ranks for ranks in _ranks_of_nodes(values) if rank() in ranks)
+    return [values[number][1] for number in node]
 
 
 def assign_sites(nodes: Sequence[tuple[int, Sequence[int]]], num_sites: int | None = None) -> list[dict[int, int]]:
@@ -104,20 +103,24 @@ def assign_sites(nodes: Sequence[tuple[int, Sequence[int]]], num_sites: int | No
         nodes: for each rank its number within its node, and its node's list of device ids.
         num_sites: assigned to the entries round-robin; None: one site for each entry.
     """
-    starts = [index for index, (local_rank, _) in enumerate(nodes) if local_rank == 0] + [len(nodes)]
     assignments: list[dict[int, int]] = [{} for _ in nodes]
-    places = [(start, end, entry) for start, end in pairwise(starts) for entry in range(len(nodes[start][1]))]
-    num_assigned: defaultdict[tuple[int, int], int] = defaultdict(int)  # to each device of each node
+    places = [(ranks, entry) for ranks in _ranks_of_nodes(nodes) for entry in range(len(nodes[ranks.start][1]))]
+    num_assigned = Counter[range]()  # to ranks that have the same device id
     for site in range(len(places) if num_sites is None else num_sites):
-        start, end, entry = places[site % len(places)]
-        site_ids, num_ranks = nodes[start][1], end - start
+        ranks, entry = places[site % len(places)]
+        site_ids = nodes[ranks.start][1]
         device_ids = sorted(set(site_ids))
-        position = device_ids.index(site_ids[entry])
         # With fewer device ids than ranks, on CPUs only, several ranks have the same id and its sites go round-robin.
-        owners = range(position % num_ranks, num_ranks, len(device_ids))
-        assignments[start + owners[num_assigned[start, position] % len(owners)]][site] = entry
-        num_assigned[start, position] += 1
+        owners = ranks[device_ids.index(site_ids[entry]) % len(ranks) :: len(device_ids)]
+        assignments[owners[num_assigned[owners] % len(owners)]][site] = entry
+        num_assigned[owners] += 1
     return assignments
+
+
+def _ranks_of_nodes(values: Sequence[tuple[int, object]]) -> list[range]:
+    """Return the ranks of each node. The first value of each rank is its number within its node."""
+    starts = [number for number, (of_node, _) in enumerate(values) if of_node == 0]
+    return [range(start, end) for start, end in pairwise([*starts, len(values)])]
 
 
 def _check_devices(site_ids: Sequence[int], kind: str | None) -> None:

@@ -83,7 +83,12 @@ class StepLog:
         """
         own = {site: of_site for site, of_site in self._of_sites.items() if site in sites}
         self._of_sites.clear()
-        totals = {key: (str(total), count) for key, (total, count) in _add(own.values()).totals().items()}
+        of_points = Means().merge(
+            Means.of({f"loss {place}": point.loss, f"learning_rate {place}": (point.learning_rate, 1)})
+            for _, points in own.values()
+            for place, point in enumerate(points)
+        )
+        totals = {key: (str(total), count) for key, (total, count) in of_points.totals().items()}
         single = {site: [point.values() for point in points] for site, (_, points) in own.items() if self._with_sites}
         ranks = all_gather((max((num_steps for num_steps, _ in own.values()), default=0), totals, single))
         num_steps = max(of_rank[0] for of_rank in ranks)
@@ -97,12 +102,3 @@ class StepLog:
                 f"step.site_{name}": {site: [of[name] for of in points] for site, points in by_site} for name in NAMES
             }
         return metrics
-
-
-def _add(of_sites: Iterable[tuple[int, list[Point]]]) -> Means:
-    """Return the means of the points of sites, by name and place."""
-    return Means().merge(
-        Means.of({f"loss {place}": point.loss, f"learning_rate {place}": (point.learning_rate, 1)})
-        for _, points in of_sites
-        for place, point in enumerate(points)
-    )
