@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scaling_fl.distributed.signals import PeerLost, check_interrupt
 
+K = TypeVar("K")
 T = TypeVar("T")
 POLL = 5e-4  # seconds from one check whether a collective is complete to the next
 
@@ -69,6 +70,11 @@ def all_gather(value: T) -> list[T]:
     return [
         literal_eval(text[:size].numpy().tobytes().decode()) for text, size in zip(texts, sizes.tolist(), strict=True)
     ]
+
+
+def all_gather_items(own: dict[K, T]) -> dict[K, T]:
+    """Return the items of every rank's dict as one dict, on every rank. They are sent as by `all_gather`."""
+    return {key: value for of_rank in all_gather(own) for key, value in of_rank.items()}
 
 
 def check_equal(values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from scaling_fl.distributed.collectives import all_gather, rank
+from scaling_fl.distributed.collectives import all_gather, all_gather_items, rank
 from scaling_fl.federation.site import Site
 from scaling_fl.training.metrics import Metrics
 from scaling_fl.training.seeds import derive_seed
@@ -166,8 +166,7 @@ class Cohort:
         Raises:
             ValueError: fewer are left.
         """
-        by_site = {site: sentence for of_rank in all_gather(dict(failures)) for site, sentence in of_rank.items()}
-        sentences = [by_site[site] for site in sorted(by_site)]
+        sentences = [sentence for _, sentence in sorted(all_gather_items(dict(failures)).items())]
         num_left = self.num_sites - len(sentences)
         if num_left < min_sites:
             more = f" (and {len(sentences) - 1} more)" if sentences[1:] else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaling_fl.distributed.collectives import all_gather
+from scaling_fl.distributed.collectives import all_gather_items
 from scaling_fl.federation.devices import Devices
 from scaling_fl.federation.site import Site, SiteFunction, leaves_nothing, read_scores
 from scaling_fl.training.metrics import Means, Metrics, spread
@@ -68,7 +68,7 @@ def score(
     if evaluate_site is None:
         return Scores(common, Means(), {})
     of_sites = devices.pool(partial(score_sites, evaluate_site))
-    by_site = {site: of_site for of_rank in all_gather(by_site) for site, of_site in of_rank.items()}
+    by_site = all_gather_items(by_site)
     return Scores(common, of_sites, {site: by_site[site] for site in sorted(by_site)})
 
 

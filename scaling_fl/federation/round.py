@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from scaling_fl.distributed.collectives import all_gather
+from scaling_fl.distributed.collectives import all_gather_items
 from scaling_fl.distributed.placement import Topology
 from scaling_fl.errors import one_line
 from scaling_fl.federation.cohorts import Cohort, by_round
@@ -129,7 +129,7 @@ class Federation:
         means = name_scores("train", self._devices.pool(train_sites).result())
         if self._min_sites is not None:
             means |= cohort.count_failures(self._failures, self._min_sites, round_)
-        by_site = {site: of_site for of_rank in all_gather(self._by_site) for site, of_site in of_rank.items()}
+        by_site = all_gather_items(self._by_site)
         num_examples = {site: by_site[site].pop("examples") for site in sorted(by_site)}
         means |= cohort.describe(busy=max(seconds.values()))
         return means | {"site.examples": num_examples} | spread(by_site)
