@@ -12,9 +12,9 @@ from scaling_fl.data.examples import Encode, Encoded, Examples, SiteSize
 from scaling_fl.data.holdout import NOTHING, HoldOut
 from scaling_fl.data.labels import settle_labels
 from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
-from scaling_fl.data.sites import Held, SiteData, add_counts, hold, merge
+from scaling_fl.data.sites import Held, SiteData, add_counts, hold
 from scaling_fl.data.tasks import is_generative, name_labels
-from scaling_fl.distributed.collectives import all_gather, is_one_node, rank
+from scaling_fl.distributed.collectives import all_gather, all_gather_items, is_one_node, rank
 from scaling_fl.distributed.heartbeat import hide_from_peers
 from scaling_fl.distributed.placement import Topology
 
@@ -84,7 +84,7 @@ def read_site_files(
     rows = _each(lambda file: (file, file.use(read_file, task_name, file.path, file.split, columns, known)), files)
     has_labels = not is_generative(task_name)
     found = _each(lambda of: of[0].use(labels_to_send, of[1], known) if has_labels else [], rows)
-    all_found = merge(all_gather({names[site]: of_site for site, of_site in found.items()}))
+    all_found = all_gather_items({names[site]: of_site for site, of_site in found.items()})
     holds_out = hold_out.test_fraction is not None or hold_out.validation_fraction is not None
     if not holds_out and not any("test" in of_site for of_site in all_found.values()):
         raise ValueError(
@@ -105,12 +105,12 @@ def _number_sites(
     hold_out: HoldOut,
 ) -> tuple[SiteData, Topology]:
     examples = _each(lambda of: of.examples, encoded)
-    all_sums = merge(all_gather(_each(lambda of: (of.sha256(), len(of)), examples)))
+    all_sums = all_gather_items(_each(lambda of: (of.sha256(), len(of)), examples))
     order = sorted(all_sums, key=lambda site: (sorted(all_sums[site].items(), reverse=True), site))
     numbers = {site: number for number, site in enumerate(order)}
     cut = {numbers[site]: _cut_files(of_site, numbers[site], hold_out) for site, of_site in examples.items()}
     sizes = {site: astuple(of_site["train"].size(len(label_names))) for site, of_site in cut.items()}
-    all_sizes = merge(all_gather(sizes))
+    all_sizes = all_gather_items(sizes)
     held = {split: _hold_of_all(cut, split, val_batch_size) for split in ("test", "validation")}
     everything = repr([all_sums[site] for site in order])
     data = SiteData(
@@ -128,7 +128,7 @@ def _number_sites(
 def _hold_of_all(cut: Mapping[int, Mapping[str, Examples]], split: str, val_batch_size: int) -> Held:
     """Return the examples of a split of the sites of this rank, and how many all sites have."""
     held = hold({site: of_site[split] for site, of_site in cut.items()}, cut, val_batch_size)
-    return replace(held, counts=dict(sorted(merge(all_gather(held.counts)).items())))
+    return replace(held, counts=dict(sorted(all_gather_items(held.counts).items())))
 
 
 def _cut_files(files: Mapping[str, Examples], site: int, hold_out: HoldOut) -> dict[str, Examples]:

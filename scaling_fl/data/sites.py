@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from scaling_fl.data.holdout import NOTHING, HoldOut
 from scaling_fl.data.partition import Partitioner, hash_parts, name_sites, partition_indices
 from scaling_fl.distributed.collectives import all_gather
 from scaling_fl.distributed.placement import Topology
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class SiteData:
             {site: str(device) for site, device in topology.sites.items()} if topology.is_fixed else {}
         )
         places: dict[int, tuple[int, str] | tuple[None, None]] = dict.fromkeys(range(topology.num_sites), (None, None))
-        places |= merge({site: (rank, of_rank[site]) for site in of_rank} for rank, of_rank in enumerate(by_rank))
+        places |= {site: (rank, of_rank[site]) for rank, of_rank in enumerate(by_rank) for site in of_rank}
         return [
             {
                 **({"name": name} if (name := self.name_of(site)) else {}),
@@ -162,8 +159,3 @@ def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for of in counts:
         total.update(of)
     return dict(total)
-
-
-def merge(dicts: Iterable[dict[K, V]]) -> dict[K, V]:
-    """Return the items of all dicts."""
-    return {key: value for of_rank in dicts for key, value in of_rank.items()}
