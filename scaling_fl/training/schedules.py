@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TypeVar
 
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ class RateSchedule:
     """
 
     shape: Callable[[float], float]
-    num_rounds: int = 1
+    num_rounds: int
     minimum: float = 0.0
     warmup_steps: int = 0
     per_round: bool = False
@@ -44,20 +45,14 @@ class RateSchedule:
 
 def constant(warmup_steps: int = 0) -> RateSchedule:
     """Return one that stays at its peak."""
-    return RateSchedule(lambda progress: 1.0, warmup_steps=warmup_steps)
+    return RateSchedule(lambda progress: 1.0, num_rounds=1, warmup_steps=warmup_steps)
 
 
-def linear(num_rounds: int, minimum: float = 0.0, warmup_steps: int = 0, per_round: bool = False) -> RateSchedule:
-    """Return one that falls by the same amount in each round."""
-    return RateSchedule(lambda progress: 1 - progress, num_rounds, minimum, warmup_steps, per_round)
+# Falls by the same amount in each round.
+linear = partial(RateSchedule, lambda progress: 1 - progress)
 
-
-def cosine(num_rounds: int, minimum: float = 0.0, warmup_steps: int = 0, per_round: bool = False) -> RateSchedule:
-    """Return one that falls as half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5)."""
-    return RateSchedule(
-        lambda progress: (1 + math.cos(math.pi * progress)) / 2, num_rounds, minimum, warmup_steps, per_round
-    )
-
+# Falls as half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5).
+cosine = partial(RateSchedule, lambda progress: (1 + math.cos(math.pi * progress)) / 2)
 
 SCHEDULES: dict[str, Callable[..., RateSchedule]] = {"constant": constant, "linear": linear, "cosine": cosine}
 
