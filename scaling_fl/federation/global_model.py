@@ -41,11 +41,11 @@ class GlobalModel:
         turns: Sequence[Collection[str]] = ((),),
     ) -> None:
         self._slots = lay_out(model)
-        self._num_tensors = len(trained_weights(model))  # the trained ones are the first of the slots
+        num_trained = len(trained_weights(model))  # which are the first of the slots
         self.weights = pack(model).to(device)
         if not self.weights.is_meta:  # as of a plan of sizes alone
             broadcast_(self.weights)
-        self._parts = divide(self._slots[: self._num_tensors], turns)
+        self._parts = divide(self._slots[:num_trained], turns)
         self._trained = [nn.Parameter(self.weights[part.where]) for part in self._parts]
         self._optimiser = make_optimiser(self._trained)
         self.num_moving = [  # trained weights in a round of each turn
@@ -54,7 +54,7 @@ class GlobalModel:
         ]
         self._means = [make_mean(size, comm_dtype, self.weights.device) for size in self.num_moving]
         self._turn = 0
-        self._buffers = BufferMean(self._slots[self._num_tensors :])
+        self._buffers = BufferMean(self._slots[num_trained:])
         self._is_exact = comm_dtype == "exact"
         self._takes_site = False  # the round has one site, whose weights become the global ones
         self._is_in_round = False
