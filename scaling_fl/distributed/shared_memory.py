@@ -33,20 +33,16 @@ class SharedMemory:
     @contextmanager
     def locked(self, number: int) -> Iterator[None]:
         """Keep other ranks out of their block with the same number."""
-        while not self._lock(number):
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                break
             check_interrupt()
             time.sleep(POLL)
         try:
             yield
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
-
-    def _lock(self, number: int) -> bool:
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except BlockingIOError:
-            return False
-        return True
 
 
 def share_memory(num_bytes: int) -> SharedMemory | None:

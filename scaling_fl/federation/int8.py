@@ -57,10 +57,12 @@ class BlockVector(RankVector):
 
     def _reduce_by_messages(self, mean: Tensor, work: Work, divisor: float, scale: float) -> None:
         """Sum this rank's part of the vectors, and let the ranks send each other their parts."""
-        width = min(self._part, max(CHUNK // world_size() // BLOCK, 1) * BLOCK)
+        size, width = len(self.values), min(self._part, max(CHUNK // world_size() // BLOCK, 1) * BLOCK)
         for start in range(0, self._part, width):
             stop = min(start + width, self._part)
-            places = [self._place(number * self._part, start, stop) for number in range(world_size())]
+            # The last parts may be empty.
+            starts = range(start, world_size() * self._part, self._part)
+            places = [slice(min(first, size), min(first + stop - start, size)) for first in starts]
             drifts = mean.new_zeros(len(places), stop - start)
             for row, where in zip(drifts, places, strict=True):
                 row[: where.stop - where.start] = work(self.values[where], where).mul_(scale)
@@ -68,11 +70,6 @@ class BlockVector(RankVector):
             means = decode(all_gather_rows(encode(total.div_(scale * divisor).unsqueeze(0))))
             for row, where in zip(means, places, strict=True):
                 mean[where].copy_(row[: where.stop - where.start])
-
-    def _place(self, origin: int, start: int, stop: int) -> slice:
-        """Return where a chunk of a part is; the last parts may be empty."""
-        size = len(self.values)
-        return slice(min(origin + start, size), min(origin + stop, size))
 
 
 def make_vector(size: int, dtype: torch.dtype, wire: torch.dtype, device: torch.device, piece: int) -> RankVector:

@@ -1,7 +1,6 @@
 """The loss and the learning rate of sites by steps: collected while they train, and averaged at the end of a round."""
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -12,20 +11,8 @@ from scaling_fl.training.loop import Batch, Score
 from scaling_fl.training.metrics import Means, Metrics
 
 T = TypeVar("T")
+Point = tuple[tuple[Fraction, int], float]  # the loss of some steps, sum and count, and the rate of the last of them
 NAMES = ("loss", "learning_rate")
-
-
-@dataclass(frozen=True)
-class Point:
-    """The loss of some steps, as a sum and a count, and the rate of the last of them."""
-
-    loss: tuple[Fraction, int]
-    learning_rate: float
-
-    def values(self) -> dict[str, float | None]:
-        """Return the mean loss, None if there is nothing to learn in these steps, and the rate."""
-        total, count = self.loss
-        return {"loss": float(total / count) if count else None, "learning_rate": self.learning_rate}
 
 
 class StepLog:
@@ -65,7 +52,7 @@ class StepLog:
                 num_steps += 1
                 yield step
             losses = [of_point.totals().get("loss", (Fraction(0), 0)) for of_point in means]
-            self._of_sites[site] = num_steps, list(map(Point, losses, rates))
+            self._of_sites[site] = num_steps, list(zip(losses, rates, strict=True))
 
         return score_point, collect()
 
@@ -84,12 +71,19 @@ class StepLog:
         own = {site: of_site for site, of_site in self._of_sites.items() if site in sites}
         self._of_sites.clear()
         of_points = Means().merge(
-            Means.of({f"loss {place}": point.loss, f"learning_rate {place}": (point.learning_rate, 1)})
+            Means.of({f"loss {place}": loss, f"learning_rate {place}": (rate, 1)})
             for _, points in own.values()
-            for place, point in enumerate(points)
+            for place, (loss, rate) in enumerate(points)
         )
         totals = {key: (str(total), count) for key, (total, count) in of_points.totals().items()}
-        single = {site: [point.values() for point in points] for site, (_, points) in own.items() if self._with_sites}
+        single = {
+            site: [  # without a loss, if there is nothing to learn in these steps
+                {"loss": float(total / count) if count else None, "learning_rate": rate}
+                for (total, count), rate in points
+            ]
+            for site, (_, points) in own.items()
+            if self._with_sites
+        }
         ranks = all_gather((max((num_steps for num_steps, _ in own.values()), default=0), totals, single))
         num_steps = max(of_rank[0] for of_rank in ranks)
         ends = [min(end, num_steps) for end in range(self._every, num_steps + self._every, self._every)]
