@@ -77,6 +77,22 @@ def test_without_an_accelerator_all_sites_run_on_the_cpu() -> None:
     ]
 
 
+def test_a_rank_without_a_site_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda number: None)
+
+    def topology() -> Topology:
+        with world():
+            return place_sites([0, 1], num_sites=1)
+
+    first, second = (torch.device("cuda", number) for number in (0, 1))
+    assert launch(topology, num_ranks=2, fork=True) == [
+        Topology({0: first}, 1, (first,), 0, 2, {0: 0}, 2, is_fixed=False),
+        Topology({}, 1, (second,), 1, 2, {}, 2, is_fixed=False),
+    ]
+
+
 def test_a_missing_gpu_and_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

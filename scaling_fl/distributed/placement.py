@@ -68,11 +68,12 @@ def place_sites(site_ids: Sequence[int], num_sites: int | None = None) -> Topolo
     assignments = assign_sites(nodes, num_sites)
     entries = assignments[rank()]
     ids_of_sites = {site: site_ids[entry] for site, entry in entries.items()}
-    device_ids = sorted(set(ids_of_sites.values()))
     if kind is None:
         sites = dict.fromkeys(ids_of_sites, torch.device("cpu"))
         devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     else:
+        # A rank without a site has a device, too: there are no more ranks than devices.
+        device_ids = sorted(set(ids_of_sites.values())) or [sorted(set(site_ids))[local_rank()]]
         sites = {site: torch.device(kind, gpu) for site, gpu in ids_of_sites.items()}
         devices = tuple(torch.device(kind, gpu) for gpu in device_ids)
         torch.accelerator.set_device_index(device_ids[0])
