@@ -53,10 +53,7 @@ class TextEncoder:
             ValueError: a text has no token at all, or tokens that the model does not take.
         """
         tokens = tokenise_once(texts, self._tokenise, self.fingerprint)
-        ragged = {name: read_column(tokens, name) for name in self.names}
-        lengths = ragged[self.names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
+        columns, starts, lengths = read_tokens(tokens, self.names)
         self._check(texts, columns[self.names[0]], starts, lengths)
         labels = read_column(texts, "label").dictionary_encode()
         numbers = np.array([label_names.index(label) for label in labels.dictionary.to_pylist()], np.int64)
@@ -157,6 +154,14 @@ def name_row(texts: Dataset, index: int) -> str:
     place = f"text {index + 1} of the {len(texts)} in use"
     indices = texts._indices
     return place if indices is None else f"{place} (row {indices.column(0)[index].as_py() + 1} as read)"
+
+
+def read_tokens(tokens: Dataset, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return columns of lists laid end to end, and the start and the length of each list, which all columns share."""
+    ragged = {name: read_column(tokens, name) for name in names}
+    lengths = ragged[names[0]].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in ragged.items()}
+    return columns, np.cumsum(lengths) - lengths, lengths
 
 
 def read_column(dataset: Dataset, name: str) -> Any:

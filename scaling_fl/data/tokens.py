@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scaling_fl.data.backend import Backend, find_start_ids, make_backend
 from scaling_fl.data.conversation import Conversation, Turn
-from scaling_fl.data.encoder import check_ids, name_row, read_column, tokenise_once
+from scaling_fl.data.encoder import check_ids, name_row, read_column, read_tokens, tokenise_once
 from scaling_fl.data.examples import Encoded, Examples
-from scaling_fl.data.templates import RESERVED, TEMPLATES, Piece
+from scaling_fl.data.templates import RESERVED, TEMPLATES
 from scaling_fl.training.loop import NOT_TRAINED
 
 VERSION = 2  # of how conversations are tokenised: another one ignores the tokens in the cache
@@ -33,7 +33,6 @@ class ConversationEncoder:
         template: a key of TEMPLATES.
         max_seq_len: longer conversations are cut to so many tokens.
         num_ids: ids of tokens are below it; None if the model has no such limit.
-        width: what all batches are padded to; None pads to the longest text of a batch.
         train_on_prompt: train all tokens, those of prompts too.
         skip_long: leave out rows without an answer, or whose answer has no tokens of its own, and count them.
 
@@ -45,7 +44,6 @@ class ConversationEncoder:
     template: str
     max_seq_len: int
     num_ids: int | None = None
-    width: int | None = None
     train_on_prompt: bool = False
     skip_long: bool = False
     fingerprint: str = field(init=False)  # of what tokens depend on
@@ -87,13 +85,7 @@ class ConversationEncoder:
         kept = np.flatnonzero(~found)
         if len(kept) == 0:
             raise ValueError("expected a row with a token to train, got none")
-        ids, labels = (read_column(tokens, name) for name in ("input_ids", "labels"))
-        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        columns = {
-            "input_ids": ids.flatten().to_numpy(zero_copy_only=False),
-            "labels": labels.flatten().to_numpy(zero_copy_only=False),
-        }
+        columns, starts, lengths = read_tokens(tokens, ("input_ids", "labels"))
         check_ids(self.num_ids, rows, columns["input_ids"], starts)
         sums = np.cumsum(columns["labels"] != NOT_TRAINED)
         examples = Examples(
@@ -102,7 +94,6 @@ class ConversationEncoder:
             lengths,
             np.zeros(len(rows), np.int64),
             padding={"input_ids": self._padding(), "labels": NOT_TRAINED},
-            width=self.width,
             num_trained=sums[starts + lengths - 1] - sums[starts],  # nothing predicts the first token
         )
         examples = examples.select(kept).with_groups(np.array(rows["group"][:], object)[kept].tolist())
@@ -122,8 +113,7 @@ class ConversationEncoder:
             raise UnusableError("expected an answer, got none. Leave the row out")
         if RESERVED.search("".join(turn.content for turn in conversation.turns) + conversation.context):
             raise ValueError("expected characters of Unicode up to U+10FFEF, got others")
-        pieces = TEMPLATES[self.template](conversation, self.tokenizer)
-        text, answers = self._join(pieces)
+        text, answers = self._write(conversation)
         ids, places = self.backend.encode(text)
         firsts = np.searchsorted(places, [start for start, _ in answers])
         for first, (start, _) in zip(firsts.tolist(), answers, strict=True):
@@ -142,15 +132,14 @@ class ConversationEncoder:
     def tokenise_prompt(self, conversation: Conversation) -> list[int]:
         """Return the tokens after which a model is to answer a conversation, the last turn of which is the user's."""
         asked = Conversation((*conversation.turns, *PROBE.turns[1:]), conversation.context, conversation.is_continued)
-        pieces = TEMPLATES[self.template](asked, self.tokenizer)
-        text, answers = self._join(pieces)
+        text, answers = self._write(asked)
         ids, _ = self.backend.encode(text[: answers[-1][0]])
         return ids if ids[: len(self.start_ids)] == self.start_ids else self.start_ids + ids
 
-    def _join(self, pieces: list[Piece]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text for the backend, and where its answers are."""
+    def _write(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a conversation for the backend, and where its answers are."""
         text, answers = "", list[tuple[int, int]]()
-        for piece in pieces:
+        for piece in TEMPLATES[self.template](conversation, self.tokenizer):
             start = len(text)
             text += piece.text if piece.is_content else self.backend.rename(piece.text)
             if piece.is_answer:
@@ -185,9 +174,8 @@ class ConversationEncoder:
         """
         num_after = len(ids) - num_before
         answers_cut = max(0, num_after + min(num_before, self.max_seq_len // 2) - self.max_seq_len)
-        prompt_cut = max(0, num_before + num_after - answers_cut - self.max_seq_len)
-        head = len(self.start_ids) if ids[: len(self.start_ids)] == self.start_ids else 0
-        head = min(head, num_before - prompt_cut)
+        prompt_cut = max(0, len(ids) - answers_cut - self.max_seq_len)
+        head = min(len(self.start_ids), num_before - prompt_cut)
         kept = [*range(head), *range(head + prompt_cut, len(ids) - answers_cut)]
         return [ids[at] for at in kept], [labels[at] for at in kept], prompt_cut, answers_cut
 
