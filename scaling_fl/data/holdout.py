@@ -68,6 +68,3 @@ class HoldOut:
                 held += group
         is_held = np.isin(among, held)
         return among[~is_held], among[is_held]
-
-
-NOTHING = HoldOut()

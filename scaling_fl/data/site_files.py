@@ -9,7 +9,7 @@ from typing import TypeVar
 from datasets import Dataset
 
 from scaling_fl.data.examples import Encode, Encoded, Examples, SiteSize
-from scaling_fl.data.holdout import NOTHING, HoldOut
+from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.labels import settle_labels
 from scaling_fl.data.reader import SPLITS, GivenColumns, read_file
 from scaling_fl.data.sites import Held, SiteData, add_counts, hold
@@ -54,7 +54,7 @@ def read_site_files(
     topology: Topology,
     encode: Encode,
     val_batch_size: int,
-    hold_out: HoldOut = NOTHING,
+    hold_out: HoldOut,
 ) -> tuple[SiteData, Topology]:
     """Read the files of each site of this rank. Other ranks learn their labels, counts and SHA-256, nothing else.
 

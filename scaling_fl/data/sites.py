@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from scaling_fl.data.examples import Examples, SiteSize
-from scaling_fl.data.holdout import NOTHING, HoldOut
+from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.partition import Partitioner, hash_parts, name_sites, partition_indices
-from scaling_fl.distributed.collectives import all_gather
+from scaling_fl.distributed.collectives import all_gather_items, rank
 from scaling_fl.distributed.placement import Topology
 
 
@@ -61,16 +61,12 @@ class SiteData:
 
     def describe_sites(self, topology: Topology) -> list[dict[str, Any]]:
         """Return for each site of the federation its rank and device, if they are fixed, and how much it trains on."""
-        by_rank = all_gather(
-            {site: str(device) for site, device in topology.sites.items()} if topology.is_fixed else {}
-        )
-        places: dict[int, tuple[int, str] | tuple[None, None]] = dict.fromkeys(range(topology.num_sites), (None, None))
-        places |= {site: (rank, of_rank[site]) for rank, of_rank in enumerate(by_rank) for site in of_rank}
+        own = {site: {"rank": rank(), "device": str(device)} for site, device in topology.sites.items()}
+        places: dict[int, dict[str, Any]] = all_gather_items(own if topology.is_fixed else {})
         return [
             {
                 **({"name": name} if (name := self.name_of(site)) else {}),
-                "rank": places[site][0],
-                "device": places[site][1],
+                **places.get(site, {"rank": None, "device": None}),
                 "examples": size.num_examples,
                 "tokens": size.num_tokens,
                 **({"trained_tokens": size.num_trained_tokens} if size.num_trained_tokens else {}),
@@ -89,11 +85,11 @@ def partition_examples(
     partitioner: Partitioner,
     seed: int,
     val_batch_size: int,
-    min_examples: int = 1,
-    owners: Sequence[str] | None = None,
-    hold_out: HoldOut = NOTHING,
+    min_examples: int,
+    owners: Sequence[str] | None,
+    hold_out: HoldOut,
     *,
-    is_central: bool = True,
+    is_central: bool,
 ) -> SiteData:
     """Partition a training set, which every rank has, over the sites, and the batches of a test set over the devices.
 
@@ -125,7 +121,7 @@ def partition_examples(
         },
         names=name_sites(owners, indices) if owners is not None else (),
         common={device: batches[topology.slice_of(device)] for device in topology.devices} if batches else {},
-        num_common=len(test) if test is not None and is_central else 0,
+        num_common=sum(map(len, batches)),
         test=hold(held["test"], topology.hosted, val_batch_size),
         validation=hold(held["validation"], topology.hosted, val_batch_size),
     )
@@ -135,14 +131,13 @@ def _cut(
     train: Examples, test: Examples | None, indices: Sequence[np.ndarray], hold_out: HoldOut
 ) -> tuple[list[np.ndarray], dict[str, dict[int, Examples]]]:
     """Return the indices that each site trains on, and its test and validation examples."""
-    draws = test is not None and hold_out.max_test is not None and hold_out.test_fraction is None
-    cuts = [hold_out.cut(train.select(part), site, has_test=draws) for site, part in enumerate(indices)]
+    cuts = [hold_out.cut(train.select(part), site, has_test=False) for site, part in enumerate(indices)]
     trained = [part[cut["train"]] for part, cut in zip(indices, cuts, strict=True)]
     held = {
         split: {site: train.select(indices[site][cut[split]]) for site, cut in enumerate(cuts)}
         for split in ("test", "validation")
     }
-    if draws and test is not None:
+    if test is not None and hold_out.max_test is not None and hold_out.test_fraction is None:
         held["test"] = {site: test.select(hold_out.sample_test(len(test), site)) for site in range(len(indices))}
     return trained, held
 
