@@ -4,11 +4,13 @@ They show that a small model learns; they are no benchmark. All numbers come fro
 the same on every machine and with every version of Python.
 """
 
+import itertools
+import re
+import unicodedata
 from collections.abc import Callable
 from datetime import date, timedelta
 from typing import Any
 
-from scaling_fl.data.answers import is_right as is_right  # exercises and their check are one import
 from scaling_fl.training.seeds import derive_seed
 
 Below = Callable[[int], int]  # a whole number from 0, below the given one
@@ -65,14 +67,8 @@ def make_exercises(count: int = 2_000, seed: int = 0) -> list[dict[str, Any]]:
 
 def _hashed(seed: int, *purpose: str | int) -> Below:
     """Return a function that returns a number below the given one, another one at each call."""
-    calls = 0
-
-    def below(limit: int) -> int:
-        nonlocal calls
-        calls += 1
-        return derive_seed(seed, "exercise", *purpose, calls) % limit
-
-    return below
+    calls = itertools.count(1)
+    return lambda limit: derive_seed(seed, "exercise", *purpose, next(calls)) % limit
 
 
 def _convert_units(below: Below) -> tuple[str, str]:
@@ -119,3 +115,16 @@ KINDS: dict[str, Callable[[Below], tuple[str, str]]] = {
     "sums": _add_words,
 }
 MOST = 2_400  # more would need most of the 672 conversions of units
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Tell whether an answer is the expected one, whatever its case, spaces, hyphens, separators and full stop."""
+    return _normalise(answer) == _normalise(expected)
+
+
+def _normalise(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 7,000
+    text = re.sub(r"\s*,\s*", ", ", text)
+    text = re.sub(r"(?<=[a-z])[-\u2010\u2011](?=[a-z])", " ", text)  # sixty-four
+    return " ".join(text.split()).removesuffix(".").rstrip()

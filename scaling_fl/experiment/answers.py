@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from scaling_fl.data.answers import is_right
 from scaling_fl.data.columns import check_characters
 from scaling_fl.data.conversation import Conversation, Turn
 from scaling_fl.data.examples import Examples
+from scaling_fl.data.exercises import is_right
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.models.generate import Sampling, find_end_ids, find_room, generate
 from scaling_fl.training.scores import Totals
