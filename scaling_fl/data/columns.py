@@ -48,6 +48,18 @@ def open_text(path: str) -> Any:
     return fsspec.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer")
 
 
+def check_text(value: Any, name: str) -> str:
+    """Return the value of a field, which must be a text.
+
+    Raises:
+        ValueError: it is none, or is not UTF-8.
+    """
+    if type(value) is not str:
+        raise ValueError(f"{name!r}: expected a text, got {'none' if value is None else 'another value'}")
+    check_characters([value], repr(name))
+    return value
+
+
 def check_characters(fields: Iterable[str | None], place: str, around: str = "") -> None:
     """Check that fields have whole characters.
 

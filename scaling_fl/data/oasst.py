@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from scaling_fl.data.cache import NUM_ROWS
-from scaling_fl.data.columns import check_characters
+from scaling_fl.data.columns import check_text
 from scaling_fl.data.labels import as_text
 from scaling_fl.data.parquet_rows import as_texts
 
@@ -45,27 +45,23 @@ def from_row(row: Mapping[str, Any], number: int, tree: str | None = None) -> Me
     Raises:
         ValueError: a field is missing or of another type.
     """
-    texts = {name: row.get(name) for name in ("message_id", "role", "text")}
-    texts["message_tree_id"] = tree or row.get("message_tree_id")
-    for name, value in texts.items():
-        if type(value) is not str:
-            raise ValueError(f"{name!r}: expected a text, got {'none' if value is None else 'another value'}")
-        check_characters([value], repr(name))
+    message_id, role, text = (check_text(row.get(name), name) for name in ("message_id", "role", "text"))
+    tree = check_text(tree or row.get("message_tree_id"), "message_tree_id")
     if not isinstance(row.get("parent_id"), str | None):
         raise ValueError("'parent_id': expected a text or null, got another value")
-    if texts["role"] not in ROLES:
-        raise ValueError(f"'role': expected {' or '.join(ROLES)}, got {str(texts['role'])[:40]!r}")
+    if role not in ROLES:
+        raise ValueError(f"'role': expected {' or '.join(ROLES)}, got {role[:40]!r}")
     try:
         rank = None if row.get("rank") in (None, "") else float(row["rank"])
     except (TypeError, ValueError):
         raise ValueError("'rank': expected a number or null, got another value") from None
     return Message(
         number,
-        str(texts["message_tree_id"]),
-        str(texts["message_id"]),
+        tree,
+        message_id,
         row.get("parent_id") or None,  # a CSV has no null
-        str(texts["role"]),
-        str(texts["text"]).strip(),
+        role,
+        text.strip(),
         str(row.get("lang") or ""),
         None if rank is None or rank != rank else rank,  # pandas writes NaN for none
         _as_flag(row, "deleted") is True or _as_flag(row, "review_result") is False,
@@ -137,7 +133,7 @@ def find_pairs(
         if message.parent is not None and message.parent not in by_name:
             raise ValueError(
                 f"row {message.number}: 'parent_id': expected the message_id of another row, got "
-                f"{str(message.parent)[:40]!r}. Give the file with all messages of the trees"
+                f"{message.parent[:40]!r}. Give the file with all messages of the trees"
             )
         if message.parent is not None:
             replies.setdefault(message.parent, []).append(message)

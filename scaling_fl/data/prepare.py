@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from scaling_fl.data.columns import check_characters, open_text
+from scaling_fl.data.columns import check_text, open_text
 from scaling_fl.data.files import locate, reason
 from scaling_fl.data.json_rows import read_values
 from scaling_fl.data.oasst import MESSAGE, Message, find_pairs, messages_of
@@ -194,8 +194,8 @@ def _kind_of(row: Any) -> str:
 
 def _add_instruction(prepared: Prepared, row: Mapping[str, Any], names: tuple[str, str, str]) -> None:
     """Add a row of Dolly or Alpaca. Rows about one context go to one side."""
-    instruction, context, response = (text_of(row.get(name) or "", name) for name in names)
-    kept = {name: text_of(row[name], name) for name in KEPT if row.get(name)}
+    instruction, context, response = (check_text(row.get(name) or "", name).strip() for name in names)
+    kept = {name: check_text(row[name], name).strip() for name in KEPT if row.get(name)}
     empty = next((name for name, text in zip(names[::2], (instruction, response), strict=True) if not text), None)
     if empty:
         prepared.left_out[f"no {empty}"] += 1
@@ -211,15 +211,3 @@ def _name_documents(prepared: Prepared) -> None:
     for row, group in zip(prepared.rows, prepared.groups, strict=True):
         if sizes[group] > 1:
             row["document_id"] = hashlib.sha256(group.encode()).hexdigest()[:16]
-
-
-def text_of(value: Any, name: str) -> str:
-    """Return a text without space around it.
-
-    Raises:
-        ValueError: the value is no text, or is not UTF-8.
-    """
-    if type(value) is not str:
-        raise ValueError(f"{name!r}: expected a text, got another value")
-    check_characters([value], repr(name))
-    return value.strip()
