@@ -205,12 +205,7 @@ def _rows(table: Dataset, columns: Sequence[str], site_column: str | None) -> It
 
 
 def _values(column: Any, name: str, feature: Any) -> list[Any]:
-    if name == "prompt":
-        return column.to_pylist()
-    try:
-        return as_texts(column, getattr(feature, "names", ()))
-    except TypeError:
-        raise ValueError(f"{name!r}: expected texts or numbers, got {column.type!s:.80}") from None
+    return column.to_pylist() if name == "prompt" else as_texts(column, repr(name), getattr(feature, "names", None))
 
 
 def _as_record(value: Any) -> dict[str, Any]:

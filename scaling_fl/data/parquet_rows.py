@@ -37,14 +37,7 @@ def read_parquet(path: str, columns: Columns | None, known: Columns | None = Non
             by_name = {name: batch.column(name) for name in used}
             if known:
                 by_name |= {name: lists_as_json(by_name[name], name) for name in set(LISTS) & set(used)}
-            yield from zip(*(_fields(by_name[name], keys[name], classes[name]) for name in used), strict=True)
-
-
-def _fields(column: pa.Array, place: str, classes: Sequence[str] | None) -> list[str | None]:
-    try:
-        return as_texts(column, classes)
-    except TypeError:
-        raise ValueError(f"{place}: expected texts or numbers, got {column.type!s:.80}") from None
+            yield from zip(*(as_texts(by_name[name], keys[name], classes[name]) for name in used), strict=True)
 
 
 def lists_as_json(column: pa.Array, name: str) -> pa.Array:
@@ -53,7 +46,7 @@ def lists_as_json(column: pa.Array, name: str) -> pa.Array:
     is_tree = name == ROOT[0] and types.is_struct(kind) and kind.get_field_index(ROOT[1]) >= 0
     if not is_tree and not isinstance(kind, pa.ListType | pa.LargeListType):
         return column
-    values = column.cast(_plain(column.type)).to_pylist()
+    values = column.cast(kind).to_pylist()
     texts = [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
     return pa.array(texts, pa.string())
 
@@ -76,17 +69,24 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if types.is_dictionary(kind) else kind
 
 
-def as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None = None) -> list[str | None]:
+def as_texts(column: pa.Array | pa.ChunkedArray, place: str, classes: Sequence[str] | None) -> list[str | None]:
     """Return the values of a column as people write them, None for those that are missing.
 
     Args:
         column: of any type.
+        place: of the column, in words.
         classes: whose indices the values are; -1 is none.
 
     Raises:
-        TypeError: they are bytes, lists or records.
-        ValueError: there is no such class.
+        ValueError: they are bytes, lists or records, or there is no such class.
     """
+    try:
+        return _as_texts(column, classes)
+    except TypeError:
+        raise ValueError(f"{place}: expected texts or numbers, got {column.type!s:.80}") from None
+
+
+def _as_texts(column: pa.Array | pa.ChunkedArray, classes: Sequence[str] | None) -> list[str | None]:
     column = column.cast(_plain(column.type))
     values: list[Any] = column.to_pylist()
     if types.is_float16(column.type) or types.is_float32(column.type):

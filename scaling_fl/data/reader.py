@@ -159,13 +159,12 @@ def pick(table: Dataset, place: str, columns: Columns, known: Mapping[str, str] 
 
 def _as_texts(values: Any, rows: Dataset, name: str, column: str, place: str) -> list[str | None]:
     """Return the values of a column, which has the name of `column` at its place, as texts."""
-    feature = rows.features[name]
+    feature, place = rows.features[name], f"{place!r}: {KEYS[NAMES.index(name)]}={column!r}"
     if not isinstance(feature, Value | ClassLabel):
         raise ValueError(
-            f"{place!r}: {KEYS[NAMES.index(name)]}={column!r}: expected texts alone or numbers alone, got lists, "
-            "records or several types of values"
+            f"{place}: expected texts alone or numbers alone, got lists, records or several types of values"
         )
-    return as_texts(values[name], getattr(feature, "names", None))
+    return as_texts(values[name], place, getattr(feature, "names", None))
 
 
 def _replace(rows: Dataset, name: str, before: list[str | None], by_row: list[str], how: object = None) -> Dataset:
