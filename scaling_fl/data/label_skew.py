@@ -46,7 +46,7 @@ def dirichlet(
     Raises:
         ValueError: all proportions left some site with fewer.
     """
-    groups = _group(labels)
+    groups = group_indices(labels)
     best = site = 0
     for _ in range(MAX_SAMPLES):
         shuffled, cuts, sizes = [], [], np.zeros(num_sites, np.int64)
@@ -76,7 +76,7 @@ def dirichlet_sites(
     most. Examples are sampled without replacement, in the order of the sites; among the labels that are not used up,
     a mix keeps its ratios.
     """
-    pools = [random.permutation(of_label) for of_label in _group(labels)]
+    pools = [random.permutation(of_label) for of_label in group_indices(labels)]
     counts = np.array(list(map(len, pools)))
     concentration = np.clip(dirichlet_alpha * (counts / len(labels)), *BOUNDS)
     used = np.zeros_like(counts)
@@ -100,7 +100,7 @@ def few_labels(
     Raises:
         ValueError: there are too few labels, or too few sites for all labels, or too few examples.
     """
-    groups = _group(labels)
+    groups = group_indices(labels)
     left = _count_owners(np.array(list(map(len, groups))), num_sites, labels_per_site, random)
     owners: list[list[int]] = [[] for _ in groups]
     for site in range(num_sites):
@@ -122,10 +122,10 @@ def few_labels(
     return [np.concatenate(of_site) for of_site in parts]
 
 
-def _group(labels: np.ndarray) -> list[np.ndarray]:
-    """Return the indices of each label, in the order of the labels."""
-    counts = np.unique(labels, return_counts=True)[1]
-    return np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+def group_indices(values: np.ndarray) -> list[np.ndarray]:
+    """Return the indices of each value, in the order of the values."""
+    counts = np.unique(values, return_counts=True)[1]
+    return np.split(np.argsort(values, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def _sort(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

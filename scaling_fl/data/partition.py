@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from scaling_fl.data.label_skew import by_label, dirichlet, dirichlet_sites, few_labels, shards
+from scaling_fl.data.label_skew import by_label, dirichlet, dirichlet_sites, few_labels, group_indices, shards
 from scaling_fl.errors import printable
 
 # Takes labels, a number of sites and a generator, and perhaps parameters by keyword; returns the indices of each site.
@@ -95,9 +95,7 @@ def natural(
         groups[group].append(names[index])
         heapq.heappush(queue, (size + counts[names[index]], group))
     sites = {name: site for site, group in enumerate(sorted(groups, key=min)) for name in group}
-    by_example = np.fromiter((sites[owner] for owner in owners), np.int64, len(labels))
-    ends = np.cumsum(np.bincount(by_example, minlength=num_sites))[:-1]
-    parts = np.split(np.argsort(by_example, kind="stable"), ends)
+    parts = group_indices(np.fromiter((sites[owner] for owner in owners), np.int64, len(labels)))
     _check_sizes(parts, min_examples, lambda site: f"site {site} ({printable(name_sites(owners, [parts[site]])[0])})")
     return parts
 
