@@ -62,7 +62,9 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
             continue
         if not row:
             raise ValueError("expected rows, got an empty file")
-        if wanted <= set(row) and (wanted or _is_table(row, line)):
+        if not wanted:
+            _check_separator(row, line)
+        if wanted <= set(row):
             return Head(separator, row, True)
         if separator == promised and len(row) >= len(names) > 0 and _is_blank(row[len(names) :]):
             return Head(separator, names, False)
@@ -76,12 +78,11 @@ def _find_head(path: str, columns: Columns | None, names: Sequence[str]) -> Head
     return Head(promised, max((row for _, row in heads), key=len), True)
 
 
-def _is_table(row: list[str], line: int) -> bool:
+def _check_separator(row: list[str], line: int) -> None:
     _check(row, line, row)
     separator = re.search(r"[;\t|]", row[0])
     if len(row) == 1 and separator:
         raise ValueError(f"expected columns separated by commas, got {separator[0]!r}")
-    return True
 
 
 def _fit(row: list[str], number: int, names: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ def read_json(path: str, columns: Columns | None, known: Columns | None = None) 
             if not isinstance(row, dict):
                 raise ValueError(NO_OBJECT.format(number))
             if number == 1:
-                used = known or find_columns(columns, columns or tuple(row), path)
+                used = known or columns or tuple(row)
                 yield used
             seen |= dict.fromkeys(row)
             values = ((_as_json(row.get(name), name, number) if known else row.get(name), name) for name in used)

@@ -1,7 +1,7 @@
 """How a conversation is written as one text, and which parts of it a model is to learn."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, combinations, pairwise
 from typing import NamedTuple
 
@@ -176,7 +176,8 @@ def _find_contents(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], te
     Raises:
         ValueError: the template leaves out, repeats or changes one, but for space around it.
     """
-    for stripped in _subsets(ROLES):
+    # Templates strip the turns of some roles.
+    for stripped in chain.from_iterable(combinations(ROLES, size) for size in range(len(ROLES) + 1)):
         contents = [turn.content.strip() if turn.role in stripped else turn.content for turn in turns]
         marked = [
             turn._replace(content=f"{FIRST}{content}{LAST}") for turn, content in zip(turns, contents, strict=True)
@@ -188,10 +189,6 @@ def _find_contents(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], te
                 ends.append(ends[-1] + len(part))
             return list(zip(ends[1::2], ends[2::2], strict=False))
     raise ValueError("expected a chat template that writes each turn once as it is, got one that changes or omits some")
-
-
-def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return chain.from_iterable(combinations(names, size) for size in range(len(names) + 1))
 
 
 def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
