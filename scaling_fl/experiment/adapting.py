@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scaling_fl.experiment.checks import expect
 from scaling_fl.experiment.objectives import LABELS, find_dtype, find_objective
 from scaling_fl.experiment.parameters import bind
 from scaling_fl.experiment.settings import Settings
@@ -78,8 +79,8 @@ def adapt(
 
 def _check_kind(settings: Settings, model: Any, kind: str, device: torch.device) -> None:
     """Check that an adapter is of a kind for which the other settings are."""
-    if settings.lora_mean is not None and not has_lora(model):
-        raise ValueError(f"lora_mean: expected None, as {kind} is not LoRA, got {settings.lora_mean!r}")
+    if not has_lora(model):
+        expect(settings, f"{kind} is not LoRA", lora_mean=None)
     factor = find_other_factor(model)
     if settings.lora_mean in MEANS[1:] and factor is not None:
         raise ValueError(
@@ -88,19 +89,15 @@ def _check_kind(settings: Settings, model: Any, kind: str, device: torch.device)
         )
     if settings.quantise == 8 and device.type == "cpu" and "lora_magnitude" in (factor or ""):
         raise ValueError("quantise: expected 4 or None with DoRA on a CPU, where peft loses the factors, got 8")
-    if settings.merge and not hasattr(model.base_model, "merge_and_unload"):
-        raise ValueError(f"merge: expected False, as {kind} cannot be merged, got True")
+    if not hasattr(model.base_model, "merge_and_unload"):
+        expect(settings, f"{kind} cannot be merged", merge=False)
 
 
 def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, Any] | None:
     """Return peft's configuration of the adapter of a run; None if it has none."""
     if saved is not None:
-        for name in ("adapter", "adapter_config"):
-            if getattr(settings, name) is not None:
-                raise ValueError(
-                    f"{name}: expected None, as model={settings.model!r} is an adapter, which trains on, got "
-                    f"{getattr(settings, name)!r}"
-                )
+        reason = f"model={settings.model!r} is an adapter, which trains on"
+        expect(settings, reason, adapter=None, adapter_config=None)
         return dict(saved.config)
     if settings.adapter is not None:
         return bind("adapter", vars(settings))()
@@ -108,12 +105,8 @@ def _find_config(settings: Settings, saved: SavedAdapter | None) -> dict[str, An
         return read_config(host_path(settings.adapter_config))
     if settings.adapter_config is not None:
         return dict(settings.adapter_config)
-    for name in ("lora_mean", "merge", "quantise", "base_dtype"):
-        if getattr(settings, name):
-            raise ValueError(
-                f"{name}: expected {'False' if name == 'merge' else 'None'}, as there is no adapter, got "
-                f"{getattr(settings, name)!r}. Set adapter=lora"
-            )
+    of_adapters = {"lora_mean": None, "merge": False, "quantise": None, "base_dtype": None}
+    expect(settings, "there is no adapter", ". Set adapter=lora", **of_adapters)
     return None
 
 
@@ -139,10 +132,8 @@ def check_adapter(settings: Settings) -> None:
     Raises:
         ValueError: they do not.
     """
-    if settings.adapter is not None and settings.adapter_config is not None:
-        raise ValueError(
-            f"adapter_config: expected None, as adapter={settings.adapter!r} is one, got {settings.adapter_config!r}"
-        )
+    if settings.adapter is not None:
+        expect(settings, f"adapter={settings.adapter!r} is one", adapter_config=None)
     if settings.quantise is not None:
         check_bitsandbytes(f"quantise={settings.quantise}")
 

@@ -20,6 +20,7 @@ from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import adapt, check_turns, find_turns, identity_of_adapter
 from scaling_fl.experiment.answers import count_right, tokenise_questions
 from scaling_fl.experiment.centralised import check_ranks, pool
+from scaling_fl.experiment.checks import expect
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
 from scaling_fl.experiment.local_training import find_autocast, make_step_log, make_training, prepare_model
 from scaling_fl.experiment.objectives import ANSWERS, find_objective, make_encoder, make_model
@@ -147,10 +148,8 @@ def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluati
         tokenise_questions(job.loaded.model, encoder, settings.sample_questions or ())  # so that no round is lost
     if settings.score_by == "exact_match":
         if encoder.end_id is None:
-            raise ValueError(
-                f"score_by: expected None, as template={settings.template!r} does not end an answer, got "
-                f"{settings.score_by!r}. Use another template"
-            )
+            reason = f"template={settings.template!r} does not end an answer"
+            expect(settings, reason, ". Use another template", score_by=None)
         score_answers = partial(count_right, tokenizer=encoder.tokenizer, end_id=encoder.end_id)
     return Evaluation(job.data, find_objective(settings), testing, score_answers)
 

@@ -56,6 +56,17 @@ def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
     return problems
 
 
+def expect(settings: Settings, reason: str, hint: str = "", **values: Any) -> None:
+    """Check that settings have the only `values` that make sense, for a reason in words.
+
+    Raises:
+        ValueError: one has another value. The sentence ends with `hint`.
+    """
+    for name, value in values.items():
+        if (given := getattr(settings, name)) != value:
+            raise ValueError(f"{name}: expected {value!r}, as {reason}, got {given!r}{hint}")
+
+
 def unknown(name: object) -> str:
     """Return the sentence for an unknown setting. None has a part of its own, so `model.name` means `model`."""
     whole = [known for known in FIELDS if re.match(rf"{known}\W", str(name))]

@@ -6,7 +6,7 @@ from scaling_fl.data.label_skew import BY_LABELS
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import is_generative, name_labels
 from scaling_fl.experiment.adapting import check_adapter
-from scaling_fl.experiment.checks import describe_value, find_problems
+from scaling_fl.experiment.checks import describe_value, expect, find_problems
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
 from scaling_fl.experiment.trackers import check_trackers
@@ -47,17 +47,9 @@ def _check_site_paths(settings: Settings) -> None:
             f"site_paths: expected the files of {len(settings.site_ids)} sites, one for each of site_ids, got those of "
             f"{len(settings.site_paths)}"
         )
-    for name in ("train_path", "test_path", "max_train_examples", "max_test_examples"):
-        if getattr(settings, name) is not None:
-            raise ValueError(f"{name}: expected None, as site_paths names the data, got {getattr(settings, name)!r}")
-    if settings.min_examples != 1:
-        raise ValueError(
-            f"min_examples: expected 1, as the data of site_paths is not partitioned, got {settings.min_examples}"
-        )
-    if settings.partition != "iid":
-        raise ValueError(
-            f"partition: expected 'iid', as the data of site_paths is not partitioned, got {settings.partition!r}"
-        )
+    of_data: dict[str, Any] = dict.fromkeys(("train_path", "test_path", "max_train_examples", "max_test_examples"))
+    expect(settings, "site_paths names the data", **of_data)
+    expect(settings, "the data of site_paths is not partitioned", min_examples=1, partition="iid")
 
 
 def _check_site_settings(settings: Settings) -> None:
@@ -89,10 +81,10 @@ def _check_optimiser(settings: Settings) -> None:
 
 def _check_trainer(settings: Settings) -> None:
     """Refuse what the default trainer alone knows, if there is another one."""
-    if settings.force_autocast and settings.autocast is None:
-        raise ValueError("force_autocast: expected False, as there is no autocast, got True")
-    if settings.log_sites_by_step and settings.log_every_steps is None:
-        raise ValueError("log_sites_by_step: expected False, as there is no log_every_steps, got True")
+    if settings.autocast is None:
+        expect(settings, "there is no autocast", force_autocast=False)
+    if settings.log_every_steps is None:
+        expect(settings, "there is no log_every_steps", log_sites_by_step=False)
     if settings.trainer == "default":
         return
     unset: dict[str, Any] = dict.fromkeys(
@@ -115,15 +107,12 @@ def _check_optimiser_state(settings: Settings) -> None:
     """Check that the states of the sites' optimisers can be kept, if they are to be."""
     if settings.optimiser_state != "keep" or settings.trainer != "default":
         return
-    reason = ""
     if settings.lora_mean == "alternate":
-        reason = "lora_mean='alternate' trains other weights in each round"
-    elif settings.checkpoints_dir is not None and local_folder(str(settings.checkpoints_dir)) is None:
-        reason = (
-            f"the states of sites stay on their nodes, and checkpoints_dir={settings.checkpoints_dir!r} is elsewhere"
-        )
-    if reason:
-        raise ValueError(f"optimiser_state: expected 'reset', as {reason}, got 'keep'")
+        expect(settings, "lora_mean='alternate' trains other weights in each round", optimiser_state="reset")
+    directory = settings.checkpoints_dir
+    if directory is not None and local_folder(str(directory)) is None:
+        reason = f"the states of sites stay on their nodes, and checkpoints_dir={directory!r} is elsewhere"
+        expect(settings, reason, optimiser_state="reset")
 
 
 def _check_learning_rate(settings: Settings) -> None:
@@ -156,29 +145,19 @@ def _check_learning_rate(settings: Settings) -> None:
 def _check_objective(settings: Settings) -> None:
     of_task = f"task_name={settings.task_name!r}"
     if is_generative(settings.task_name):
-        for name in ("text_column", "label_column"):
-            if getattr(settings, name) is not None:
-                raise ValueError(
-                    f"{name}: expected None, as {of_task} finds the columns of conversations itself, got "
-                    f"{getattr(settings, name)!r}"
-                )
+        reason = f"{of_task} finds the columns of conversations itself"
+        expect(settings, reason, text_column=None, label_column=None)
         if PARTITIONERS[settings.partition] in BY_LABELS:
             raise ValueError(
                 f"partition: expected one without labels, as {of_task} has none, got {settings.partition!r}"
             )
-        if settings.score_by is not None and settings.train_on_prompt:
-            raise ValueError(
-                "score_by: expected None, as with train_on_prompt=True no row tells where its answer begins, got "
-                f"{settings.score_by!r}"
-            )
+        if settings.train_on_prompt:
+            expect(settings, "with train_on_prompt=True no row tells where its answer begins", score_by=None)
         return
     if settings.weight_by == "tokens":
         raise ValueError(f"weight_by: expected examples or sites, as {of_task} predicts labels, got 'tokens'")
-    for name, of in FIELDS.items():
-        if of["page"] == "instruct" and getattr(settings, name) not in (None, False):
-            raise ValueError(
-                f"{name}: expected {of['default']}, as {of_task} has no conversations, got {getattr(settings, name)!r}"
-            )
+    of_conversations = {name: of["default"] for name, of in FIELDS.items() if of["page"] == "instruct"}
+    expect(settings, f"{of_task} has no conversations", **of_conversations)
 
 
 def _check_evaluation(settings: Settings) -> None:
@@ -190,19 +169,13 @@ def _check_evaluation(settings: Settings) -> None:
             "else to evaluate on, got False"
         )
     draws = settings.max_test_examples_per_site is not None and settings.site_test_fraction is None
-    if settings.max_test_examples is not None and not settings.central_evaluation and not draws:
-        raise ValueError(
-            "max_test_examples: expected None, as central_evaluation=False leaves out the common test set, got "
-            f"{settings.max_test_examples}"
-        )
+    if not settings.central_evaluation and not draws:
+        expect(settings, "central_evaluation=False leaves out the common test set", max_test_examples=None)
     generates = is_generative(settings.task_name)
     others = {*(OF_LABELS if generates else OF_ANSWERS), *([EXACT_MATCH] if settings.score_by is None else [])}
     if settings.best_metric in others:
         known = ", ".join(name for name in DIRECTIONS if name not in others)
         hint = f". {EXACT_MATCH} needs score_by=exact_match" * generates
         raise ValueError(f"best_metric: expected one of {known}, got {settings.best_metric!r}{hint}")
-    if settings.best_metric is None and settings.early_stopping_rounds is not None:
-        raise ValueError(
-            "early_stopping_rounds: expected None, as best_metric=None chooses no best round, got "
-            f"{settings.early_stopping_rounds}"
-        )
+    if settings.best_metric is None:
+        expect(settings, "best_metric=None chooses no best round", early_stopping_rounds=None)
