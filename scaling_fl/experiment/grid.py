@@ -13,13 +13,13 @@ from typing import Any
 
 from scaling_fl.experiment.checks import check, find_problems, quote_text
 from scaling_fl.experiment.contradictions import find_contradictions
+from scaling_fl.experiment.result import CONFIG, RECORD
 from scaling_fl.experiment.settings import FIELDS, Settings
 
 OPENING, CLOSING = "([{", ")]}"
 # Settings that say where results go. A run is done whatever they were.
 OF_RESULTS = {"job_name", "checkpoints_dir", "keep_checkpoints", "report", "trackers", "track_sites", "author"}
 LONGEST_NAME = 80  # characters of the name and the folder of a run, and the folder of a sweep, without the digest
-CONFIG, RECORD = "config.json", "run.json"  # Sacred's, of a run
 
 
 @dataclass(frozen=True)

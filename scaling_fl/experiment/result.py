@@ -14,6 +14,13 @@ from scaling_fl.records.export import BEST_FOLDER, MODEL_FOLDER
 from scaling_fl.records.rounds import ROUNDS
 from scaling_fl.training.metrics import Metrics
 
+CONFIG, RECORD, INFO = "config.json", "run.json", "info.json"  # Sacred's files of a run
+
+
+def is_run(folder: str) -> bool:
+    """Tell whether a folder is that of a run."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, RECORD))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,7 +40,7 @@ class Run:
             ValueError: the folder is not that of a run.
         """
         path = os.path.abspath(folder)
-        if not all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "run.json")):
+        if not is_run(path):
             raise ValueError(
                 f"{os.fspath(folder)!r}: expected the folder of a run, such as runs/1, got one without config.json and "
                 "run.json"
@@ -43,7 +50,7 @@ class Run:
     @cached_property
     def settings(self) -> Settings:
         """The settings; `train(run.settings)` continues the run if it has `checkpoints_dir`, or else repeats it."""
-        values = self._read("config.json")
+        values = self._read(CONFIG)
         unknown = [name for name in values if name not in FIELDS and not name.startswith("__")]
         if unknown:
             raise ValueError(f"{self.folder}: expected settings of this version, got others: {', '.join(unknown)}")
@@ -52,7 +59,7 @@ class Run:
     @property
     def status(self) -> str:
         """How the run ended: COMPLETED, INTERRUPTED or FAILED; or RUNNING."""
-        return self._read("run.json")["status"]
+        return self._read(RECORD)["status"]
 
     @cached_property
     def history(self) -> list[Metrics]:
@@ -74,7 +81,7 @@ class Run:
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, by their number in the model's output; none of a language model."""
-        found = self._read("info.json").get("labels")
+        found = self._read(INFO).get("labels")
         return self._miss("labels") if found is None else found
 
     @cached_property
@@ -84,7 +91,7 @@ class Run:
         Raises:
             ValueError: the run did not reach its end.
         """
-        return self._read("info.json").get("sha256") or self._miss("the SHA-256 of its weights")
+        return self._read(INFO).get("sha256") or self._miss("the SHA-256 of its weights")
 
     @property
     def best_round(self) -> int | None:
@@ -93,7 +100,7 @@ class Run:
         Raises:
             ValueError: the run did not reach its end.
         """
-        return (self._read("info.json").get("best") or self._miss("a best round"))["round"]
+        return (self._read(INFO).get("best") or self._miss("a best round"))["round"]
 
     @cached_property
     def model(self) -> Any:

@@ -10,7 +10,7 @@ from scaling_fl.data.tasks import is_generative
 from scaling_fl.data.templates import TEMPLATES
 from scaling_fl.experiment.adapting import adapt
 from scaling_fl.experiment.objectives import make_encoder, make_model
-from scaling_fl.experiment.result import Run
+from scaling_fl.experiment.result import Run, is_run
 from scaling_fl.experiment.settings import Settings
 from scaling_fl.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from scaling_fl.models.classifier import labels_of
@@ -71,7 +71,7 @@ def load_for_use(place: str, *, generates: bool, template: str | None = None, ma
         labels = [] if generates else labels_of(pretrained.config)
         encoder = make_encoder(settings, pretrained)
         end_id = encoder.end_id if generates else None
-        device = torch.device(find_device())
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = adapt(settings, pretrained, make_model(settings, pretrained, labels, end_id), labels, device)
     if loaded.new and pretrained.has_weights:
         without = ", ".join(loaded.new[:3])
@@ -89,16 +89,6 @@ def find_run(path: str) -> tuple[str, Run | None]:
         return folder, run
     above = os.path.dirname(os.path.abspath(path))
     return path, Run.load(above) if os.path.isdir(path) and is_run(above) else None
-
-
-def is_run(folder: str) -> bool:
-    """Tell whether a folder is that of a run."""
-    return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "run.json"))
-
-
-def find_device() -> str:
-    """Return where a model is used: on a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _of_run(path: str, run: Run, template: str | None, max_seq_len: int | None) -> Settings:
