@@ -85,8 +85,9 @@ class Evaluation:
             for site, of_site in scores.by_site.items()
             if of_site["examples"]
         }
-        if counts := {site: self.data.validation.counts.get(site, 0) for site in scores.by_site}:
-            metrics |= {"site.validation_examples": counts} if any(counts.values()) else {}
+        counts = {site: self.data.validation.counts.get(site, 0) for site in scores.by_site}
+        if any(counts.values()):
+            metrics["site.validation_examples"] = counts
         weighted = Means.of(_select(scores, "test")).result()
         metrics |= describe_sites(by_site)
         return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
@@ -145,18 +146,11 @@ def describe_evaluation(settings: Settings, data: SiteData) -> str:
         if held.counts:
             sites = f"{len(held.counts):,} site{'s' * (len(held.counts) > 1)}"
             places.append(f"{sum(held.counts.values()):,} {name} examples of {sites}")
-    return f"{when}, on {' and '.join(places)}; validation.* is that of {describe_validation(data)}"
+    return f"{when}, on {' and '.join(places)}; validation.* is that of {find_judged(data)[0]}"
 
 
-def find_judged(data: SiteData) -> str | None:
-    """Return the metric that has the sites on whose examples `validation.*` is measured; None: on no site's."""
+def find_judged(data: SiteData) -> tuple[str, str | None]:
+    """Return the examples of `validation.*` in words, and the metric that has their sites, if they are of sites."""
     if data.validation.counts:
-        return "site.validation_examples"
-    return None if data.common else "site.test_examples"
-
-
-def describe_validation(data: SiteData) -> str:
-    """Return in words on which examples `validation.*` is measured."""
-    if data.validation.counts:
-        return "the sites' validation examples"
-    return "the common test set" if data.common else "the sites' test examples"
+        return "the sites' validation examples", "site.validation_examples"
+    return ("the common test set", None) if data.common else ("the sites' test examples", "site.test_examples")

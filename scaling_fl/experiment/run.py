@@ -11,7 +11,7 @@ from scaling_fl.experiment.adapting import FROZEN
 from scaling_fl.experiment.answers import answer_questions
 from scaling_fl.experiment.build import Job, build, make_evaluation, make_federation
 from scaling_fl.experiment.centralised import find_unused, without_federation
-from scaling_fl.experiment.evaluation import describe_validation, find_gains, find_judged, is_evaluated
+from scaling_fl.experiment.evaluation import find_gains, find_judged, is_evaluated
 from scaling_fl.experiment.header import describe
 from scaling_fl.experiment.messages import count_message
 from scaling_fl.experiment.objectives import ANSWERS, find_objective
@@ -174,7 +174,7 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
         console.print_once(*(f"{name:<9} {path}" for name, path in saved.items()))
     if best is not None and weights is None and (record.folder or job.checkpoints_dir):
         console.print_once(f"best      is not kept: no file has the weights of round {best} any more")
-    lines = console.summarise(history, choice, describe_validation(job.data), find_judged(job.data))
+    lines = console.summarise(history, choice, *find_judged(job.data))
     console.print_once(f"weights   SHA-256 {sha256}", *lines)
 
 
