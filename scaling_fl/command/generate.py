@@ -56,9 +56,7 @@ def _generate(given: argparse.Namespace) -> None:
         _print_answer(saved, questions[0], how)
     else:
         answers = answer(saved.model, saved.encoder, questions, how)
-        count = write_rows(_rows(questions, answers), given.output)
-        if given.output is not None:
-            print(f"{count:,} answers in {given.output}")
+        write_rows(_rows(questions, answers), given.output, "answers")
 
 
 def _rows(questions: Sequence[Question], answers: Iterator[str]) -> Iterator[dict[str, str]]:

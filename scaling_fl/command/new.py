@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from scaling_fl.command.results import one_sentence
 from scaling_fl.errors import one_line
 
 FILES = ("README.md", "pyproject.toml", "settings.yaml", "task.py", "data/train.csv", "data/test.csv")
@@ -20,12 +21,10 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"}.intersection(arguments):
         print(USAGE)
         return
-    try:
+    with one_sentence():
         if len(arguments) != 1:
             raise ValueError(f"new: expected the name of a folder, got {' '.join(arguments) or 'none'}")
         write_project(Path(arguments[0]))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"{arguments[0]} has {', '.join(FILES)}\n\ncd {arguments[0]}")
     print("scaling-fl plan with settings.yaml\nscaling-fl with settings.yaml")
 

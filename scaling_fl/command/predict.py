@@ -43,6 +43,4 @@ def _predict(given: argparse.Namespace) -> None:
     texts = given.text or read_texts(given.texts, saved.settings, given.text_column)
     found = predict(saved.model, saved.encoder, saved.settings.task_name, saved.labels, texts, given.batch_size)
     rows = ({"text": text, **prediction._asdict()} for text, prediction in zip(texts, found, strict=True))
-    count = write_rows(rows, given.output)
-    if given.output is not None:
-        print(f"{count:,} texts in {given.output}")
+    write_rows(rows, given.output, "texts")

@@ -2,10 +2,10 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from scaling_fl import report
+from scaling_fl.command.results import one_sentence
 from scaling_fl.errors import escape_unprintable
 
 
@@ -18,12 +18,8 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     folder = parsed.runs[0] if len(parsed.runs) == 1 else ""  # whose own page several would write over
     output = parsed.output or os.path.join(folder, "report.html")
-    if not output.endswith(".html"):
-        sys.exit(f"error: --output: expected a file such as report.html, got {output!r}")
-    try:
+    with one_sentence():
+        if not output.endswith(".html"):
+            raise ValueError(f"--output: expected a file such as report.html, got {output!r}")
         written = report.write(parsed.runs, output)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename!r} cannot be read or written: {error.strerror}")
     print(f"{written[0]}, and {len(written) - 1} charts beside it")

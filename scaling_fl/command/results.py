@@ -1,4 +1,4 @@
-"""What the subcommands that use a model share: options, errors in one sentence, and rows in a file or printed."""
+"""What subcommands share: options, errors in one sentence, and rows in a file or printed."""
 
 import argparse
 import csv
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options of both subcommands."""
+    """Add the options of the subcommands that use a model."""
     parser.add_argument("--model", required=True, help="runs/3/model, runs/3, another folder, a hub id or a nickname")
     parser.add_argument("--output", metavar="FILE", help="write to this .jsonl or .csv (default: print JSON Lines)")
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
@@ -48,8 +48,8 @@ def check_output(path: str | None, *, overwrite: bool) -> None:
         raise ValueError(f"--output: expected a file that can be written, got {path!r}")
 
 
-def write_rows(rows: Iterator[Mapping[str, Any]], path: str | None) -> int:
-    """Print rows as they come, or write them into a file, and return how many there are.
+def write_rows(rows: Iterator[Mapping[str, Any]], path: str | None, what: str) -> None:
+    """Print rows as they come, or write them into a file, and print how many there are of `what`.
 
     Rows of a run that is stopped stay in the file with `.part` added to its name.
 
@@ -70,7 +70,8 @@ def write_rows(rows: Iterator[Mapping[str, Any]], path: str | None) -> int:
                     writer.writeheader()
                 writer.writerow(flat)
             file.flush()
-    return count
+    if path is not None:
+        print(f"{count:,} {what} in {path}")
 
 
 @contextmanager

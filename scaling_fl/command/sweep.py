@@ -94,31 +94,29 @@ def read_points(words: Sequence[str], parallel: int) -> list[Point]:
     def read_grid() -> None:
         points.extend(make_grid({name.strip(): value for name, _, value in given}))
 
-    problems = find_problems([read_grid, lambda: check_start(parallel)])
-    problems = problems or find_grid_problems(points)
-    if problems:
+    checks = (
+        read_grid,
+        lambda: check_parallel(parallel),
+        check_launcher,
+        lambda: num_ranks(1),
+        num_threads,
+        lost_after,
+    )
+    if problems := find_problems(checks) or find_grid_problems(points):
         raise SystemExit("\n".join(f"error: {problem}" for problem in problems))
     return points
 
 
-def check_start(parallel: int) -> None:
-    """Check what runs need in addition to their settings.
+def check_parallel(parallel: int) -> None:
+    """Check the number of runs at a time."""
+    if parallel < 1:
+        raise ValueError(f"--parallel: expected a whole number >= 1, got {parallel}")
 
-    Raises:
-        ValueError: with a line for each thing that is wrong.
-    """
 
-    def check_parallel() -> None:
-        if parallel < 1:
-            raise ValueError(f"--parallel: expected a whole number >= 1, got {parallel}")
-
-    def check_launcher() -> None:
-        if launched():
-            raise ValueError("sweep: expected a process without RANK in its environment, got a rank of a launcher")
-
-    problems = find_problems([check_parallel, check_launcher, lambda: num_ranks(1), num_threads, lost_after])
-    if problems:
-        raise ValueError("\n".join(problems))
+def check_launcher() -> None:
+    """Check that no launcher has started this process, which starts the ranks itself."""
+    if launched():
+        raise ValueError("sweep: expected a process without RANK in its environment, got a rank of a launcher")
 
 
 def make_table(outcomes: Sequence[Outcome], runs: Mapping[str, Run]) -> list[str]:
