@@ -60,15 +60,13 @@ def describe_message(model: nn.Module, comm_dtype: str) -> list[str]:
 
 def count_traffic(settings: Settings, job: Job) -> dict[str, Any]:
     """Return what a round and a run send, as `plan` returns it."""
+    num_sites = job.schedule.cohorts.num_sites
+    budget = count_budget(job.global_model.num_moving, settings.comm_dtype, num_sites, settings.num_rounds)
     return {
         "weights": job.global_model.weights.numel(),
-        "bytes": job.global_model.count_bytes(job.schedule.cohorts.num_sites),
+        "bytes": job.global_model.count_bytes(num_sites),
         "message": count_message(job.loaded.model, settings.comm_dtype),
-        "budget": 0
-        if settings.centralised
-        else count_budget(
-            job.global_model.num_moving, settings.comm_dtype, job.schedule.cohorts.num_sites, settings.num_rounds
-        ),
+        "budget": 0 if settings.centralised else budget,
     }
 
 
