@@ -18,7 +18,7 @@ from scaling_fl.models.flat import frozen_sha256
 from scaling_fl.models.loading import path_of
 from scaling_fl.models.memory import state_bytes
 from scaling_fl.models.pretrained import LoadedModel, Pretrained
-from scaling_fl.models.quantised import check_bitsandbytes, find_whole, quantise_
+from scaling_fl.models.quantised import find_whole, quantise_
 from scaling_fl.storage import host_path
 from scaling_fl.training.seeds import derive_seed
 
@@ -124,18 +124,6 @@ def identity_of_adapter(settings: Settings, model: Any) -> dict[str, Any]:
         if settings.adapter is None:
             found |= {f"{name} of the adapter": value for name, value in describe_config(model).items()}
     return found
-
-
-def check_adapter(settings: Settings) -> None:
-    """Check that the settings of an adapter agree with each other and with the strategy.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if settings.adapter is not None:
-        expect(settings, f"adapter={settings.adapter!r} is one", adapter_config=None)
-    if settings.quantise is not None:
-        check_bitsandbytes(f"quantise={settings.quantise}")
 
 
 def check_turns(settings: Settings) -> None:

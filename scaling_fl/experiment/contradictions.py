@@ -5,7 +5,6 @@ from typing import Any
 from scaling_fl.data.label_skew import BY_LABELS
 from scaling_fl.data.partition import PARTITIONERS
 from scaling_fl.data.tasks import is_generative, name_labels
-from scaling_fl.experiment.adapting import check_adapter
 from scaling_fl.experiment.checks import describe_value, expect, find_problems
 from scaling_fl.experiment.parameters import check_parameters, find_defaults
 from scaling_fl.experiment.settings import FIELDS, OF_SITES, Settings
@@ -33,7 +32,7 @@ def find_contradictions(settings: Settings) -> list[str]:
             lambda: _check_objective(settings),
             lambda: check_parameters(vars(settings)),
             lambda: _check_optimiser(settings),
-            lambda: check_adapter(settings),
+            lambda: _check_adapter(settings),
             lambda: check_trackers(settings.trackers, with_sites=settings.track_sites),
         ]
     )
@@ -77,6 +76,13 @@ def _check_schedule(settings: Settings) -> None:
 def _check_optimiser(settings: Settings) -> None:
     if settings.optimiser == "adamw8bit":
         check_bitsandbytes("optimiser='adamw8bit'")
+
+
+def _check_adapter(settings: Settings) -> None:
+    if settings.adapter is not None:
+        expect(settings, f"adapter={settings.adapter!r} is one", adapter_config=None)
+    if settings.quantise is not None:
+        check_bitsandbytes(f"quantise={settings.quantise}")
 
 
 def _check_trainer(settings: Settings) -> None:
