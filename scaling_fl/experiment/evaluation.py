@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -58,18 +59,18 @@ class Evaluation:
         self, data: SiteData, objective: Objective, testing: Progress, score_answers: ScoreAnswers | None = None
     ) -> None:
         self.data, self._objective, self._score_answers = data, objective, score_answers
-        self._score = self._score_with(testing)
-        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, self._score)
+        self._score_shown = partial(self._score, testing)
+        self.evaluate_site = SiteEvaluation({"test.": data.test, "validation.": data.validation}, self._score_shown)
 
     def evaluate_local(self, sites: Iterable[int]) -> SiteEvaluation:
         """Return what evaluates the models that sites have trained, of the sites that are evaluated."""
         batches = {site: self.data.test.batches[site] for site in sites if site in self.data.test.batches}
-        score = self._score_with(Progress())  # amid the training of others
+        score = partial(self._score, Progress())  # amid the training of others
         return SiteEvaluation({"": Held(batches, self.data.test.counts)}, score)
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
         """Return the scores of a device's part of the common test set."""
-        return self._score(model, self.data.common[device])
+        return self._score_shown(model, self.data.common[device])
 
     def name(self, scores: Scores) -> Metrics:
         """Return the metrics of a round: docs/metrics.md has their table."""
@@ -92,17 +93,13 @@ class Evaluation:
         metrics |= describe_sites(by_site)
         return metrics | {f"sites.test_{name}.weighted": value for name, value in weighted.items()}
 
-    def _score_with(self, progress: Progress) -> ScoreParts:
-        """Return what scores a model on parts of the data, and shows how far it is."""
-
-        def score(model: nn.Module, parts: Sequence[Examples]) -> Totals:
-            totals = self._objective.evaluate(model, progress.watch(part.batch() for part in parts))
-            if self._score_answers is None:
-                return totals
-            of_answers = (Means.of(self._score_answers(model, part)) for part in parts)
-            return Means.of(totals).merge(of_answers).totals()
-
-        return score
+    def _score(self, progress: Progress, model: nn.Module, parts: Sequence[Examples]) -> Totals:
+        """Return the scores of a model on parts of the data, and show how far it is."""
+        totals = self._objective.evaluate(model, progress.watch(part.batch() for part in parts))
+        if self._score_answers is None:
+            return totals
+        of_answers = (Means.of(self._score_answers(model, part)) for part in parts)
+        return Means.of(totals).merge(of_answers).totals()
 
 
 def _select(scores: Scores, prefix: str) -> Totals:
