@@ -78,7 +78,7 @@ def answer_questions(
     Raises:
         ValueError: the template does not take a question, or it is longer than the model takes.
     """
-    prompts = tokenise_questions(model, encoder, questions)
+    prompts = tokenise_questions(model, encoder, [Question(text) for text in questions])
     end_ids = find_end_ids(model, encoder.end_id)
     answers = generate(model, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, pad_id=0)
     return [_decode(encoder.tokenizer, ids).strip() for ids in answers]
@@ -195,7 +195,7 @@ class _Stream:
 
 
 def tokenise_questions(
-    model: Any, encoder: ConversationEncoder, questions: Sequence[str | Question], place: str = "sample_questions"
+    model: Any, encoder: ConversationEncoder, questions: Sequence[Question], place: str = "sample_questions"
 ) -> list[list[int]]:
     """Return the tokens of questions, after which a model is to answer. `place` is where they are from, for errors.
 
@@ -203,8 +203,7 @@ def tokenise_questions(
         ValueError: the template does not take a question, or it is longer than the model takes.
     """
     prompts = []
-    for number, question in enumerate(questions, start=1):
-        asked = question if isinstance(question, Question) else Question(question)
+    for number, asked in enumerate(questions, start=1):
         try:
             if not isinstance(asked.text, str):
                 raise ValueError(f"expected a text, got {type(asked.text).__name__}")

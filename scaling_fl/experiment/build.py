@@ -18,7 +18,7 @@ from scaling_fl.distributed.collectives import check_equal, local_first
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import num_threads
 from scaling_fl.experiment.adapting import adapt, check_turns, find_turns, identity_of_adapter
-from scaling_fl.experiment.answers import count_right, tokenise_questions
+from scaling_fl.experiment.answers import Question, count_right, tokenise_questions
 from scaling_fl.experiment.centralised import check_ranks, pool
 from scaling_fl.experiment.checks import expect
 from scaling_fl.experiment.evaluation import Evaluation, check_held_out
@@ -145,7 +145,8 @@ def make_evaluation(settings: Settings, job: Job, testing: Progress) -> Evaluati
     """
     encoder, score_answers = job.encoder, None
     if isinstance(encoder, ConversationEncoder):
-        tokenise_questions(job.loaded.model, encoder, settings.sample_questions or ())  # so that no round is lost
+        samples = [Question(text) for text in settings.sample_questions or ()]
+        tokenise_questions(job.loaded.model, encoder, samples)  # so that no round is lost
     if settings.score_by == "exact_match":
         if encoder.end_id is None:
             reason = f"template={settings.template!r} does not end an answer"
