@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from transformers.utils import logging
 
 from scaling_fl.command.results import Parser, add_common, check_output, one_sentence, write_rows
-from scaling_fl.errors import escape_unprintable
 from scaling_fl.experiment.answers import Answering, Question, answer
 from scaling_fl.experiment.inputs import read_questions
 from scaling_fl.experiment.saved import Saved, load_for_use
@@ -18,7 +17,6 @@ PROMPT = "> "
 
 def main(arguments: Sequence[str]) -> None:
     """Answer the questions that the arguments ask."""
-    escape_unprintable()
     logging.set_verbosity_error()
     with one_sentence():
         _generate(_make_parser().parse_args(arguments))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from transformers.utils import logging
 
 from scaling_fl.command.results import Parser, add_common, check_output, one_sentence, write_rows
-from scaling_fl.errors import escape_unprintable
 from scaling_fl.experiment.inputs import read_texts
 from scaling_fl.experiment.predictions import predict
 from scaling_fl.experiment.saved import load_for_use
@@ -14,7 +13,6 @@ from scaling_fl.experiment.saved import load_for_use
 
 def main(arguments: Sequence[str]) -> None:
     """Label the texts that the arguments name."""
-    escape_unprintable()
     logging.set_verbosity_error()
     with one_sentence():
         _predict(_make_parser().parse_args(arguments))

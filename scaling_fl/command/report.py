@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from scaling_fl import report
 from scaling_fl.command.results import one_sentence
-from scaling_fl.errors import escape_unprintable
 
 
 def main(arguments: Sequence[str]) -> None:
     """Read the runs and write their report."""
-    escape_unprintable()
     parser = argparse.ArgumentParser(prog="scaling-fl report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/1")
     parser.add_argument("--output", help="the page to write (default: report.html, of one run in its folder)")
@@ -22,4 +20,4 @@ def main(arguments: Sequence[str]) -> None:
         if not output.endswith(".html"):
             raise ValueError(f"--output: expected a file such as report.html, got {output!r}")
         written = report.write(parsed.runs, output)
-    print(f"{written[0]}, and {len(written) - 1} charts beside it")
+        print(f"{written[0]}, and {len(written) - 1} charts beside it")

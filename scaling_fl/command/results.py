@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
-from scaling_fl.errors import one_line
+from scaling_fl.errors import escape_unprintable, one_line
 
 ENDINGS = (".jsonl", ".csv")
 
@@ -95,7 +95,8 @@ def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """End with one sentence where the body fails in a way that the user can change."""
+    """End with one sentence where the body fails in a way that the user can change, and let it print any letter."""
+    escape_unprintable()
     try:
         yield
     except BrokenPipeError:  # of `| head`
