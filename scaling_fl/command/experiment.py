@@ -30,7 +30,7 @@ from scaling_fl.experiment.run import REPORT, explain_paths, is_resumed, train_o
 from scaling_fl.experiment.settings import FIELDS, Settings
 from scaling_fl.experiment.trackers import tracked
 from scaling_fl.records import observers
-from scaling_fl.records.rounds import ROUNDS, Record
+from scaling_fl.records.rounds import ROUNDS
 
 T = TypeVar("T")
 
@@ -95,24 +95,20 @@ def train_federated(_config: dict[str, Any], _run: Run) -> float | None:
     """Train on the ranks of this run."""
     try:
         with signals.interruptible():
-            return on_ranks(Settings(**_config), lambda settings: train_on_record(settings, make_record(_run)))
+            return on_ranks(Settings(**_config), lambda settings: train_on_record(settings, _run))
     finally:
         observers.attach(_run, ROUNDS)
         observers.flush(_run)
 
 
-def train_on_record(settings: Settings, record: Record) -> float:
-    """Train as one of the ranks of a run, which the trackers that the settings name follow."""
-    with tracked(settings, record) as tracked_record:
-        return train_on_rank(settings, tracked_record)
-
-
-def make_record(run: Run) -> Record:
-    """Return where a run leaves its results. A caller in Python learns of its folder and rounds, and may end it."""
+def train_on_record(settings: Settings, run: Run) -> float:
+    """Train as one of the ranks of a run, which trackers follow, and a caller in Python, who may end it."""
     record = observers.make_record(run)
     if record.folder is not None:
         caller.tell(folder=os.path.abspath(record.folder))
-    return replace(record, goes_on=lambda metrics: caller.ask(metrics=metrics) is not False)
+    record = replace(record, goes_on=lambda metrics: caller.ask(metrics=metrics) is not False)
+    with tracked(settings, record) as tracked_record:
+        return train_on_rank(settings, tracked_record)
 
 
 @experiment.command(unobserved=True)
