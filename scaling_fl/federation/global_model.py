@@ -42,7 +42,7 @@ class GlobalModel:
     ) -> None:
         self._slots = lay_out(model)
         num_trained = len(trained_weights(model))  # which are the first of the slots
-        self.weights = pack(model).to(device)
+        self.weights = pack(model, self._slots).to(device)
         if not self.weights.is_meta:  # as of a plan of sizes alone
             broadcast_(self.weights)
         self._parts = divide(self._slots[:num_trained], turns)

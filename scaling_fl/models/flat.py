@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from types import SimpleNamespace
@@ -80,16 +80,12 @@ def lay_out(model: nn.Module) -> list[Slot]:
     return slots
 
 
-def pack(model: nn.Module) -> Tensor:
-    """Return a copy of the shared tensors as a flat vector.
+def pack(model: nn.Module, slots: Sequence[Slot]) -> Tensor:
+    """Return a copy of the shared tensors, whose slots these are, as a float32 vector.
 
-    Returns:
-        A float32 vector, first the trained weights, then the buffers, those of other types bit by bit.
-
-    Raises:
-        ValueError: as for `lay_out`.
+    Buffers of other types are in it bit by bit.
     """
-    slots, shared = lay_out(model), shared_tensors(model)
+    shared = shared_tensors(model)
     vector = torch.zeros(slots[-1].end, device=shared[slots[0].name].device)
     for slot in slots:
         slot.view(vector).copy_(shared[slot.name].detach())
@@ -97,9 +93,14 @@ def pack(model: nn.Module) -> Tensor:
 
 
 def flatten_(model: nn.Module) -> Tensor:
-    """Lay the shared tensors of `model` end to end, as `pack` does, and make them views of the vector returned."""
-    vector, shared = pack(model), shared_tensors(model)
-    for slot in lay_out(model):
+    """Lay the shared tensors of `model` end to end, as `pack` does, and make them views of the vector returned.
+
+    Raises:
+        ValueError: as for `lay_out`.
+    """
+    slots, shared = lay_out(model), shared_tensors(model)
+    vector = pack(model, slots)
+    for slot in slots:
         shared[slot.name].data = slot.view(vector)
     return vector
 
