@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scaling_fl.errors import one_line
+from scaling_fl.models.generate import find_end_ids
 from scaling_fl.models.loading import load
 from scaling_fl.models.pretrained import LoadedModel, Pretrained, make_unloaded
 
@@ -45,9 +46,7 @@ def make_language_model(
         check_causal(model, pretrained.name)
     model.config.use_cache = False
     if end_id is not None:
-        known = model.generation_config.eos_token_id
-        ends = {end_id, *([known] if isinstance(known, int) else known or ())}
-        model.generation_config.eos_token_id = sorted(ends)
+        model.generation_config.eos_token_id = find_end_ids(model, end_id)
     return loaded
 
 
