@@ -2,7 +2,8 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from scaling_fl.models.flat import trained_weights
-from scaling_fl.models.quantised import measure
-from scaling_fl.models.stand_ins import stand_ins
+from scaling_fl.models.quantised import bits_of, measure
 
 Batch = dict[str, Tensor]  # the model's keyword arguments
 
@@ -82,6 +82,52 @@ def estimate_bytes(
     return held + state_bytes(make_optimiser, num_trained) + max(passes, default=0)
 
 
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Have stand-ins, which take the memory of quantised layers, in the place of these."""
+    children = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
+    quantised = [place for place in children if bits_of(place[-1]) is not None]
+    for module, name, layer in quantised:
+        module._modules[name] = StandIn(layer)
+    try:
+        yield
+    finally:
+        for module, name, layer in quantised:
+            module._modules[name] = layer
+
+
+class StandIn(nn.Module):
+    """A quantised layer without its weights, as there are none, or they only have shapes."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        has_8_bits = bits_of(layer) == 8
+        self.bias = layer.bias
+        # With 8 bits it keeps its input until the backward pass, though it has no use for it.
+        self._how = layer.out_features, torch.float16 if has_8_bits else layer.compute_dtype, has_8_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor like the layer's output, by way of tensors like its own."""
+        output = _Product.apply(x, *self._how)
+        return output if self.bias is None else output + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """A product with weights that are written out for it, forward and backward, and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_out: int, compute: torch.dtype, keeps_input: bool) -> Tensor:
+        ctx.compute, ctx.shape, ctx.kept = compute, (num_out, x.shape[-1]), x if keeps_input else None
+        weight = torch.empty(ctx.shape, dtype=compute, device=x.device)
+        return (x.to(compute) @ weight.t()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        weight = torch.empty(ctx.shape, dtype=ctx.compute, device=gradient.device)
+        return (gradient.to(ctx.compute) @ weight).to(gradient.dtype), None, None, None
+
+
 class Step(nn.Module):
     """The passes of a batch through a model, forward and, in training, backward, as one pass.
 
@@ -140,22 +186,22 @@ def _fake(fakes: Any, tensor: Tensor) -> Tensor:
 
 def state_bytes(make_optimiser: Callable[[list[Tensor]], Optimizer], num_weights: int) -> int:
     """Return the bytes of an optimiser's state for so many weights, measured on the fewest that have one in 8 bits."""
-    (weights,), optimiser = _take_step(make_optimiser)
+    weights, optimiser = _take_step(make_optimiser)
     states = [value for value in optimiser.state[weights].values() if isinstance(value, Tensor)]
     return sum(value.element_size() * num_weights for value in states if value.shape == weights.shape)
 
 
 def make_state(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> dict[str, Any]:
     """Return the state of an optimiser of some weights after a step; none if that has left no state."""
-    (weights,), optimiser = _take_step(make_optimiser)
+    weights, optimiser = _take_step(make_optimiser)
     before, after = (made.state_dict() for made in (make_optimiser([weights]), optimiser))
     return after if after["state"] or after != before else {}
 
 
-def _take_step(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> tuple[list[Tensor], Optimizer]:
+def _take_step(make_optimiser: Callable[[list[Tensor]], Optimizer]) -> tuple[Tensor, Optimizer]:
     """Return some weights and their optimiser after a step."""
     weights = nn.Parameter(torch.ones(4_096))
     weights.grad = torch.ones_like(weights)
     optimiser = make_optimiser([weights])
     optimiser.step()
-    return [weights], optimiser
+    return weights, optimiser
