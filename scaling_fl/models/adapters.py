@@ -1,5 +1,6 @@
 """Adapters: a few weights that train beside a frozen model. The package peft is imported when there is one."""
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -239,8 +240,4 @@ def _is_of(name: str, parts: Collection[str]) -> bool:
 
 def _base_name(name: str) -> str:
     """Return the name of a weight in the model without the adapter."""
-    for prefix in ("base_model.model.", "base_model."):
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
-    return name.replace(".modules_to_save.default", "")
+    return re.sub(r"^base_model\.(model\.)?", "", name).replace(".modules_to_save.default", "")
