@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from commands import Command, put_data, put_model
 from library import make_federation, run_round
-from overhead import CASES, LEARNING_RATE, NUM_LABELS, VOCABULARY, Case, distilbert
+from overhead import CASES, NUM_LABELS, VOCABULARY, Case, PlainLoop, distilbert
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -109,37 +109,11 @@ def try_memory(folder: Path, *, small: bool) -> None:
 # Speed, in this process.
 
 
-class PlainLoop:
-    """A plain loop with the same copies of weights and the same mean, in float32."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self._case, self._device = case, device
-        self._tokens, self._labels = map(torch.from_numpy, case.examples())
-        self._model = case.model().to(device).train()
-        self._vector = nn.utils.parameters_to_vector(self._model.parameters()).detach()
-        nn.utils.vector_to_parameters(self._vector, self._model.parameters())  # which become views of it
-        self.weights, self._total = self._vector.clone(), torch.zeros_like(self._vector)
-        self._optimiser = torch.optim.SGD(self._model.parameters(), lr=LEARNING_RATE, fused=True)
-
-    def run_round(self, _: int) -> None:
-        """Train all sites."""
-        self._total.zero_()
-        for site in range(self._case.num_sites):
-            self._vector.copy_(self.weights)
-            for batch in self._case.batches(site):
-                ids, labels = (of[batch].long().to(self._device) for of in (self._tokens, self._labels))
-                output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-                self._optimiser.zero_grad()
-                output.loss.backward()
-                self._optimiser.step()
-            self._total.add_(self._vector, alpha=1 / self._case.num_sites)
-        self.weights.copy_(self._total)
-
-    def run_in_any_order(self, _: int) -> None:
-        """Train all sites with kernels that are not deterministic."""
-        torch.use_deterministic_algorithms(False)
-        self.run_round(_)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+def run_in_any_order(loop: PlainLoop, round_: int) -> None:
+    """Train a round of the plain loop with kernels that are not deterministic."""
+    torch.use_deterministic_algorithms(False)
+    loop.run_round(round_)
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def seconds(work: Callable[[int], object], round_: int) -> float:
@@ -164,7 +138,7 @@ def try_speed(device: torch.device, cases: dict[str, Case]) -> None:
         federations = {dtype: make_federation(case, dtype) for dtype in ("exact", "float32", "bfloat16")}
         rounds: dict[str, Callable[[int], None]] = {"plain": plain.run_round}
         rounds |= {dtype: partial(run_round, of) for dtype, of in federations.items()}
-        rounds["plain, any order of sums"] = PlainLoop(case, device).run_in_any_order
+        rounds["plain, any order of sums"] = partial(run_in_any_order, PlainLoop(case, device))
         times: dict[str, list[float]] = {run: [] for run in rounds}
         for round_ in range(1, REPETITIONS + 2):
             for run, work in rounds.items():

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, starmap
@@ -129,31 +129,61 @@ def floor_rank(rank: int, case: Case, result: Path) -> None:
     """Train one rank's sites."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{result}.store", rank=rank, world_size=NUM_RANKS)
+    loop = PlainLoop(case, torch.device("cpu"), rank, NUM_RANKS)
+    moments = time_rounds(loop.run_round, case.num_rounds)
+    if rank == 0:
+        torch.save((moments, loop.weights), result)
+    dist.destroy_process_group()
+
+
+class PlainLoop:
+    """A loop over the sites of a rank with the copies of weights and the mean that a federation needs, in float32."""
+
+    def __init__(self, case: Case, device: torch.device, rank: int = 0, num_ranks: int = 1) -> None:
+        tokens, labels = map(torch.from_numpy, case.examples())
+
+        def batches(site: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return ((tokens[batch].long().to(device), labels[batch].to(device)) for batch in case.batches(site))
+
+        self._case, self._sites, self._num_ranks = case, range(rank, case.num_sites, num_ranks), num_ranks
+        self._vector, self._train = make_trainer(case, batches, device)
+        self.weights, self._total = self._vector.clone(), torch.zeros_like(self._vector)
+
+    def run_round(self, _: int) -> None:
+        """Train the sites, and average those of all ranks."""
+        self._total.zero_()
+        for site in self._sites:
+            self._vector.copy_(self.weights)
+            self._train(site)
+            self._total.add_(self._vector, alpha=1 / self._case.num_sites)
+        if self._num_ranks > 1:
+            dist.all_reduce(self._total)
+        self.weights.copy_(self._total)
+
+
+def make_batches(case: Case) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return the batches of each site, tokens and labels, for programs that keep them in memory."""
     tokens, labels = map(torch.from_numpy, case.examples())
-    model = case.model().train()
+    return [[(tokens[batch].long(), labels[batch]) for batch in case.batches(site)] for site in range(case.num_sites)]
+
+
+def make_trainer(
+    case: Case, batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]], device: torch.device | None = None
+) -> tuple[Tensor, Callable[[int], None]]:
+    """Return the flat vector of a model's weights, and a function that trains it with the batches of a site."""
+    model = case.model().to(device).train()
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(vector, model.parameters())  # which become views of it
-    weights, total = vector.clone(), torch.zeros_like(vector)
     optimiser = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def run_round(_: int) -> None:
-        total.zero_()
-        for site in range(rank, case.num_sites, NUM_RANKS):
-            vector.copy_(weights)
-            for batch in case.batches(site):
-                ids = tokens[batch].long()
-                output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels[batch])
-                optimiser.zero_grad()
-                output.loss.backward()
-                optimiser.step()
-            total.add_(vector, alpha=1 / case.num_sites)
-        dist.all_reduce(total)
-        weights.copy_(total)
+    def train(site: int) -> None:
+        for ids, labels in batches(site):
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+            optimiser.zero_grad()
+            output.loss.backward()
+            optimiser.step()
 
-    moments = time_rounds(run_round, case.num_rounds)
-    if rank == 0:
-        torch.save((moments, weights), result)
-    dist.destroy_process_group()
+    return vector, train
 
 
 def time_rounds(run_round: Callable[[int], None], num_rounds: int) -> list[float]:

@@ -8,8 +8,7 @@ from threading import Event
 import torch
 from blazefl.contrib.fedavg import FedAvgBaseServerHandler, FedAvgDownlinkPackage, FedAvgUplinkPackage
 from blazefl.core import ThreadPoolClientTrainer
-from overhead import CASES, NUM_RANKS, Case, time_rounds
-from peers.local_training import make_batches, make_trainer
+from overhead import CASES, NUM_RANKS, Case, make_batches, make_trainer, time_rounds
 from torch import nn
 
 
@@ -24,7 +23,7 @@ class Trainer(ThreadPoolClientTrainer[FedAvgUplinkPackage, FedAvgDownlinkPackage
         self._idle: SimpleQueue = SimpleQueue()
         batches = make_batches(case)
         for _ in range(NUM_RANKS):
-            self._idle.put(make_trainer(case, batches))
+            self._idle.put(make_trainer(case, batches.__getitem__))
 
     def worker(self, cid: int, device: str, payload: FedAvgDownlinkPackage, stop_event: Event) -> FedAvgUplinkPackage:
         """Train one site with a model that no other thread uses."""

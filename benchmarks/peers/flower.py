@@ -17,8 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from overhead import CASES, NUM_RANKS
-from peers.local_training import make_batches, make_trainer
+from overhead import CASES, NUM_RANKS, make_batches, make_trainer
 from torch import Tensor, nn
 
 client = ClientApp()
@@ -28,7 +27,7 @@ client = ClientApp()
 def trainer(name: str) -> tuple[Tensor, Callable[[int], None]]:
     """Return the trainer of a case, which an actor makes once."""
     torch.set_num_threads(1)
-    return make_trainer(CASES[name], make_batches(CASES[name]))
+    return make_trainer(CASES[name], make_batches(CASES[name]).__getitem__)
 
 
 @client.train()

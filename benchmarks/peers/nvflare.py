@@ -15,8 +15,7 @@ from nvflare import client
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from nvflare.recipe import SimEnv
-from overhead import CASES
-from peers.local_training import make_batches, make_trainer
+from overhead import CASES, make_batches, make_trainer
 from torch import nn
 
 
@@ -59,7 +58,7 @@ def train_as_a_site(name: str, moments: str) -> None:
     """Train each model that arrives; the first site notes when."""
     torch.set_num_threads(1)
     case = CASES[name]
-    vector, train = make_trainer(case, make_batches(case))
+    vector, train = make_trainer(case, make_batches(case).__getitem__)
     client.init()
     site = int(client.get_site_name().removeprefix("site-")) - 1
     while client.is_running():
