@@ -10,6 +10,7 @@ configurations alone, with the settings of FlowerTune, and of training all weigh
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,22 @@ def estimate(sizes: dict[str, Any], settings: dict[str, Any]) -> float:
 def put_run(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """Write a model's configuration, a tokenizer of a word, and texts; return the settings that name them."""
     LlamaConfig(**sizes).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    put_tokenizer(folder, ["a"])
     (folder / "rows.jsonl").write_text((json.dumps({"instruction": "a", "output": "a " * 600}) + "\n") * 32)
     path = str(folder / "rows.jsonl")
     return {
         **{"task_name": "instruct", "model": str(folder), "train_path": path, "test_path": path},
         **{"site_ids": [0, 0], "max_seq_len": 512, "optimiser": "adamw"},
     }
+
+
+def put_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """Write a tokenizer of words, which pads with the token that ends a text."""
+    numbers = {word: number for number, word in enumerate(["<unk>", "</s>", *words])}
+    tokenizer = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    controls = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **controls).save_pretrained(folder)
 
 
 def main() -> None:

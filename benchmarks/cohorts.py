@@ -29,12 +29,10 @@ def measure(num_sites: int, settings: dict, folder: Path) -> tuple[float, ...]:
         "with",
         settings | {"num_sites": num_sites, "checkpoints_dir": str(checkpoints), "keep_checkpoints": 1},
     )
-    run.find("SHA-256 (.*)")
-    lines = (folder / "runs" / str(num_sites) / "1" / "rounds.jsonl").read_text().splitlines()
-    rounds = [json.loads(line) for line in lines]
+    rounds = run.rounds()
     seconds = statistics.median(of["time.train_s"] + of["time.aggregate_s"] for of in rounds[2:])
     (checkpoint,) = checkpoints.glob("round-*.pt")
-    return seconds, rounds[-1]["sites.memory_mb.worst"], checkpoint.stat().st_size, len(lines[-1])
+    return seconds, rounds[-1]["sites.memory_mb.worst"], checkpoint.stat().st_size, len(json.dumps(rounds[-1]))
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """The command in a process of its own, and the model and data that benchmarks train with it."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ class Command:
     """
 
     def __init__(self, folder: Path, name: str, subcommand: str, settings: dict, num_ranks: int | None = None) -> None:
-        self._output = folder / f"{name}.txt"
+        self._output, self._runs = folder / f"{name}.txt", folder / "runs" / name
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         words = [] if subcommand == "with" else [subcommand]
         arguments = [f"{key}={value!r}" for key, value in settings.items()]
@@ -59,13 +61,18 @@ class Command:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=os.environ | {"SACRED_RUNS_DIR": str(folder / "runs" / name)},
+                env=os.environ | {"SACRED_RUNS_DIR": str(self._runs)},
             )
 
     def output(self) -> str:
         """Return what it printed, once it has ended."""
         self.process.wait()
         return self._output.read_text()
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the metrics of its rounds, once it has ended."""
+        self.process.wait()
+        return [json.loads(line) for line in (self._runs / "1" / "rounds.jsonl").read_text().splitlines()]
 
     def find(self, pattern: str) -> str:
         """Return what it printed that matches, or else the end of it all."""

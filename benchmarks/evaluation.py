@@ -8,7 +8,6 @@ multiple of that on the common test set, and the median seconds of writing `best
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +22,6 @@ VARIANTS = {
     f"at {NUM_SITES} sites": OWN,
     "the same with evaluate_local": {**OWN, "evaluate_local": True},
 }
-
-
-def measure(name: str, settings: dict, folder: Path) -> list[dict[str, float]]:
-    """Train a federation, and return the metrics of its rounds."""
-    run = Command(folder, name, "with", settings)
-    run.find("SHA-256 (.*)")
-    return [json.loads(line) for line in (folder / "runs" / name / "1" / "rounds.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
@@ -54,7 +46,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         for repeat in range(options.repeats):
             for number, (variant, changes) in enumerate(VARIANTS.items()):
-                found[variant] += measure(f"{number}-{repeat}", settings | changes, folder)
+                found[variant] += Command(folder, f"{number}-{repeat}", "with", settings | changes).rounds()
     first = statistics.median(of["time.evaluate_s"] for of in found["common test set"])
     for variant, rounds in found.items():
         seconds = statistics.median(of["time.evaluate_s"] for of in rounds)

@@ -100,10 +100,8 @@ def try_memory(folder: Path, *, small: bool) -> None:
     runs = {n: Command(folder, f"sites{n}", "with", common | {"num_sites": n}) for n in numbers}
     for number in numbers:
         planned = plans[number].find(r"\n *0 \| +\S+ \| +([\d,]+ MB)")
-        runs[number].process.wait()
-        record = (folder / "runs" / f"sites{number}" / "1" / "rounds.jsonl").read_text()
-        found = re.findall(r'"sites.memory_mb.worst": ([\d.]+)', record)
-        report(f"{number} sites: peak while training {float(found[-1]):,.0f} MB, planned {planned}")
+        peak = runs[number].rounds()[-1]["sites.memory_mb.worst"]
+        report(f"{number} sites: peak while training {peak:,.0f} MB, planned {planned}")
 
 
 # Speed, in this process.

@@ -24,13 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from bases import LLAMA_1B, OF_FLOWERTUNE, OPEN_3B, OPEN_7B, PUBLISHED, estimate, make_model, measure_training
+from bases import (
+    LLAMA_1B,
+    OF_FLOWERTUNE,
+    OPEN_3B,
+    OPEN_7B,
+    PUBLISHED,
+    estimate,
+    make_model,
+    measure_training,
+    put_tokenizer,
+)
 from commands import Command
 from gpu import report, seconds
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from scaling_fl.distributed.world import world
 from scaling_fl.models.adapters import add_adapter, lora
@@ -66,11 +73,7 @@ SPEED: dict[str, dict[str, Any]] = {
 
 def put_llama(folder: Path, sizes: dict[str, Any], device: torch.device) -> str:
     """Write a Llama of random weights in bfloat16, and a tokenizer of words."""
-    words = {word: number for number, word in enumerate(["<unk>", "</s>", *(f"w{n}" for n in range(NUM_WORDS))])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    controls = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **controls).save_pretrained(folder)
+    put_tokenizer(folder, [f"w{number}" for number in range(NUM_WORDS)])
     torch.manual_seed(0)
     with device:
         LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
@@ -126,7 +129,7 @@ def try_bits(folder: Path, device: torch.device, *, small: bool) -> None:
         resumed = of_way[-1].find(r"resumed.* round (\d)")
         is_same = len(set(sums)) == 1 and len(sums[0]) == 64
         same = f"the same SHA-256 {sums[0][:8]}" if is_same else f"NOT the same: {[of[-400:] for of in sums]}"
-        report(f"{way}: resumed after round {resumed[-100:]}: {same}, {describe_losses(folder, way)}")
+        report(f"{way}: resumed after round {resumed[-100:]}: {same}, {describe_losses(of_way[0])}")
         for line in of_way[0].output().splitlines():
             if "Warning" in line or line.startswith("merged"):
                 report("    " + line[:300])
@@ -140,10 +143,9 @@ def name_of(way: str) -> str:
     return way.replace(" ", "-")
 
 
-def describe_losses(folder: Path, way: str) -> str:
+def describe_losses(run: Command) -> str:
     """Return the losses of the rounds of an unbroken run, and the time of each round."""
-    rounds = map(json.loads, (folder / "runs" / name_of(way) / "1" / "rounds.jsonl").read_text().splitlines())
-    return "losses " + " ".join(f"{of['validation.loss']:.4f} ({of['time.round_s']:.1f} s)" for of in rounds)
+    return "losses " + " ".join(f"{of['validation.loss']:.4f} ({of['time.round_s']:.1f} s)" for of in run.rounds())
 
 
 def generate(run: Path) -> str:
@@ -185,11 +187,11 @@ def try_speed(folder: Path, device: torch.device, *, small: bool) -> None:
         run = Command(folder, way, "with", common | settings)
         run.process.wait()
         report(f"{way}: planned", plans[way].find(r"\n *0 \| +\S+ \| +([\d,]+ MB)")[-200:])
-        file = folder / "runs" / way / "1" / "rounds.jsonl"
-        if not file.exists():
+        try:
+            rounds = run.rounds()
+        except FileNotFoundError:
             report(f"{way}: no rounds:", run.output()[-800:])
             continue
-        rounds = [json.loads(line) for line in file.read_text().splitlines()]
         speeds, trained = ([of[name] for of in rounds[2:]] for name in ("speed.tokens_per_s", "time.train_s"))
         report(
             f"{way}: {statistics.median(speeds):,.0f} tokens a second in training (rounds of {min(trained):.3f} to "
