@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from fsspec.implementations.local import LocalFileSystem
+from processes import SCRIPT, descendants
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -43,7 +44,6 @@ from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
 from scaling_fl.records import checkpoint
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 STRATEGIES = ("fedavg", "fedadam", "diloco")
 NUM_ROUNDS = 6
 NUM_RANKS = (1, 2, 3)
@@ -271,15 +271,6 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
     watch(dist, "all_reduce", COLLECTIVE, around)
     watch(checkpoint, "write_bytes", WRITING, halfway, num_calls=-1)  # the first call tests the folder
     watch(LocalFileSystem, "mv", RENAMING, around)
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """Yield the ids of a process's descendants."""
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in map(int, children.read_text().split()):
-                yield child
-                yield from descendants(child)
 
 
 def rounds_on_disk(folder: Path, known: set[Path] | None = None) -> list[int]:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from overhead import NUM_LABELS, VOCABULARY
+from processes import SCRIPT
 from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 
 
 def put_model(folder: Path, *, small: bool) -> str:

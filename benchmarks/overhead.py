@@ -32,12 +32,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, starmap
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from peers.environments import OURS, PEERS, make_environment, version_of
+from processes import cpu_of_ended, descendants
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -232,7 +232,7 @@ class Program:
             self._signal(signal.SIGSTOP)
         self._turns.append((start, time.monotonic()))
         self._cpu = cpu_of_ended() - cpu
-        for pid in family(self.process.pid):
+        for pid in (self.process.pid, *descendants(self.process.pid)):
             with suppress(OSError):  # it has ended
                 self._cpu_seen[pid] = cpu_of(pid)
         return self.process.returncode is not None
@@ -259,17 +259,11 @@ class Program:
     def _signal(self, number: int) -> None:
         """Send a signal to all its processes; some may have groups of their own, and start others meanwhile."""
         reached: set[int] = set()
-        while found := {*family(self.process.pid)} - reached:
+        while found := {self.process.pid, *descendants(self.process.pid)} - reached:
             for pid in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             reached |= found
-
-
-def cpu_of_ended() -> float:
-    """Return the CPU seconds of all processes that this one has started and that have ended."""
-    usage = getrusage(RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def cpu_of(pid: int) -> float:
@@ -325,20 +319,11 @@ def peak_memory(case: str, run: str, python: str) -> float:
 def memory(pid: int) -> float:
     """Return the MiB of a process and its descendants as PSS: what n processes share counts once."""
     total = 0.0
-    for process in list(family(pid)):
+    for process in (pid, *descendants(pid)):
         with suppress(OSError):  # it has ended meanwhile
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
     return total
-
-
-def family(pid: int) -> Iterator[int]:
-    """Yield a process's id and those of its descendants."""
-    yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in children.read_text().split():
-                yield from family(int(child))
 
 
 def compare(case: str, pythons: dict[str, str], num_repetitions: int) -> dict[str, dict[str, list[float]]]:

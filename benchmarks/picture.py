@@ -23,8 +23,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from processes import SCRIPT
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
 SETTINGS = [
     "num_rounds=5",
     "max_train_examples=320",

@@ -5,13 +5,13 @@
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
+from processes import SCRIPT, cpu_of_ended
+
 FEW = 2  # sites of the run that tells what a start costs without them
 TARGET_MS = 20
 WORDS = "a site has a few texts of its own such as this one and none of them is long".split()  # noqa: SIM905
@@ -49,7 +49,7 @@ def cpu_seconds(folder: Path, num_sites: int, model: str) -> float:
     first = f'["{paths[0]}", "{folder}/test.csv"]'
     listed = ", ".join([first, *(f'"{path}"' for path in paths[1:])])
     settings.write_text(f'{{"site_ids": {[0] * num_sites}, "site_paths": [{listed}]}}')
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = cpu_of_ended()
     subprocess.run(
         [
             *(sys.executable, SCRIPT, "--unobserved", "with", settings, "task_name=text", f"model={model}"),
@@ -59,8 +59,7 @@ def cpu_seconds(folder: Path, num_sites: int, model: str) -> float:
         stdout=subprocess.DEVNULL,
         check=True,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu_of_ended() - before
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ are those at which lines of its output arrive.
 import argparse
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_federated.py"
+from processes import SCRIPT, cpu_of_ended
+
 IMPORTS = "import scaling_fl.command.__main__ as command; command.load('experiment')"
 ROUND = re.compile(r" +(\d+) \|")
 
@@ -66,7 +65,7 @@ def time_parts(settings: Sequence[str]) -> tuple[dict[str, float], float]:
 
 def run(command: Sequence[str], folder: str | None = None) -> tuple[float, list[tuple[float, str]], float]:
     """Return the seconds of a command, the lines of its output with their moments, and its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = cpu_of_ended()
     environment = {**os.environ, "SACRED_RUNS_DIR": f"{folder}/runs"}
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
@@ -74,9 +73,7 @@ def run(command: Sequence[str], folder: str | None = None) -> tuple[float, list[
     lines = [(time.monotonic() - began, line) for line in process.stdout]
     if process.wait():
         raise SystemExit("".join(line for _, line in lines))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - began, lines, cpu
+    return time.monotonic() - began, lines, cpu_of_ended() - before
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,18 +15,18 @@ from chaos import (
     END_SECONDS,
     NUM_ROUNDS,
     PHASES,
-    SCRIPT,
     STRATEGIES,
     Board,
     Result,
     campaign,
-    descendants,
     finish,
     interruptions,
     start,
     wait,
 )
-from conftest import Command, succeed, weights_hash
+from conftest import SCRIPT, Command, succeed, weights_hash
+from processes import descendants
+from waiting import state_of, wait_until
 
 pytestmark = pytest.mark.long(seconds=35)
 SEED = 5
@@ -121,14 +120,4 @@ def test_ranks_do_not_outlive_the_process_that_started_them(settings: dict[str, 
         return pid
 
     assert wait(pid, tmp_path, starter)[0] == -signal.SIGKILL
-    began = time.monotonic()
-    while any(is_running(rank) for rank in ranks):
-        assert time.monotonic() - began < END_SECONDS
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_until(lambda: {*map(state_of, ranks)} <= {"Z", ""}, END_SECONDS)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from chaos import descendants
 from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
+from processes import descendants
+from waiting import wait_until
 
 from scaling_fl.records import checkpoint
 
@@ -106,11 +107,13 @@ def alone(command: Command) -> Callable[[int], str]:
 
 
 def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
-    began = time.monotonic()
-    while not something():
-        assert time.monotonic() - began < PATIENCE, "\n".join(agent.output for agent in agents)
-        assert all(agent.process.poll() is None for agent in agents), "\n".join(agent.output for agent in agents)
-        time.sleep(0.02)
+    """Wait for something before which no agent ends."""
+
+    def output() -> str:
+        return "\n".join(agent.output for agent in agents)
+
+    wait_until(lambda: something() or any(agent.process.poll() is not None for agent in agents), PATIENCE, output)
+    assert something(), output()
 
 
 def test_torchrun_restarts_killed_ranks_and_the_weights_are_those_of_the_uninterrupted_run(

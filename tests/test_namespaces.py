@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import SCRIPT, descendants, fork, run_script, stop
-from conftest import ROOT, weights_hash
+from chaos import fork, run_script, stop
+from conftest import ROOT, SCRIPT, weights_hash
+from processes import descendants
 from warm import run_words
 
 from scaling_fl.records import checkpoint

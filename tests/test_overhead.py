@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import overhead
 import pytest
+from processes import descendants
+from waiting import state_of, wait_until
 
 PEERS = Path(overhead.__file__).parent / "peers"
 
@@ -36,7 +37,9 @@ def test_a_processs_cpu_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [PEERS.parent / "overhead.py", *sorted(PEERS.glob("*.py"))], ids=lambda path: path.stem
+    "path",
+    [PEERS.parent / "overhead.py", PEERS.parent / "processes.py", *sorted(PEERS.glob("*.py"))],
+    ids=lambda path: path.stem,
 )
 def test_peers_and_the_floor_run_none_of_our_code(path: Path) -> None:
     nodes = list(ast.walk(ast.parse(path.read_text())))
@@ -57,32 +60,17 @@ def test_a_program_stops_and_ends_with_all_its_processes() -> None:
     program = overhead.Program.__new__(overhead.Program)
     program.process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
-        wait_for(lambda: "sleep" in [*map(name_of, overhead.family(program.process.pid))])
-        found = [*overhead.family(program.process.pid)]
+        wait_until(lambda: "sleep" in [*map(name_of, descendants(program.process.pid))])
+        found = [program.process.pid, *descendants(program.process.pid)]
         program._signal(signal.SIGSTOP)
-        wait_for(lambda: {*map(state_of, found)} == {"T"})
+        wait_until(lambda: {*map(state_of, found)} == {"T"})
     finally:
         program.end()
-    wait_for(lambda: {*map(state_of, found)} <= {"Z", ""})
+    wait_until(lambda: {*map(state_of, found)} <= {"Z", ""})
 
 
 def name_of(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
-
-
-def state_of(pid: int) -> str:
-    """T is stopped, Z has ended; "" if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def wait_for(something: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not something():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_peer_that_fails_is_left_out_and_the_library_is_not(capsys: pytest.CaptureFixture[str]) -> None:

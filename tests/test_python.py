@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, refusal, succeed
+from waiting import wait_until
 
 from scaling_fl import PeerError, Run, Settings, plan, train
 
@@ -220,10 +220,3 @@ train(Settings(**{values | {"num_rounds": 100_000}!r}), ranks=2, on_round=lambda
     caller.wait()
     wait_until(lambda: not Path(f"/proc/{run}/cmdline").exists())
     assert json.loads((tmp_path / "runs" / "1" / "run.json").read_text())["status"] == "INTERRUPTED"
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

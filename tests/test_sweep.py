@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights_hash
 from sacred.arg_parser import get_config_updates
 from test_report import write_run
+from waiting import wait_until
 
 from scaling_fl.experiment.checks import quote_text
 from scaling_fl.experiment.grid import find_done, find_grid_problems, make_grid, name_sweep, read_values
@@ -329,13 +329,6 @@ def test_a_sweep_whose_output_is_closed_ends_its_runs(
     for path in tmp_path.glob("here/*/output.txt"):
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process has it open
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_signal_ends_all_runs_and_the_same_command_goes_on_with_them(
