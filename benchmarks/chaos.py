@@ -25,7 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from threading import RLock, Timer
@@ -126,7 +126,7 @@ class Stop:
     seconds: float  # until the command had ended
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """The result of a run, or of all runs of a campaign."""
 
@@ -461,7 +461,7 @@ def campaign(settings: dict[str, object], folder: Path, num_kills: int, random: 
         planned = upcoming
     results.append(finish(settings, run_folder, planned.num_ranks if planned else 1))
     assert all(result == results[0] for result in results), "runs that were killed differ"
-    return Result(results[0].weights, results[0].num_rounds, results[0].metrics, kills)
+    return replace(results[0], kills=kills)
 
 
 def interruptions(
@@ -492,7 +492,14 @@ def interruptions(
             run_folder = folder / str(len(results))
             run_folder.mkdir()
     assert all(result == results[0] for result in results), "runs that were interrupted differ"
-    return Result(results[0].weights, results[0].num_rounds, results[0].metrics, stops=stops)
+    return replace(results[0], stops=stops)
+
+
+def compare(result: Result, alone: Result, strategy: str, events: str) -> None:
+    """Check that a campaign ended as the run without interruption, and print its weights."""
+    if (result.weights, result.metrics) != (alone.weights, alone.metrics):
+        raise SystemExit(f"error: {strategy} did not end as the run without interruption")
+    print(f"{strategy}: {events}, weights SHA-256 {result.weights}", flush=True)
 
 
 def print_table(title: str, groups: Mapping[str, Sequence[Kill | Stop]]) -> None:
@@ -529,21 +536,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         base = make_files(Path(name, "files"))
         for number, strategy in enumerate(STRATEGIES):
-            num_kills = (options.kills + number) // len(STRATEGIES)
-            settings = base | {"strategy": strategy}
-            Path(name, strategy, "alone").mkdir(parents=True)
-            alone = finish(settings, Path(name, strategy, "alone"), num_ranks=1)
-            result = campaign(settings, Path(name, strategy), num_kills, random)
-            kills += result.kills
-            if (result.weights, result.metrics) != (alone.weights, alone.metrics):
-                raise SystemExit(f"error: {strategy} did not end as the run without interruption")
-            print(f"{strategy}: {num_kills} kills, weights SHA-256 {result.weights}", flush=True)
-            if num_signals := (options.signals + number) // len(STRATEGIES):
-                result = interruptions(settings, Path(name, strategy, "signals"), num_signals, random)
-                stops += result.stops
-                if (result.weights, result.metrics) != (alone.weights, alone.metrics):
-                    raise SystemExit(f"error: {strategy} did not end as the run without interruption")
-                print(f"{strategy}: {num_signals} times SIGTERM, weights SHA-256 {result.weights}", flush=True)
+            num_kills, num_signals = ((count + number) // len(STRATEGIES) for count in (options.kills, options.signals))
+            settings, folder = base | {"strategy": strategy}, Path(name, strategy)
+            (folder / "alone").mkdir(parents=True)
+            alone = finish(settings, folder / "alone", num_ranks=1)
+            killed = campaign(settings, folder, num_kills, random)
+            compare(killed, alone, strategy, f"{num_kills} kills")
+            kills += killed.kills
+            if num_signals:
+                stopped = interruptions(settings, folder / "signals", num_signals, random)
+                compare(stopped, alone, strategy, f"{num_signals} times SIGTERM")
+                stops += stopped.stops
     print_table("a rank was killed in", {phase: [kill for kill in kills if kill.phase == phase] for phase in PHASES})
     print_summary(kills, time.monotonic() - began)
     if stops:
