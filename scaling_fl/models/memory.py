@@ -73,9 +73,7 @@ def estimate_bytes(
     held = measure(model)[1] + sum(buffer.nbytes for buffer in model.buffers())
     with stand_ins(model):
         passes = [
-            activation_bytes(
-                model, batch, is_training, accumulates=accumulates, autocast=autocast if is_training else None
-            )
+            activation_bytes(model, batch, is_training, accumulates=accumulates, autocast=autocast)
             for batch, is_training in ((training, True), (testing, False))
             if batch is not None
         ]
@@ -163,7 +161,7 @@ def activation_bytes(
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors: dict[str, Tensor] = {name: _fake(fakes, tensor) for name, tensor in named.items()}
     fake_batch = {name: fakes.from_tensor(tensor) for name, tensor in batch.items()}
-    step = Step(model.train(is_training), 1 + (is_training and accumulates), autocast)
+    step = Step(model.train(is_training), 1 + (is_training and accumulates), autocast if is_training else None)
     # functional_call leaves the fakes in a module that the model has at two places, as the embeddings of prompt tuning.
     held: list[dict[str, Any]] = [of for module in model.modules() for of in (module._parameters, module._buffers)]
     before = [(of, {**of}) for of in held]

@@ -6,6 +6,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -41,9 +42,7 @@ def _find_layers(model: Any, others: Collection[str]) -> dict[str, nn.Module]:
     """Return the linear layers that are quantised, by name, as transformers chooses them."""
     from transformers.pytorch_utils import Conv1D  # here, as a federation of other models needs no transformers
 
-    places: dict[int, int] = {}
-    for _, weight in model.named_parameters(remove_duplicate=False):
-        places[id(weight)] = places.get(id(weight), 0) + 1
+    places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         name: module
