@@ -10,14 +10,13 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import EVIL, Reader, evaluate, only, write_run
 
-from scaling_fl.report.answers import answers
 from scaling_fl.report.charts import PLOTS
 from scaling_fl.report.confusions import confusions
 from scaling_fl.report.findings import findings
 from scaling_fl.report.page import folded, page
 from scaling_fl.report.runs import Run
 from scaling_fl.report.sites import sites
-from scaling_fl.report.tables import summary
+from scaling_fl.report.tables import answers, summary
 
 
 def skip_odd_rounds(round_: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scaling_fl.report.runs import Run
+from scaling_fl.report.runs import Run, cut
 
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def as_png(figure: "Figure", title: str, legend: Legend) -> bytes:
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     if legend:
         handles = [Line2D([], [], color=colour.light, **LEGEND_STYLES[glyph]) for colour, glyph, _ in legend]
-        texts = [text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…" for _, _, text in legend]
+        texts = [cut(text, MAX_NAME) for _, _, text in legend]
         num_columns = 1 if max(map(len, texts)) > MAX_NAME // 2 else 3
         figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(legend) // num_columns))
         figure.legend(handles, texts, loc="outside lower left", ncols=num_columns, frameon=False, fontsize=9)

@@ -17,8 +17,6 @@ from scaling_fl.report.drawings import (
     draw_sorted,
     draw_speed,
     draw_spread,
-    in_last_round,
-    seconds_of_sites,
 )
 from scaling_fl.report.runs import Run
 from scaling_fl.report.steps import draw_by_step
@@ -159,7 +157,7 @@ PLOTS = [
         "Gain, site by site",
         "What a site gains by federating: the test accuracy of the global model minus that of the site's own model, "
         "before averaging, on the site's test examples.",
-        partial(draw_sorted, values=in_last_round("gain"), y="gain of test accuracy, last round", sign=1),
+        partial(draw_sorted, name="gain", y="gain of test accuracy, last round", sign=1),
     ),
     Plot(
         "site-test-accuracy-sorted",
@@ -167,7 +165,7 @@ PLOTS = [
         "Test accuracy, site by site",
         "The global model on each site's own test examples, by increasing accuracy, in the last round. A steep start "
         "shows a few sites that it does not serve.",
-        partial(draw_sorted, values=in_last_round("test_accuracy"), y="test accuracy, last round", sign=1),
+        partial(draw_sorted, name="test_accuracy", y="test accuracy, last round", sign=1),
     ),
     Plot(
         "site-test-accuracy",
@@ -196,7 +194,7 @@ PLOTS = [
         "Training accuracy, site by site",
         "The sites of the last round, by increasing accuracy. A steep start shows a few sites that the model does not "
         "fit.",
-        partial(draw_sorted, values=in_last_round("accuracy"), y="training accuracy, last round", sign=1),
+        partial(draw_sorted, name="accuracy", y="training accuracy, last round", sign=1),
     ),
     Plot(
         "site-seconds",
@@ -211,7 +209,7 @@ PLOTS = [
         "Seconds, site by site",
         "The median over the rounds, by decreasing seconds. A steep start shows a few stragglers for which the others "
         "may wait.",
-        partial(draw_sorted, values=seconds_of_sites, y="seconds a round, median", sign=-1),
+        partial(draw_sorted, name="seconds", of=Run.median_of_sites, y="seconds a round, median", sign=-1),
     ),
     Plot(
         "time",

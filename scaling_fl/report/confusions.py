@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scaling_fl.report.runs import Run, as_list, numbers
+from scaling_fl.report.runs import Run, as_list, cut, numbers
 from scaling_fl.report.tables import NONE, Row, Table
 
 MAX_LABELS = 20  # of a matrix; of more, the largest confusions are listed
@@ -20,7 +20,8 @@ def confusions(run: Run) -> Table | None:
             if len(counts):
                 words = f"of {run.name} in {data}, after round {step:.0f}"
                 num_labels = max(len(run.labels), counts[:, :2].max() + 1)
-                return matrix(run, counts, words) if num_labels <= MAX_LABELS else largest(run, counts, words)
+                make_table = matrix if num_labels <= MAX_LABELS else largest
+                return make_table(run, counts, words)
     return None
 
 
@@ -59,8 +60,7 @@ def largest(run: Run, counts: np.ndarray, words: str) -> Table | None:
 
 def label_name(run: Run, label: int) -> str:
     """Return the name of a class, cut if it is long."""
-    name = run.labels[label] if label < len(run.labels) else f"class {label}"
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+    return cut(run.labels[label] if label < len(run.labels) else f"class {label}", MAX_NAME)
 
 
 def percent(part: int, whole: int) -> str:

@@ -21,13 +21,15 @@ from scaling_fl.report.canvas import (
     line,
     run_style,
 )
-from scaling_fl.report.runs import Run, last_known, over_rounds, time_unit
+from scaling_fl.report.runs import Run, cut, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANY_RUNS, MANY_SITES = 3, 40
 CELL = "#2f86c8"  # of the heat map; the opacity is the fraction
+
+SiteValues = Callable[[Run, str], np.ndarray]  # run, metric -> a value for each site
 
 
 def curve(axes: "Axes", index: int, run: Run, x: np.ndarray, name: str, **style: Any) -> None:
@@ -126,11 +128,13 @@ def draw_spread(axes: "Axes", runs: list[Run], *, name: str, y: str, low_is_wors
     return [*legend, (GREY, LIGHT_BAND, "all sites")] if len(runs) == 1 else legend
 
 
-def draw_sorted(axes: "Axes", runs: list[Run], *, values: Callable[[Run], np.ndarray], y: str, sign: int) -> Legend:
+def draw_sorted(
+    axes: "Axes", runs: list[Run], *, name: str, y: str, sign: int, of: SiteValues = Run.last_of_sites
+) -> Legend:
     """Draw a value of each site, the worst first, and name the worst site of a single run."""
     same = len({run.num_sites for run in runs}) == 1
     for index, run in enumerate(runs):
-        sites = values(run)
+        sites = of(run, name)
         order = np.argsort(sign * sites)[: int((~np.isnan(sites)).sum())]
         if not len(order):
             continue
@@ -198,19 +202,9 @@ def draw_labels(axes: "Axes", _: list[Run], *, run: Run) -> None:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     every = -(-num_classes // 16)
-    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in run.labels[::every]]
+    names = [cut(name, 14) for name in run.labels[::every]]
     axes.set_yticks(range(0, num_classes, every), names, fontsize=10 if num_classes <= 8 else 8)
     if many:
         axes.set_xticks([0, num_sites - 1], ["1", f"{num_sites:,}"])
     elif num_sites <= MANY_POINTS:
         axes.set_xticks(range(num_sites))
-
-
-def seconds_of_sites(run: Run) -> np.ndarray:
-    """Return the median seconds of each site for a round."""
-    return over_rounds(run.of_sites("seconds"))
-
-
-def in_last_round(name: str) -> Callable[[Run], np.ndarray]:
-    """Return a function that returns each site's value in the last round that has the metric."""
-    return lambda run: last_known(run.of_sites(name))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_fl.report.runs import Run, best, last_known, over_rounds
+from scaling_fl.report.runs import Run, best
 
 # A finding is reported beyond these limits.
 ACCURACY_DROP = 0.02  # below the best round's accuracy
@@ -117,7 +117,7 @@ def failures(run: Run) -> Iterator[str]:
 
 def straggler(run: Run) -> Iterator[str]:
     """Report a slow site, and whether it has more data than others."""
-    seconds = over_rounds(run.of_sites("seconds"))
+    seconds = run.median_of_sites("seconds")
     slowest = best(seconds)
     if slowest is None or not (ratio := seconds[slowest] / np.nanmedian(seconds)) > SLOW_SITE:
         return
@@ -132,7 +132,7 @@ def straggler(run: Run) -> Iterator[str]:
 
 def unevenness(run: Run) -> Iterator[str]:
     """Report a device for which the others wait."""
-    seconds = over_rounds(run.of_sites("seconds"))
+    seconds = run.median_of_sites("seconds")
     load: dict[tuple[str, str], float] = {}
     for site, value in zip(run.sites, seconds, strict=False):
         if "rank" in site and not np.isnan(value):
@@ -151,7 +151,7 @@ def unevenness(run: Run) -> Iterator[str]:
 
 def federating(run: Run) -> Iterator[str]:
     """Report how many sites gain by federating, and which gains least."""
-    gain, shared, alone = (last_known(run.of_sites(name)) for name in ("gain", "test_accuracy", "local_accuracy"))
+    gain, shared, alone = (run.last_of_sites(name) for name in ("gain", "test_accuracy", "local_accuracy"))
     if np.isnan(gain).all():
         return
     least, known = int(np.nanargmin(gain)), int((~np.isnan(gain)).sum())
@@ -166,14 +166,14 @@ def federating(run: Run) -> Iterator[str]:
 
 def unfairness(run: Run) -> Iterator[str]:
     """Report a site with a low accuracy: on its test examples, or in training if it has none."""
-    accuracy, of = last_known(run.of_sites("test_accuracy")), "test"
+    accuracy, of = run.last_of_sites("test_accuracy"), "test"
     if np.isnan(accuracy).all():
-        accuracy, of = last_known(run.of_sites("accuracy")), "training"
+        accuracy, of = run.last_of_sites("accuracy"), "training"
     if np.isnan(accuracy).all():
         return
     worst, median = int(np.nanargmin(accuracy)), np.nanmedian(accuracy)
     if median - accuracy[worst] > ACCURACY_GAP:
-        label, examples = main_label(run, worst), last_known(run.of_sites("test_examples"))[worst]
+        label, examples = main_label(run, worst), run.last_of_sites("test_examples")[worst]
         count = f", on {examples:,.0f} examples," if of == "test" and not np.isnan(examples) else ""
         yield (
             f"{site_name(run, worst, 'Site')} has a {of} accuracy of {accuracy[worst]:.3f}{count} in the last "

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from scaling_fl.report.answers import answers
 from scaling_fl.report.canvas import GLYPHS, VARIABLES, Legend, run_legend
 from scaling_fl.report.charts import Chart
 from scaling_fl.report.confusions import confusions
 from scaling_fl.report.findings import findings, status
 from scaling_fl.report.runs import Run, time_unit
 from scaling_fl.report.sites import sites
-from scaling_fl.report.tables import Row, Table, by_key, different, machine, metrics, settings, summary
+from scaling_fl.report.tables import Row, Table, answers, by_key, different, machine, metrics, settings, summary
 
 LIGHT = "".join(f"--{name}:{colour.light};" for name, colour in VARIABLES.items())
 DARK = "".join(f"--{name}:{colour.dark};" for name, colour in VARIABLES.items())

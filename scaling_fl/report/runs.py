@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,21 @@ class Run:
             row[list(by_site)] = numbers(by_site.values())
         return table
 
+    def median_of_sites(self, name: str) -> np.ndarray:
+        """Return the median of `site.{name}` over the rounds, NaN for sites without a value."""
+        table = self.of_sites(name)
+        medians = np.full(self.num_sites, np.nan)
+        known = ~np.isnan(table).all(axis=0)
+        if known.any():
+            medians[known] = np.nanmedian(table[:, known], axis=0)
+        return medians
+
+    def last_of_sites(self, name: str) -> np.ndarray:
+        """Return `site.{name}` in the last round in which a site has it, NaN for the other sites."""
+        table = self.of_sites(name)
+        known = table[~np.isnan(table).all(axis=1)]
+        return known[-1] if len(known) else np.full(self.num_sites, np.nan)
+
     @cached_property
     def sites(self) -> list[dict[str, Any]]:
         """The known properties of each site; sites that have no fixed place have no rank."""
@@ -105,7 +120,7 @@ class Run:
         """How many examples each site trains on."""
         counts = np.full(self.num_sites, np.nan)
         counts[: len(self.sites)] = numbers(site.get("examples") for site in self.sites)
-        return np.where(np.isnan(counts), over_rounds(self.of_sites("examples")), counts)
+        return np.where(np.isnan(counts), self.median_of_sites("examples"), counts)
 
     @cached_property
     def phases(self) -> dict[str, np.ndarray]:
@@ -135,26 +150,17 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else []
 
 
+def cut(value: object, most: int) -> str:
+    """Return a value as a text of at most so many characters."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def of_each_site(value: Any) -> dict[int, Any]:
     """Return a metric that has a value for each site, by site; older runs have a list."""
     if isinstance(value, dict):
         return {int(site): number for site, number in value.items() if site.isdecimal()}
     return dict(enumerate(as_list(value)))
-
-
-def over_rounds(table: np.ndarray) -> np.ndarray:
-    """Return the median over the rounds (rows) of each site (column), NaN for sites without a value."""
-    medians = np.full(table.shape[1], np.nan)
-    known = ~np.isnan(table).all(axis=0)
-    if known.any():
-        medians[known] = np.nanmedian(table[:, known], axis=0)
-    return medians
-
-
-def last_known(table: np.ndarray) -> np.ndarray:
-    """Return the last row that has a value, or a row of NaN."""
-    rows = np.flatnonzero(~np.isnan(table).all(axis=1))
-    return table[rows[-1]] if len(rows) and table.shape[1] else np.full(table.shape[1], np.nan)
 
 
 def best(values: np.ndarray) -> int | None:
@@ -168,36 +174,28 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def read(folders: Sequence[str]) -> list[Run]:
-    """Read the folders of runs, and name each after its job or its folder.
+    """Read the folders of runs, and add the folder to names that are not different.
 
     Raises:
         ValueError: a folder is not that of a run, has no finished round, or has an invalid file.
     """
     runs = [read_run(folder) for folder in folders]
-    names = Counter(run["name"] for run in runs)
-    return [
-        Run(**{**run, "name": run["name"] if names[run["name"]] == 1 else f"{run['name']} ({run['folder']})"})
-        for run in runs
-    ]
+    names = Counter(run.name for run in runs)
+    return [run if names[run.name] == 1 else replace(run, name=f"{run.name} ({run.folder})") for run in runs]
 
 
-def read_run(folder: str) -> dict[str, Any]:
-    """Return the fields of a run."""
+def read_run(folder: str) -> Run:
+    """Read the folder of a run, and name it after its job or its folder."""
     if not os.path.isfile(os.path.join(folder, "run.json")):
         raise ValueError(f"{folder!r}: expected the folder of a run, such as runs/1, got one without a run.json")
     config, record = (read_object(os.path.join(folder, name)) for name in ("config.json", "run.json"))
     rounds = read_rounds(os.path.join(folder, "rounds.jsonl")) or read_metrics(os.path.join(folder, "metrics.json"))
     if not rounds:
         raise ValueError(f"{folder!r}: expected a run with a finished round, got none")
-    return {
-        "folder": folder,
-        "name": str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}")
-        + ", centralised" * (config.get("centralised") is True),
-        "config": {key: value for key, value in config.items() if not key.startswith("__")},
-        "record": record,
-        "info": read_object(os.path.join(folder, "info.json")),
-        "rounds": rounds,
-    }
+    name = str(config.get("job_name") or f"run {os.path.basename(os.path.abspath(folder))}")
+    name += ", centralised" * (config.get("centralised") is True)
+    settings = {key: value for key, value in config.items() if not key.startswith("__")}
+    return Run(folder, name, settings, record, read_object(os.path.join(folder, "info.json")), rounds)
 
 
 def read_object(path: str) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """The table of the most notable sites of a run."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from scaling_fl.report.findings import failed_rounds, main_label, of_site
-from scaling_fl.report.runs import Run, last_known, over_rounds
+from scaling_fl.report.runs import Run
 from scaling_fl.report.tables import NONE, Row, Table, number
 
 ALL_SITES, WORST_SITES = 10, 5  # up to 10 sites are all listed; of more, the 5 worst of each kind
@@ -26,8 +24,8 @@ def sites(run: Run) -> Table | None:
     """Return the table of a run's most notable sites: those that gain least, or else are least accurate, first."""
     if not run.num_sites:
         return None
-    seconds, memory = over_rounds(run.of_sites("seconds")), over_rounds(run.of_sites("memory_mb"))
-    latest = {name: last_known(run.of_sites(name)) for name in LATEST}
+    seconds, memory = run.median_of_sites("seconds"), run.median_of_sites("memory_mb")
+    latest = {name: run.last_of_sites(name) for name in LATEST}
     failed = failed_rounds(run)
     badness = {
         "failed": np.where(failed, failed, np.nan),
@@ -37,29 +35,23 @@ def sites(run: Run) -> Table | None:
         "slowest": seconds,
     }
     chosen = choose_worst(badness) if run.num_sites > ALL_SITES else choose_all(run, badness)
-    columns: list[tuple[str, Callable[[int], str]]] = [
-        ("why", lambda site: ", ".join(chosen[site]) or NONE),
-        ("name", lambda site: str(of_site(run, site).get("name", NONE))),
-        ("rank", lambda site: str(of_site(run, site).get("rank", NONE))),
-        ("device", lambda site: str(of_site(run, site).get("device", NONE))),
-        *((title, latest_text(latest[name], form)) for name, (title, form) in LATEST.items()),
-        ("examples", lambda site: number(run.examples[site], "{:,.0f}")),
-        ("tokens", lambda site: number(of_site(run, site).get("tokens"), "{:,.0f}")),
-        ("mostly", lambda site: main_label(run, site) or NONE),
-        ("seconds", lambda site: number(seconds[site], "{:,.2f}")),
-        ("s per 1,000 examples", lambda site: number(1000 * seconds[site] / run.examples[site], "{:,.2f}")),
-        ("MB", lambda site: number(memory[site], "{:,.0f}")),
-        ("rounds failed", lambda site: str(failed[site] or NONE)),
-    ]
-    filled = [(name, texts) for name, text in columns if set(texts := [text(site) for site in chosen]) - {NONE}]
-    rows = [Row(f"site {site}", [texts[row] for _, texts in filled]) for row, site in enumerate(chosen)]
+    known = [of_site(run, site) for site in chosen]
+    columns = {
+        "why": [", ".join(reasons) or NONE for reasons in chosen.values()],
+        **{name: [str(of.get(name, NONE)) for of in known] for name in ("name", "rank", "device")},
+        **{title: [number(latest[name][site], form) for site in chosen] for name, (title, form) in LATEST.items()},
+        "examples": [number(run.examples[site], "{:,.0f}") for site in chosen],
+        "tokens": [number(of.get("tokens"), "{:,.0f}") for of in known],
+        "mostly": [main_label(run, site) or NONE for site in chosen],
+        "seconds": [number(seconds[site], "{:,.2f}") for site in chosen],
+        "s per 1,000 examples": [number(1000 * seconds[site] / run.examples[site], "{:,.2f}") for site in chosen],
+        "MB": [number(memory[site], "{:,.0f}") for site in chosen],
+        "rounds failed": [str(failed[site] or NONE) for site in chosen],
+    }
+    filled = {name: texts for name, texts in columns.items() if set(texts) - {NONE}}
+    rows = [Row(f"site {site}", [texts[row] for texts in filled.values()]) for row, site in enumerate(chosen)]
     which = "The worst sites" if run.num_sites > ALL_SITES else "All sites"
-    return Table(f"{which} of {run.name}", [name for name, _ in filled], rows)
-
-
-def latest_text(values: np.ndarray, form: str) -> Callable[[int], str]:
-    """Return a function that returns the text of a site's value."""
-    return lambda site: number(values[site], form)
+    return Table(f"{which} of {run.name}", [*filled], rows)
 
 
 def choose_all(run: Run, badness: dict[str, np.ndarray]) -> dict[int, list[str]]:

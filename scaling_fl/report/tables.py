@@ -1,4 +1,4 @@
-"""The tables of a report: results, settings, metrics and machines."""
+"""The tables of a report: results, settings, metrics, machines, and the answers to sample questions."""
 
 import json
 import re
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from scaling_fl.report.runs import Run, last_known, over_rounds
+from scaling_fl.report.runs import Run, as_list, cut
 
 NONE = "–"
-MAX_VALUE = 160  # most characters of a setting
+ANSWERS = "sample.answers"  # of the metrics
+MAX_VALUE = 160  # most characters of a setting, or of an answer
+MAX_ANSWERED = 4  # rounds: the first and the last ones with answers
 
 
 @dataclass(frozen=True)
@@ -57,43 +59,25 @@ def at_best(name: str) -> Callable[[Run], float]:
     return lambda run: np.nan if run.best_round is None else run.metric(name)[run.best_round]
 
 
-def median(values: np.ndarray) -> float:
-    """Return the median of the known values, NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(np.median(known)) if len(known) else np.nan
-
-
-def total(values: np.ndarray) -> float:
-    """Return the sum of the known values, NaN if there are none."""
-    return np.nan if np.isnan(values).all() else float(np.nansum(values))
+def known(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> float:
+    """Return a statistic that leaves out NaN, such as np.nanmax; NaN if no value is known."""
+    return np.nan if np.isnan(values).all() else float(statistic(values))
 
 
 def of_last_sites(name: str, statistic: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
     """Return a function that returns a statistic over the sites of the last round."""
-
-    def value(run: Run) -> float:
-        values = last_known(run.of_sites(name))
-        return np.nan if np.isnan(values).all() else float(statistic(values))
-
-    return value
+    return lambda run: known(statistic, run.last_of_sites(name))
 
 
 def slowest_over_median(run: Run) -> float:
     """Return the seconds of the slowest site, divided by those of the median site."""
-    seconds = over_rounds(run.of_sites("seconds"))
-    return np.nan if np.isnan(seconds).all() else float(np.nanmax(seconds) / np.nanmedian(seconds))
+    return known(lambda seconds: np.nanmax(seconds) / np.nanmedian(seconds), run.median_of_sites("seconds"))
 
 
 def training_percentage(run: Run) -> float:
     """Return the training time in percent of the time after set-up."""
     spent = sum(values.sum() for phase, values in run.phases.items() if phase != "setup")
     return 100 * run.phases["train"].sum() / spent if "train" in run.phases and spent else np.nan
-
-
-def most_memory(run: Run) -> float:
-    """Return the peak memory of all sites in MB."""
-    memory = run.of_sites("memory_mb")
-    return np.nan if np.isnan(memory).all() else float(np.nanmax(memory))
 
 
 SCORES = {"accuracy": ("accuracy", 1), "macro_f1": ("macro-F1", 1), "balanced_accuracy": ("balanced accuracy", 1)}
@@ -115,15 +99,15 @@ MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
     ("worst site's test accuracy", of_last_sites("test_accuracy", np.nanmin), "{:.4f}", 1),
     ("worst site's training accuracy", of_last_sites("accuracy", np.nanmin), "{:.4f}", 1),
     ("sites' deviation of training accuracy", of_last_sites("accuracy", np.nanstd), "{:.4f}", -1),
-    ("seconds in all", lambda run: total(run.metric("time.round_s")), "{:,.1f}", -1),
-    ("seconds a round", lambda run: median(run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
+    ("seconds in all", lambda run: known(np.nansum, run.metric("time.round_s")), "{:,.1f}", -1),
+    ("seconds a round", lambda run: known(np.nanmedian, run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
     ("training, of the time after set-up", training_percentage, "{:.0f} %", 1),
     ("slowest site, over the median", slowest_over_median, "{:.2f} ×", -1),
-    ("MB sent in all", lambda run: total(run.metric("comm.bytes") * 1e-6), "{:,.1f}", -1),
-    ("examples a second", lambda run: median(run.metric("speed.examples_per_s")), "{:,.1f}", 1),
-    ("tokens a second", lambda run: median(run.metric("speed.tokens_per_s")), "{:,.0f}", 1),
-    ("most memory of a site, MB", most_memory, "{:,.0f}", -1),
-    ("examples to train on", lambda run: total(run.examples), "{:,.0f}", 0),
+    ("MB sent in all", lambda run: known(np.nansum, run.metric("comm.bytes") * 1e-6), "{:,.1f}", -1),
+    ("examples a second", lambda run: known(np.nanmedian, run.metric("speed.examples_per_s")), "{:,.1f}", 1),
+    ("tokens a second", lambda run: known(np.nanmedian, run.metric("speed.tokens_per_s")), "{:,.0f}", 1),
+    ("most memory of a site, MB", lambda run: known(np.nanmax, run.of_sites("memory_mb")), "{:,.0f}", -1),
+    ("examples to train on", lambda run: known(np.nansum, run.examples), "{:,.0f}", 0),
 ]
 
 
@@ -190,6 +174,25 @@ def machine(run: Run) -> dict[str, Any]:
         if run.record.get(key)
     }
     return {"folder": run.folder, **times, **host, **(described if isinstance(described, dict) else {})}
+
+
+def answers(run: Run) -> Table | None:
+    """Return a language model's answers to each sample question, before training and after the last rounds.
+
+    Without questions or answers, return None.
+    """
+    questions = as_list(run.config.get("sample_questions"))
+    found = [
+        (step, texts) for step, of in zip(run.steps, run.rounds, strict=True) if (texts := as_list(of.get(ANSWERS)))
+    ]
+    if not questions or not found:
+        return None
+    shown = found if len(found) <= MAX_ANSWERED else [found[0], *found[1 - MAX_ANSWERED :]]
+    rows = [
+        Row(cut(question, MAX_VALUE), [cut(texts[at], MAX_VALUE) if at < len(texts) else NONE for _, texts in shown])
+        for at, question in enumerate(questions)
+    ]
+    return Table(f"Answers of {run.name}", [f"after round {step:.0f}" for step, _ in shown], rows)
 
 
 def number(value: Any, form: str) -> str:
