@@ -94,6 +94,18 @@ def write_bytes(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes, t
         raise FileNotFoundError("there is no such bucket") from None
 
 
+def write_whole(filesystem: fsspec.AbstractFileSystem, path: str, part: str, data: bytes) -> None:
+    """Write a file under the name `part`, and rename it: it is there as a whole or not at all."""
+    try:
+        write_bytes(filesystem, part, data)
+        filesystem.mv(part, path)
+    except BaseException:
+        if not is_remote(filesystem):
+            with suppress(OSError):
+                filesystem.rm(part)
+        raise
+
+
 def check_reachable(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
     """Raise the error of a store that does not answer or refuses; `isfile` and `isdir` would return False."""
     if is_remote(filesystem):

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from scaling_fl.data.files import locate, reason
 from scaling_fl.data.json_rows import read_values
 from scaling_fl.data.oasst import MESSAGE, Message, find_pairs, messages_of
 from scaling_fl.errors import preview
-from scaling_fl.storage import check_reachable, is_remote, retry, write_bytes
+from scaling_fl.storage import check_reachable, is_remote, retry, write_bytes, write_whole
 from scaling_fl.training.seeds import derive_seed
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -145,21 +144,12 @@ def write_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     filesystem, inner = locate(path)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    retry(filesystem, repr(path), partial(_write, filesystem, inner, data))
-
-
-def _write(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    folder, _, name = inner.rpartition("/")
     if is_remote(filesystem):  # whose files appear when they are complete
-        return write_bytes(filesystem, path, data)
-    folder, _, name = path.rpartition("/")
-    part = f"{folder}/.{name}.part"
-    try:
-        write_bytes(filesystem, part, data)
-        filesystem.mv(part, path)
-    except BaseException:
-        with suppress(OSError):
-            filesystem.rm(part)
-        raise
+        write = partial(write_bytes, filesystem, inner, data)
+    else:
+        write = partial(write_whole, filesystem, inner, f"{folder}/.{name}.part", data)
+    retry(filesystem, repr(path), write)
 
 
 def _read(path: str) -> Iterator[dict[str, Any]]:

@@ -70,8 +70,7 @@ def save_best(directory: str | None, weights: dict[str, Tensor], history: Histor
         CheckpointError, ValueError: as for `save`.
     """
     if directory is not None and rank() == 0:
-        state = {"round": len(history) - 1, "server": {"weights": weights}, "history": history, "settings": settings}
-        checkpoint.write(directory, BEST, state)
+        checkpoint.write(directory, BEST, {"weights": weights}, history, settings)
 
 
 def load_best(

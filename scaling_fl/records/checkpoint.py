@@ -4,7 +4,6 @@ import io
 import logging
 import re
 import warnings
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from scaling_fl.distributed.collectives import all_gather, broadcast_bytes, rank
 from scaling_fl.errors import one_line
 from scaling_fl.records.checksum import SHA256, sha256, sign
-from scaling_fl.storage import WriteError, check_reachable, is_remote, retry, with_timeout, write_bytes
+from scaling_fl.storage import WriteError, check_reachable, retry, with_timeout, write_bytes, write_whole
 from scaling_fl.training.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -63,9 +62,8 @@ def save(
     """
     if directory is None or rank() != 0:
         return
+    write(directory, f"round-{len(history) - 1}.pt", global_model, history, settings)
     filesystem, path = fsspec.core.url_to_fs(directory)
-    state = {"round": len(history) - 1, "server": global_model, "history": history, "settings": settings}
-    write(directory, f"round-{len(history) - 1}.pt", state)
 
     def remove_old() -> None:
         for number in _find_rounds(filesystem, path)[keep:]:
@@ -75,29 +73,22 @@ def save(
         retry(filesystem, f"old checkpoints in {directory}", remove_old)
 
 
-def write(directory: str, name: str, state: dict[str, Any]) -> None:
-    """Write a file with a checksum, under a temporary name first.
+def write(directory: str, name: str, global_model: dict[str, Any], history: History, settings: dict[str, Any]) -> None:
+    """Write the file `name` with a checksum, under a temporary name first; the arguments are those of `save`.
 
     Raises:
         CheckpointError: the disk cannot be written to.
         ValueError: the store refuses, or does not answer for `storage.RETRY_SECONDS`.
     """
     filesystem, path = fsspec.core.url_to_fs(directory)
+    state = {"round": len(history) - 1, "server": global_model, "history": history, "settings": settings}
     data = io.BytesIO()  # torch's writer would replace the store's error by its own
     torch.save(sign(state), data)
 
     def write_and_rename() -> None:
         # One temporary name for all files, so that the file of a killed run is overwritten. A store renames by a copy,
         # which is atomic, and a removal.
-        part = f"{path}/.round.pt.part"
-        try:
-            write_bytes(filesystem, part, data.getvalue())
-            filesystem.mv(part, f"{path}/{name}")
-        except BaseException:
-            if not is_remote(filesystem):
-                with suppress(OSError):
-                    filesystem.rm(part)
-            raise
+        write_whole(filesystem, f"{path}/{name}", f"{path}/.round.pt.part", data.getvalue())
 
     try:
         retry(filesystem, f"{directory}/{name}", write_and_rename)
