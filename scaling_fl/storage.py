@@ -59,6 +59,13 @@ def naming_place(place: str) -> Iterator[None]:
         raise WriteError(f"{place}: expected a disk that can be written to, got {one_line(error)}") from error
 
 
+def local_path(url: str) -> str | None:
+    """Return the path of a file or folder on a disk of this machine; None if it is elsewhere."""
+    if fsspec.core.split_protocol(url)[0] not in (None, "file", "local"):
+        return None
+    return fsspec.core.url_to_fs(url)[1]
+
+
 def is_remote(filesystem: fsspec.AbstractFileSystem) -> bool:
     """Tell whether this is an object store, such as s3 and gs, whose classes in fsspec are asynchronous."""
     return filesystem.async_impl

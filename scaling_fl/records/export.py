@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.best import copy_best
-from scaling_fl.storage import WriteError
+from scaling_fl.storage import WriteError, local_path
 
 RECORD_BYTES = 100_000  # reserved for a run's record
 MODEL_FOLDER = "model"  # of the final model, in the run's folder
@@ -108,10 +106,7 @@ def space_for_checkpoints(directory: str | None, size: int, num_rounds: int, kee
         num_rounds: the rounds that remain.
         keep: how many checkpoints to keep; None keeps all.
     """
-    if directory is None or num_rounds == 0:
-        return []
-    filesystem, path = fsspec.core.url_to_fs(directory)
-    if not isinstance(filesystem, LocalFileSystem):
+    if directory is None or num_rounds == 0 or (path := local_path(directory)) is None:
         return []
     final = peak = num_rounds
     if keep is not None:

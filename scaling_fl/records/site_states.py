@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import fsspec
 import torch
 
 from scaling_fl.distributed.collectives import all_gather
@@ -16,7 +15,7 @@ from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.checksum import sign
 from scaling_fl.records.export import SpaceNeeded, complete
-from scaling_fl.storage import WriteError
+from scaling_fl.storage import WriteError, local_path
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class SiteStates:
     is where it was before.
 
     Args:
-        folder: of the node; it is created with its first file.
+        folder: of the node, which exists.
         history: of the rounds that are done. The run adds each of the next.
         run: what a file of this run has, and no other.
         is_temporary: the folder goes with the run, which leaves no checkpoint. Otherwise the states of the round before
@@ -151,10 +150,7 @@ class SiteStates:
         kept = num_sites + (self.num_kept - 1) * num_trained
         num_new = num_trained * num_rounds
         peak, final = (max(min(most - self.num_files, num_new), 0) for most in (kept + num_trained, kept))
-        folder = self.folder
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)
-        return SpaceNeeded(folder, self.folder, f"{peak:,} states of optimisers", peak * size, final * size)
+        return SpaceNeeded(self.folder, self.folder, f"{peak:,} states of optimisers", peak * size, final * size)
 
     def _list_files(self) -> dict[int, set[int]]:
         """Return the rounds of the files of each site."""
@@ -189,6 +185,5 @@ def try_to_keep(state: dict[str, Any]) -> None:
 
 def local_folder(directory: str) -> str | None:
     """Return the folder of states for a folder of checkpoints; None if that is not on a local disk."""
-    if fsspec.core.split_protocol(directory)[0] not in (None, "file", "local"):
-        return None
-    return os.path.join(fsspec.core.url_to_fs(directory)[1], FOLDER)
+    path = local_path(directory)
+    return None if path is None else os.path.join(path, FOLDER)
