@@ -44,21 +44,20 @@ class Table:
     """
 
     def __init__(self, num_sites: int | None, *, with_failures: bool, with_answers: bool = False) -> None:
-        hidden = {"sites.cohort"} if num_sites is None else set()
-        hidden |= set() if with_failures else {"sites.failed"}
-        hidden |= set() if with_answers else {"validation.exact_match"}
-        self._columns = {name: metric for name, metric in METRICS.items() if metric.title and name not in hidden}
+        shows = {"sites.cohort": num_sites is not None, "sites.failed": with_failures}
+        shows["validation.exact_match"] = with_answers
+        self._columns = {name: metric for name, metric in METRICS.items() if metric.title and shows.get(name, True)}
         if num_sites is not None:
             title = f"sites of {num_sites:,}"
             self._columns["sites.cohort"] = replace(METRICS["sites.cohort"], title=title)
-        print_once(" | ".join(["round", *(str(metric.title) for metric in self._columns.values())]))
+        print_once(" | ".join(["round", *(metric.title for metric in self._columns.values())]))
 
     def print_round(self, round_: int, metrics: Metrics) -> None:
         """Print a round's line."""
         cells = [f"{round_:>5}"]
         for name, metric in self._columns.items():
             cell = metric.form.format(metrics[name] * metric.scale) if name in metrics else "-"
-            cells.append(cell.rjust(len(str(metric.title))))
+            cells.append(cell.rjust(len(metric.title)))
         print_once(" | ".join(cells))
 
 

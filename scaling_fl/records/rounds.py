@@ -22,14 +22,14 @@ class Metric:
     Args:
         unit: as users read it.
         meaning: in one sentence.
-        title: of its column on the console; None if it has none.
+        title: of its column on the console; empty if it has none.
         form: how a number is printed there.
         scale: of the number printed there.
     """
 
     unit: str
     meaning: str
-    title: str | None = None
+    title: str = ""
     form: str = "{:.4f}"
     scale: float = 1
 
@@ -141,23 +141,19 @@ SPREAD = {
     "mean": "the mean of `site.{0}`, each site counting once",
     "std": "the population's standard deviation of `site.{0}`, likewise",
 }
-METRICS |= {
+SPREAD_METRICS = {
     f"sites.{name}.{of}": Metric(METRICS[f"site.{name}"].unit, meaning.format(name))
     for name in OVER_SITES
     for of, meaning in SPREAD.items()
 }
+METRICS |= SPREAD_METRICS
 
 
 def table() -> str:
     """Return the table of metrics in Markdown, as docs/metrics.md has it."""
-    rows = [f"| `{name}` | {of.unit} | {of.meaning} |" for name, of in METRICS.items() if not is_spread(name)]
+    rows = [f"| `{name}` | {of.unit} | {of.meaning} |" for name, of in METRICS.items() if name not in SPREAD_METRICS]
     rows += [f"| `sites.<name>.{of}` | | {meaning.format('<name>')} |" for of, meaning in SPREAD.items()]
     return "\n".join(["| column | unit | meaning |", "|---|---|---|", *rows])
-
-
-def is_spread(name: str) -> bool:
-    """Tell whether a metric is about how another one spreads over the sites."""
-    return name.startswith("sites.") and name.endswith(tuple(f".{of}" for of in SPREAD))
 
 
 def describe_metrics() -> dict[str, dict[str, str]]:
