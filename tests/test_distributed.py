@@ -1,5 +1,6 @@
 """Ranks exchange values correctly, and an error on one rank reaches all."""
 
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,13 @@ def where_the_store_listens() -> list[str]:
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
     port = f":{int(os.environ['MASTER_PORT']):04X}"
     return [line[1].removesuffix(port) for line in lines if line[3] == "0A" and line[1].endswith(port)]
+
+
+def test_collections_of_forked_ranks_visit_no_object_of_their_parent_which_visits_its_own() -> None:
+    made = [[] for _ in range(10_000)]
+    before = gc.get_freeze_count()
+    assert launch(gc.get_freeze_count, num_ranks=1, fork=True)[0] >= before + len(made) / 2
+    assert gc.get_freeze_count() <= before
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="addresses are read in /proc, which is not here")

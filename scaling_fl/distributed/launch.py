@@ -103,14 +103,7 @@ def launch(function: Callable[..., object], *args: object, num_ranks: int, fork:
 
 def _launch_forks(config: LaunchConfig, function: Callable[..., object], args: tuple) -> list:
     all_started = multiprocessing.get_context("fork").Barrier(config.nproc_per_node)
-    # The garbage collector writes into every object that it visits, and so would copy the memory that forks share.
-    has_frozen_objects = gc.get_freeze_count() > 0  # which stay so
-    gc.freeze()
-    try:
-        results = elastic_launch(config, _forked_rank)(all_started, function, *args)
-    finally:
-        if not has_frozen_objects:
-            gc.unfreeze()
+    results = elastic_launch(config, _forked_rank)(all_started, function, *args)
     return [results[number] for number in range(config.nproc_per_node)]
 
 
@@ -194,6 +187,7 @@ def _forked_rank(all_started: Barrier, function: Callable[..., object], *args: o
     No rank joins the others before all are forked. A thread of the parent process serves their store, and a lock that
     it holds at the moment of a fork, such as the name resolver's, is never released in the child.
     """
+    gc.freeze()  # the collector writes into every object that it visits, and so would copy the memory that forks share
 
     def start(*args: object) -> object:
         all_started.wait()
