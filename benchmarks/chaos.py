@@ -39,6 +39,7 @@ from processes import SCRIPT, descendants
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from scaling_fl import storage
 from scaling_fl.federation import local_training
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.round import Federation
@@ -246,8 +247,8 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
         call(filesystem, path, data[: int(fraction * len(data))])
         die()
 
-    def watch(owner: Any, name: str, phase: str, kill: Callable, num_calls: int = 0) -> None:
-        call = getattr(owner, name)
+    def watch(owner: Any, name: str, phase: str, kill: Callable) -> None:
+        call, num_calls = getattr(owner, name), 0
 
         def watched(*args: Any, **options: Any) -> Any:
             nonlocal num_calls
@@ -269,7 +270,7 @@ def watch_phases(board: Board, planned: PlannedKill | None) -> None:
     watch(Federation, "score", EVALUATION, within)
     watch(GlobalModel, "step", STEP, within)
     watch(dist, "all_reduce", COLLECTIVE, around)
-    watch(checkpoint, "write_bytes", WRITING, halfway, num_calls=-1)  # the first call tests the folder
+    watch(storage, "write_bytes", WRITING, halfway)
     watch(LocalFileSystem, "mv", RENAMING, around)
 
 

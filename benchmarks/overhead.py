@@ -89,7 +89,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """How much final weights may differ from the floor's, whose sum in float32 is rounded with each site."""
+        """How much final weights below 1 may differ from the floor's, whose float32 sum is rounded with each site."""
         return max(1e-5, self.num_sites * 2**-24)
 
     def model(self) -> nn.Module:
@@ -346,7 +346,7 @@ def compare(case: str, pythons: dict[str, str], num_repetitions: int) -> dict[st
             print(case, run, *(f"{name} {value:.3f}" for name, value in times.items()), sep=" | ", end="")
             print(f" | differs by {difference:.0e}", flush=True)
             if not difference <= (most := CASES[case].tolerance):
-                raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {most:.0e}")
+                raise SystemExit(f"error: the weights of {run} differ from the floor's by more than {most:.1e}")
             for name, value in times.items():
                 measured[run][name].append(value)
     complete: dict[str, dict[str, list[float]]] = {}

@@ -101,8 +101,11 @@ def write_bytes(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes, t
         raise FileNotFoundError("there is no such bucket") from None
 
 
-def write_whole(filesystem: fsspec.AbstractFileSystem, path: str, part: str, data: bytes) -> None:
-    """Write a file under the name `part`, and rename it: it is there as a whole or not at all."""
+def write_whole(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes, *, part: str) -> None:
+    """Write a file under the name `part`, and rename it: `path` is there as a whole or not at all.
+
+    A store renames by a copy, which is atomic, and a removal; after an error it may keep `part`.
+    """
     try:
         write_bytes(filesystem, part, data)
         filesystem.mv(part, path)

@@ -112,8 +112,13 @@ def wait_for(something: Callable[[], object], agents: Sequence[Agent]) -> None:
     def output() -> str:
         return "\n".join(agent.output for agent in agents)
 
-    wait_until(lambda: something() or any(agent.process.poll() is not None for agent in agents), PATIENCE, output)
-    assert something(), output()
+    def is_so() -> bool:
+        if something():
+            return True
+        assert all(agent.process.poll() is None for agent in agents), output()
+        return False
+
+    wait_until(is_so, PATIENCE, output)
 
 
 def test_torchrun_restarts_killed_ranks_and_the_weights_are_those_of_the_uninterrupted_run(

@@ -148,7 +148,7 @@ def write_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if is_remote(filesystem):  # whose files appear when they are complete
         write = partial(write_bytes, filesystem, inner, data)
     else:
-        write = partial(write_whole, filesystem, inner, f"{folder}/.{name}.part", data)
+        write = partial(write_whole, filesystem, inner, data, part=f"{folder}/.{name}.part")
     retry(filesystem, repr(path), write)
 
 

@@ -57,7 +57,11 @@ class RankVector:
         return self.values.view(torch.float32)[: len(self.values)]
 
     def fill(self, has_sum: bool) -> Generator[tuple[slice, Tensor, bool]]:
-        """Yield where each piece is, the piece, to be overwritten, and `has_sum`: whether it has been in this round."""
+        """Yield where each piece is, the piece, which is to be overwritten, and whether it has a sum.
+
+        Args:
+            has_sum: whether this rank has filled the vector in this round.
+        """
         for where in self._slices(0, len(self.values)):
             yield where, self.values[where], has_sum
 
@@ -150,7 +154,7 @@ class SharedVector(RankVector):
         return -(-self._memory.values.nbytes // len(self.ranks))
 
     def fill(self, has_sum: bool) -> Generator[tuple[slice, Tensor, bool]]:
-        """Yield as RankVector does, but whether any rank has filled the piece in this round.
+        """Yield as RankVector does, but for `has_sum` whether any rank has filled the piece in this round.
 
         No other rank sees the piece until the next one; close the iterator after use.
         """

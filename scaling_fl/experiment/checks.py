@@ -57,10 +57,16 @@ def find_problems(checks: Sequence[Callable[[], object]]) -> list[str]:
 
 
 def expect(settings: Settings, reason: str, hint: str = "", **values: Any) -> None:
-    """Check that settings have the only `values` that make sense, for a reason in words.
+    """Refuse settings whose values are not these.
+
+    Args:
+        settings: to check.
+        reason: follows "as" in the sentence.
+        hint: ends the sentence.
+        values: that are expected, by setting.
 
     Raises:
-        ValueError: one has another value. The sentence ends with `hint`.
+        ValueError: a setting has another value.
     """
     for name, value in values.items():
         if (given := getattr(settings, name)) != value:

@@ -86,9 +86,8 @@ def write(directory: str, name: str, global_model: dict[str, Any], history: Hist
     torch.save(sign(state), data)
 
     def write_and_rename() -> None:
-        # One temporary name for all files, so that the file of a killed run is overwritten. A store renames by a copy,
-        # which is atomic, and a removal.
-        write_whole(filesystem, f"{path}/{name}", f"{path}/.round.pt.part", data.getvalue())
+        # One temporary name for all files, so that the file of a killed run is overwritten.
+        write_whole(filesystem, f"{path}/{name}", data.getvalue(), part=f"{path}/.round.pt.part")
 
     try:
         retry(filesystem, f"{directory}/{name}", write_and_rename)

@@ -30,7 +30,7 @@ class SiteStates:
     is where it was before.
 
     Args:
-        folder: of the node, which exists.
+        folder: of the node, which exists until the end of the run.
         history: of the rounds that are done. The run adds each of the next.
         run: what a file of this run has, and no other.
         is_temporary: the folder goes with the run, which leaves no checkpoint. Otherwise the states of the round before

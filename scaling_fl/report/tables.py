@@ -59,19 +59,19 @@ def at_best(name: str) -> Callable[[Run], float]:
     return lambda run: np.nan if run.best_round is None else run.metric(name)[run.best_round]
 
 
-def known(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> float:
+def of_known(statistic: Callable[[np.ndarray], float], values: np.ndarray) -> float:
     """Return a statistic that leaves out NaN, such as np.nanmax; NaN if no value is known."""
     return np.nan if np.isnan(values).all() else float(statistic(values))
 
 
 def of_last_sites(name: str, statistic: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
     """Return a function that returns a statistic over the sites of the last round."""
-    return lambda run: known(statistic, run.last_of_sites(name))
+    return lambda run: of_known(statistic, run.last_of_sites(name))
 
 
 def slowest_over_median(run: Run) -> float:
     """Return the seconds of the slowest site, divided by those of the median site."""
-    return known(lambda seconds: np.nanmax(seconds) / np.nanmedian(seconds), run.median_of_sites("seconds"))
+    return of_known(lambda seconds: np.nanmax(seconds) / np.nanmedian(seconds), run.median_of_sites("seconds"))
 
 
 def training_percentage(run: Run) -> float:
@@ -99,15 +99,15 @@ MEASURES: list[tuple[str, Callable[[Run], float], str, int]] = [
     ("worst site's test accuracy", of_last_sites("test_accuracy", np.nanmin), "{:.4f}", 1),
     ("worst site's training accuracy", of_last_sites("accuracy", np.nanmin), "{:.4f}", 1),
     ("sites' deviation of training accuracy", of_last_sites("accuracy", np.nanstd), "{:.4f}", -1),
-    ("seconds in all", lambda run: known(np.nansum, run.metric("time.round_s")), "{:,.1f}", -1),
-    ("seconds a round", lambda run: known(np.nanmedian, run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
+    ("seconds in all", lambda run: of_known(np.nansum, run.metric("time.round_s")), "{:,.1f}", -1),
+    ("seconds a round", lambda run: of_known(np.nanmedian, run.metric("time.round_s")[run.steps > 0]), "{:,.2f}", -1),
     ("training, of the time after set-up", training_percentage, "{:.0f} %", 1),
     ("slowest site, over the median", slowest_over_median, "{:.2f} ×", -1),
-    ("MB sent in all", lambda run: known(np.nansum, run.metric("comm.bytes") * 1e-6), "{:,.1f}", -1),
-    ("examples a second", lambda run: known(np.nanmedian, run.metric("speed.examples_per_s")), "{:,.1f}", 1),
-    ("tokens a second", lambda run: known(np.nanmedian, run.metric("speed.tokens_per_s")), "{:,.0f}", 1),
-    ("most memory of a site, MB", lambda run: known(np.nanmax, run.of_sites("memory_mb")), "{:,.0f}", -1),
-    ("examples to train on", lambda run: known(np.nansum, run.examples), "{:,.0f}", 0),
+    ("MB sent in all", lambda run: of_known(np.nansum, run.metric("comm.bytes") * 1e-6), "{:,.1f}", -1),
+    ("examples a second", lambda run: of_known(np.nanmedian, run.metric("speed.examples_per_s")), "{:,.1f}", 1),
+    ("tokens a second", lambda run: of_known(np.nanmedian, run.metric("speed.tokens_per_s")), "{:,.0f}", 1),
+    ("most memory of a site, MB", lambda run: of_known(np.nanmax, run.of_sites("memory_mb")), "{:,.0f}", -1),
+    ("examples to train on", lambda run: of_known(np.nansum, run.examples), "{:,.0f}", 0),
 ]
 
 

@@ -48,10 +48,10 @@ def constant(warmup_steps: int = 0) -> RateSchedule:
     return RateSchedule(lambda progress: 1.0, num_rounds=1, warmup_steps=warmup_steps)
 
 
-# Falls by the same amount in each round.
+# The rate falls by the same amount in each round.
 linear = partial(RateSchedule, lambda progress: 1 - progress)
 
-# Falls as half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5).
+# The rate falls as half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5).
 cosine = partial(RateSchedule, lambda progress: (1 + math.cos(math.pi * progress)) / 2)
 
 SCHEDULES: dict[str, Callable[..., RateSchedule]] = {"constant": constant, "linear": linear, "cosine": cosine}
