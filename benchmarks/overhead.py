@@ -52,8 +52,7 @@ NUM_LABELS = 4
 VOCABULARY = 30_522
 LEARNING_RATE = 0.01
 TURN = 0.3  # seconds
-SAMPLE_EVERY = 0.5  # seconds from one look at the memory to the next
-LOOKING = 0.02  # of the time at most, as a look takes a core 30 ms and more where much memory is shared
+LOOK_EVERY = 0.1  # seconds that a program runs from one look at its memory to the next, in which it is stopped
 WHOLE = ("wall, s", "CPU, s")
 # Of the wall time: imports, launch and model; rounds, the steady one being the median of all but the first; the end.
 PARTS = ("before rounds, s", "first round, s", "steady round, s", "after rounds, s")
@@ -305,13 +304,13 @@ def peak_memory(case: str, run: str, python: str) -> float:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         program = Program(case, run, python, Path(folder))
         stack.callback(program.end)
-        peak, pause = 0.0, SAMPLE_EVERY / 5  # as a small case ends soon
+        peak, pause = 0.0, LOOK_EVERY
         while not program.run_for(pause):
             start = time.perf_counter()
             # A process that ends or forks during a look is counted twice in part, so look again.
             if (seen := memory(program.process.pid)) > peak:
                 peak = max(peak, min(seen, memory(program.process.pid)))
-            pause = max(SAMPLE_EVERY, (time.perf_counter() - start) / LOOKING)
+            pause = max(LOOK_EVERY, time.perf_counter() - start)  # a look takes long where much memory is shared
         program.outcome()  # which is an error if it failed
         return peak
 
