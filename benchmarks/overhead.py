@@ -401,7 +401,8 @@ def choose_peers(names: list[str] | None) -> list[str]:
 def main() -> None:
     """Measure the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"))
+    cases = "a: 16 sites; b: b64 and b256, of 64 and 256; c: 4 of a larger model; d: 1,000; try: a quick check"
+    parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, "b"}), default=list("abc"), help=cases)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="libraries, by default all but the slow ones")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Where the seconds of one command go, from typing it to its end: imports, set-up, rounds, saving, the report, exit.
+"""Where the seconds of one command go, from starting Python to its end: imports, set-up, rounds, saving, report, exit.
 
 Each line is a median of some runs of the README's first command, or of the command whose settings follow. The moments
 are those at which lines of its output arrive.
