@@ -13,8 +13,9 @@ from tiny_llm import make_llama, make_tokenizer, rows_of, say
 
 from scaling_fl.data.conversation import Conversation
 from scaling_fl.data.examples import Examples
+from scaling_fl.data.exercises import is_right as is_right_of_exercises
 from scaling_fl.data.tokens import ConversationEncoder
-from scaling_fl.experiment.answers import MARGIN, answer_questions, count_right
+from scaling_fl.experiment.answers import MARGIN, answer_questions, count_right, is_right
 from scaling_fl.training.loop import evaluate, train
 from scaling_fl.training.metrics import Means
 from scaling_fl.training.scores import score_tokens
@@ -151,3 +152,7 @@ def test_questions_are_answered_as_alone_to_the_end_token_and_without_space_arou
     assert answers == [row.turns[1].content.strip() for row in LEARNED]
     assert [answer_questions(learned(), encoder(), [text], 40)[0] for text in texts] == answers
     assert answer_questions(learned(), encoder(), texts[:2], 1) == ["Red", "Red"]
+
+
+def test_the_check_of_an_answer_is_found_beside_the_exercises() -> None:
+    assert is_right_of_exercises is is_right

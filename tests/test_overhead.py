@@ -14,6 +14,7 @@ from processes import descendants
 from waiting import state_of, wait_until
 
 PEERS = Path(overhead.__file__).parent / "peers"
+SECONDS = 30  # until processes have started, stopped or ended
 
 
 def test_a_ratio_is_of_the_same_repetition() -> None:
@@ -60,13 +61,13 @@ def test_a_program_stops_and_ends_with_all_its_processes() -> None:
     program = overhead.Program.__new__(overhead.Program)
     program.process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
-        wait_until(lambda: "sleep" in [*map(name_of, descendants(program.process.pid))])
+        wait_until(lambda: "sleep" in [*map(name_of, descendants(program.process.pid))], SECONDS)
         found = [program.process.pid, *descendants(program.process.pid)]
         program._signal(signal.SIGSTOP)
-        wait_until(lambda: {*map(state_of, found)} == {"T"})
+        wait_until(lambda: {*map(state_of, found)} == {"T"}, SECONDS)
     finally:
         program.end()
-    wait_until(lambda: {*map(state_of, found)} <= {"Z", ""})
+    wait_until(lambda: {*map(state_of, found)} <= {"Z", ""}, SECONDS)
 
 
 def name_of(pid: int) -> str:
