@@ -96,6 +96,8 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
   fi
   say "installing into .venv (once, and again when pyproject.toml or a constraint changes)"
   pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
+  # Python compiles and keeps what it imports, a part of all: pip would need a minute or two more for the rest.
+  [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || pip+=(--no-compile)
   "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
   for extra in demo ${EXTRAS:+${EXTRAS//,/ }}; do
     [[ ! -f $extra-requirements.txt ]] ||

@@ -318,13 +318,16 @@ def test_sigterm_reaches_the_program(project):
         assert process.wait(timeout=10) == 5
 
 
-def test_the_virtual_environment_is_created_once(project):
+# Python compiles what it imports, unless it may keep nothing.
+@pytest.mark.parametrize(("keeps_nothing", "compiles"), [("", "--no-compile "), ("1", "")])
+def test_the_virtual_environment_is_created_once(project, keeps_nothing, compiles):
+    project.environment["PYTHONDONTWRITEBYTECODE"] = keeps_nothing
     project.run("-c", "", RUNTIME="venv")
     made, *installed = project.calls()
     assert made == "-m venv .venv"
     assert [call.split(" install ")[1] for call in installed] == [
-        "--constraint constraints.txt --editable .[dev]",
-        "--no-deps --require-hashes --requirement demo-requirements.txt",
+        f"{compiles}--constraint constraints.txt --editable .[dev]",
+        f"{compiles}--no-deps --require-hashes --requirement demo-requirements.txt",
     ]
     project.run("-c", "", RUNTIME="venv")
     assert project.calls() == []
