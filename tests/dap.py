@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
+from helpers import ROOT
 
 PATIENCE = 60.0  # seconds on a busy machine that a test waits for anything
 RUN = ROOT / "scaling_fl" / "experiment" / "run.py"

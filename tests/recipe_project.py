@@ -1,6 +1,6 @@
 """Recipes in a folder of their own, run as a user runs them, offline with what recipes/make_toy.py makes.
 
-Its fixtures are those of conftest.py, too.
+Its fixtures are those of helpers.py, too.
 """
 
 import os

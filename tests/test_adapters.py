@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
+from helpers import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from safetensors.torch import load_file
 from test_invariants import check_promises, list_new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from helpers import refusal
 from tiny_llm import make_llama, make_tokenizer, rows_of, say
 
 from scaling_fl.data.conversation import Conversation

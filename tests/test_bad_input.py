@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPT, Command, make_bert, succeed
+from helpers import SCRIPT, Command, make_bert, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
+from helpers import refusal
 
 from scaling_fl.data.reader import read_task
 

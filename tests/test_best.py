@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, succeed, weights_hash
+from helpers import Command, succeed, weights_hash
 from transformers import AutoModelForSequenceClassification
 
 from scaling_fl.distributed.world import world

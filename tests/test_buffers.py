@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Play, make_bert, refusal
+from helpers import Play, make_bert, refusal
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 

@@ -16,8 +16,8 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 import pytest
-from conftest import Command, refusal, succeed, weights_hash
 from datasets import Dataset
+from helpers import Command, refusal, succeed, weights_hash
 from transformers import AutoConfig
 
 from scaling_fl import hub

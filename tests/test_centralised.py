@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import OPTIMISERS_HERE, Command, refusal, succeed, weights_hash
+from helpers import OPTIMISERS_HERE, Command, refusal, succeed, weights_hash
 
 from scaling_fl.command.__main__ import add_setting
 from scaling_fl.data.examples import join

@@ -25,7 +25,7 @@ from chaos import (
     start,
     wait,
 )
-from conftest import SCRIPT, Command, succeed, weights_hash
+from helpers import SCRIPT, Command, succeed, weights_hash
 from processes import descendants
 from waiting import state_of, wait_until
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import history, restore_into
 from fsspec.implementations.local import LocalFileSystem
+from helpers import history, restore_into
 from torch import nn
 
 from scaling_fl.distributed.world import world

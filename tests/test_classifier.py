@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_bert, refusal
 from datasets import Dataset
+from helpers import make_bert, refusal
 from safetensors.torch import load_file, save_file
 from tiny_models import edit, put_model
 from torch import Tensor

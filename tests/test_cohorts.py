@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, WORDS, Command, make_examples, refusal, succeed, weights_hash
+from helpers import LABELS, WORDS, Command, make_examples, refusal, succeed, weights_hash
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPT, fork_script, wait_for_exit
+from helpers import ROOT, SCRIPT, fork_script, wait_for_exit
 from test_report import write_run
 
 from scaling_fl.command import __main__ as command

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
 from datasets import Dataset
+from helpers import refusal
 
 from scaling_fl.data import conversations
 from scaling_fl.data.conversation import Conversation, Turn

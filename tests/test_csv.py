@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import refusal
+from helpers import refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PASSWORD, ROOT, Command, succeed
+from helpers import PASSWORD, ROOT, Command, succeed
 
 pytestmark = pytest.mark.long
 PATIENCE = 60.0  # seconds on a busy machine

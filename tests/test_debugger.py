@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, succeed, weights_hash
 from dap import PATIENCE, RUN, Debugger, local_variables, stop_in_the_loop, top_frame, value
+from helpers import Command, succeed, weights_hash
 
 
 class Program:

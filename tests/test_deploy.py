@@ -16,7 +16,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, Command, succeed, weights_hash
+from helpers import ROOT, Command, succeed, weights_hash
 
 DEPLOY = ROOT / "deploy"
 SLURM = DEPLOY / "slurm.sh"

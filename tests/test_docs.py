@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from test_layers import MAY_IMPORT, MODULES
 
 from scaling_fl.experiment import checks

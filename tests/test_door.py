@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import scaling_fl
 from scaling_fl.experiment.result import sites_as_numbers

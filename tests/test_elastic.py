@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPT, Command, succeed, weights_hash
+from helpers import ROOT, SCRIPT, Command, succeed, weights_hash
 from processes import descendants
 from waiting import wait_until
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, WORDS, Command, succeed, weights_hash
+from helpers import LABELS, WORDS, Command, succeed, weights_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score

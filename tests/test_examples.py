@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, refusal
+from helpers import ROOT, refusal
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import enable_full_determinism

@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import ROOT, refusal
+from helpers import ROOT, refusal
 
 from scaling_fl.data.exercises import KINDS, ONES, TENS, UNITS, is_right, make_exercises, number_in_words
 

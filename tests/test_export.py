@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, history, make_bert, refusal, restore_into, succeed, weights_hash
 from fsspec.implementations.local import LocalFileSystem
+from helpers import Command, history, make_bert, refusal, restore_into, succeed, weights_hash
 from sacred import SETTINGS
 from sacred.observers import FileStorageObserver
 from tokenizers.pre_tokenizers import PreTokenizer

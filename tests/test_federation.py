@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Play, make_bert
+from helpers import Play, make_bert
 from torch import nn
 
 from scaling_fl.federation.global_model import GlobalModel

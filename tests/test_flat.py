@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_bert, refusal
+from helpers import make_bert, refusal
 from torch import nn
 
 from scaling_fl.models.flat import flatten_, lay_out

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from helpers import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scaling_fl.models.gguf import convert_once, smollm2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, refusal, succeed, weights_hash
+from helpers import Command, refusal, succeed, weights_hash
 from tiny_llm import make_llama, make_tokenizer
 from torch import Tensor
 from transformers import (

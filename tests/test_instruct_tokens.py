@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refusal
 from datasets import Dataset
+from helpers import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm import KINDS, make_tokenizer, rows_of, say

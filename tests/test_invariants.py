@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OPTIMISERS_HERE, Play, make_bert, make_examples
+from helpers import OPTIMISERS_HERE, Play, make_bert, make_examples
 from torch import nn
 
 from scaling_fl.data.partition import iid, partition_indices
@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch: pytest.Monke
         peaks[num_sites] = max(peaks.get(num_sites, 0), tensor_bytes())
         score_classes(output, batch, means)
 
-    monkeypatch.setattr("conftest.score_classes", measured)
+    monkeypatch.setattr("helpers.score_classes", measured)
     list_new_objects_only()
     for num_sites in (2, 16):
         Play(site_ids=(0,) * num_sites, num_examples=128, batch_size=4, num_rounds=1, optimiser="adamw").play()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refusal
+from helpers import ROOT, refusal
 
 from scaling_fl.distributed.collectives import all_gather, rank
 from scaling_fl.distributed.heartbeat import PeerError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_bert, refusal
-from conftest import make_examples as make_texts
+from helpers import make_bert, refusal
+from helpers import make_examples as make_texts
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from test_next_tokens import make_examples as make_answers
 from tiny_llm import make_llama

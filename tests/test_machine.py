@@ -4,7 +4,7 @@ import hashlib
 import subprocess
 
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from scaling_fl.distributed.world import world
 from scaling_fl.records.machine import describe_machine, version_of

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LABELS, make_bert, make_examples
+from helpers import LABELS, make_bert, make_examples
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_bert, refusal
+from helpers import ROOT, make_bert, refusal
 from tiny_models import SIZES, edit, put_model, put_tokenizer
 from transformers import (
     AutoModel,

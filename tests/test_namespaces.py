@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from chaos import fork, run_script, stop
-from conftest import ROOT, SCRIPT, weights_hash
+from helpers import ROOT, SCRIPT, weights_hash
 from processes import descendants
 from warm import run_words
 

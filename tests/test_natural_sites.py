@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import WORDS, Command, refusal, succeed, weights_hash
 from datasets import Dataset
+from helpers import WORDS, Command, refusal, succeed, weights_hash
 
 from scaling_fl.data.reader import pick, read_file, read_task
 from scaling_fl.distributed.world import world

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPT, fork_script, succeed, wait_for_exit
+from helpers import SCRIPT, fork_script, succeed, wait_for_exit
 
 from scaling_fl.command import new
 from scaling_fl.experiment.checks import check

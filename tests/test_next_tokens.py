@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
 from datasets import Dataset
+from helpers import refusal
 from tiny_llm import make_llama, make_tokenizer, rows_of, say
 from torch import Tensor, nn
 from transformers import (

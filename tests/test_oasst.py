@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
 from datasets import ClassLabel, Dataset, Value
+from helpers import refusal
 
 from scaling_fl.data import conversations, oasst
 from scaling_fl.data.conversation import Conversation

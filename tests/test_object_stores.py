@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import Command, accuracies, history, refusal, restore_into, succeed, weights_hash
+from helpers import Command, accuracies, history, refusal, restore_into, succeed, weights_hash
 from torch import nn
 
 from scaling_fl import storage

@@ -14,7 +14,7 @@ from urllib.parse import quote_plus
 import gridfs
 import pymongo
 import pytest
-from conftest import PASSWORD, USER, Command, Mongod, accuracies, succeed, wait_for_exit
+from helpers import PASSWORD, USER, Command, Mongod, accuracies, succeed, wait_for_exit
 from sacred import SETTINGS
 
 from scaling_fl.records import mongo as mongo_module

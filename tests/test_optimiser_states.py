@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, refusal, succeed, weights_hash
+from helpers import Command, refusal, succeed, weights_hash
 from test_checkpoint import Trap
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer

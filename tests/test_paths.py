@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Command, succeed, weights_hash
+from helpers import Command, succeed, weights_hash
 
 from scaling_fl.storage import host_path
 

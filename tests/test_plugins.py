@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, refusal, succeed, weights_hash
+from helpers import Command, refusal, succeed, weights_hash
 from safetensors.torch import load_file
 
 from scaling_fl.data.partition import PARTITIONERS

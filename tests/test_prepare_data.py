@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, refusal
+from helpers import ROOT, refusal
 
 from scaling_fl.data.conversations import read_conversations
 from scaling_fl.data.prepare import read_pairs, split_pairs, write_rows

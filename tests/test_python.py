@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, refusal, succeed
+from helpers import Command, refusal, succeed
 from waiting import wait_until
 
 from scaling_fl import PeerError, Run, Settings, plan, train

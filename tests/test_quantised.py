@@ -15,7 +15,7 @@ import bases
 import pytest
 import torch
 from bases import LLAMA_1B, OF_FLOWERTUNE, OF_FULL, OPEN_3B, OPEN_7B, PUBLISHED
-from conftest import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
+from helpers import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
 from test_instruct import PAIRS, put_model, put_rows
 from test_invariants import check_promises, list_new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
@@ -149,7 +149,7 @@ def test_two_sixteen_and_sixty_four_sites_share_one_base_and_take_the_same_memor
             peaks[num_sites] = max(peaks.get(num_sites, 0), tensor_bytes())
         score_classes(output, batch, means)
 
-    monkeypatch.setattr("conftest.score_classes", measured)
+    monkeypatch.setattr("helpers.score_classes", measured)
     list_new_objects_only()
     for num_sites in (2, 16, 64):
         seen: list[dict[str, Tensor]] = []

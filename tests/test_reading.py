@@ -19,8 +19,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
 from datasets import ClassLabel, Dataset, Features, Value
+from helpers import refusal
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 

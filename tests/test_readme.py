@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, accuracies, fork_script, succeed, wait_for_exit, weights_hash
 from dap import PATIENCE, Debugger, stop_in_the_loop
+from helpers import ROOT, accuracies, fork_script, succeed, wait_for_exit, weights_hash
 from test_report import write_run
 from tiny_llm import make_llama, make_tokenizer
 

@@ -12,7 +12,7 @@ import nvflare_sft
 import pytest
 import table
 import torch
-from conftest import SCRIPT, fork_script, succeed, wait_for_exit
+from helpers import SCRIPT, fork_script, succeed, wait_for_exit
 from last_runs import last_runs
 from peft import PeftConfig
 from recipe_project import RECIPES, Project

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import flower_quickstart
 import pytest
 import torch
-from conftest import ROOT, weights_hash
+from helpers import ROOT, weights_hash
 from recipe_project import RECIPES, Project
 from test_readme import commands_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, WORDS
+from helpers import ROOT, WORDS
 
 EDIT = re.compile(
     r"""(?:In\s`(?P<path>[^`]+)`,\s(?P<how>after|before|in\splace\sof)\s`(?P<mark>[^`]+)`

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import ROOT, refusal
+from helpers import ROOT, refusal
 from PIL import Image, ImageColor
 
 from scaling_fl import report

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import refusal
+from helpers import refusal
 from torch import Tensor, nn
 
 from scaling_fl.distributed.world import world

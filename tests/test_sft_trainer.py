@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="trl, whose SFTTrainer the example uses, is no
 pytest.importorskip("peft")
 
 import torch
-from conftest import ROOT, Command, succeed
+from helpers import ROOT, Command, succeed
 from test_examples import state_of_process
 from test_instruct import PAIRS, put_model, put_rows
 from tiny_llm import make_llama

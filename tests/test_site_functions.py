@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from helpers import refusal
 from torch import nn
 
 from scaling_fl.distributed.launch import launch

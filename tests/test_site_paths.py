@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LABELS, WORDS, Command, accuracies, succeed, weights_hash
 from datasets import Dataset
+from helpers import LABELS, WORDS, Command, accuracies, succeed, weights_hash
 from transformers import AutoTokenizer
 
 from scaling_fl.data.reader import pick, read_file

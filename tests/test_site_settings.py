@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, refusal, succeed, weights_hash
+from helpers import Command, refusal, succeed, weights_hash
 
 from scaling_fl.command.experiment import configure
 from scaling_fl.data.tasks import TASKS

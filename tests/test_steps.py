@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command, make_bert, make_examples, refusal, succeed, weights_hash
+from helpers import Command, make_bert, make_examples, refusal, succeed, weights_hash
 from matplotlib.figure import Figure
 from test_report import only, write_run
 from test_trackers import read_board

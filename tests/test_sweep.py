@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Command, fork_script, refusal, wait_for_exit, weights_hash
+from helpers import ROOT, Command, fork_script, refusal, wait_for_exit, weights_hash
 from sacred.arg_parser import get_config_updates
 from test_report import write_run
 from waiting import wait_until

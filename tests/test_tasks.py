@@ -17,8 +17,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, Command, refusal, succeed
 from datasets import ClassLabel, Dataset, Features, Value
+from helpers import LABELS, Command, refusal, succeed
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Command, succeed, weights_hash
+from helpers import Command, succeed, weights_hash
 from warm import wait_for_exit
 
 from scaling_fl import Settings, train

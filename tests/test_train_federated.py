@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LABELS, ROOT, SCRIPT, Command, accuracies, succeed, wait_for_exit, weights_hash
 from fsspec.implementations.local import LocalFileSystem
+from helpers import LABELS, ROOT, SCRIPT, Command, accuracies, succeed, wait_for_exit, weights_hash
 from sacred.metrics_logger import MetricsLogger
 from sacred.observers import FileStorageObserver
 from torch.optim import AdamW

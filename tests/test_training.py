@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_bert, make_examples
+from helpers import make_bert, make_examples
 from torch import nn
 
 from scaling_fl.training.loop import evaluate, train, try_step, with_fixed_kernels

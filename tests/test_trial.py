@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, accuracies, succeed
+from helpers import Command, accuracies, succeed
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, edit, put_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

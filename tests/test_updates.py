@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
+from helpers import Command
 
 from scaling_fl.command import experiment as command
 from scaling_fl.command.arguments import insert_files

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, ROOT, Command, fork_script, refusal, succeed, wait_for_exit
+from helpers import LABELS, ROOT, Command, fork_script, refusal, succeed, wait_for_exit
 from test_answers import LEARNED, encoder, learned
 from test_instruct import PAIRS, put_model, put_rows
 from test_readme import commands_of

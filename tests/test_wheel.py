@@ -11,7 +11,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from conftest import LABELS, ROOT, weights_hash
+from helpers import LABELS, ROOT, weights_hash
 from tiny_models import put_model
 
 # Files that are no modules, as templates and pictures are.
