@@ -73,7 +73,7 @@ def test_the_template_explains_exactly_the_variables_that_are_read():
     explained = re.findall(r"^# ([A-Z_]+)=", TEMPLATE, re.M)
     assert len(set(explained)) == len(explained)
     assert set(explained) - {"COMPOSE_FILE"} <= interpolated | passed | script | library
-    assert (interpolated | passed | script | sacred) - {"USER"} <= set(explained)
+    assert (interpolated | passed | script | sacred) - {"USER", "PYTHONDONTWRITEBYTECODE"} <= set(explained)
 
 
 def test_the_container_passes_on_the_variables_of_the_library():
