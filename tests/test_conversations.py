@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset
 from helpers import refusal
 
-from scaling_fl.data import conversations
+from scaling_fl.data import conversation_rows
 from scaling_fl.data.conversation import Conversation, Turn
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 from scaling_fl.data.exercises import KINDS, make_exercises
 from scaling_fl.data.nicknames import DATASETS, Nickname, data_defaults
 from scaling_fl.experiment.settings import Settings
@@ -221,9 +221,9 @@ def test_another_version_or_column_does_not_use_the_cache(tmp_path: Path, monkey
     def fail(*_: object) -> None:
         raise ValueError("read again")
 
-    monkeypatch.setattr(conversations, "read_row", fail)
+    monkeypatch.setattr(conversation_rows, "read_row", fail)
     assert read(path, site_column="topic")
-    monkeypatch.setattr(conversations, "VERSION", 0)
+    monkeypatch.setattr(conversation_rows, "VERSION", 0)
     assert "read again" in refusal(lambda: read(path, site_column="topic"))
 
 

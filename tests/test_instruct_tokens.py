@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scaling_fl.data.backend import CLOSE, OPEN, make_backend
 from scaling_fl.data.conversation import Conversation, Turn
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 from scaling_fl.data.examples import Encoded
 from scaling_fl.data.holdout import HoldOut
 from scaling_fl.data.templates import TEMPLATES

@@ -20,7 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 from scaling_fl.data.examples import Examples
 from scaling_fl.data.tokens import ConversationEncoder
 from scaling_fl.training.loop import evaluate, train, try_step

@@ -14,9 +14,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Value
 from helpers import refusal
 
-from scaling_fl.data import conversations, oasst
+from scaling_fl.data import conversation_rows, oasst
 from scaling_fl.data.conversation import Conversation
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 
 Row = dict[str, Any]
 
@@ -190,7 +190,7 @@ def test_pairs_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr(oasst, "pairs_of", fail)
     assert read_conversations(path)[:] == before
     assert "found again" in refusal(lambda: read_conversations(path, site_column="lang"))
-    monkeypatch.setattr(conversations, "VERSION", 0)
+    monkeypatch.setattr(conversation_rows, "VERSION", 0)
     assert "found again" in refusal(lambda: read_conversations(path))
 
 

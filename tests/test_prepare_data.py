@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import ROOT, refusal
 
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 from scaling_fl.data.prepare import read_pairs, split_pairs, write_rows
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ from fsspec.utils import tokenize
 
 from scaling_fl.data.cache import cached, mapped
 from scaling_fl.data.columns import KEYS, NAMES, ColumnError, Columns, find_columns
-from scaling_fl.data.conversations import read_conversations
+from scaling_fl.data.conversation_rows import read_conversations
 from scaling_fl.data.labels import NUMBER, check_alike, label_name, name_site, settle_labels
 from scaling_fl.data.parquet_rows import as_texts, check_texts
 from scaling_fl.data.tasks import find_task, name_labels

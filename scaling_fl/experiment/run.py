@@ -150,7 +150,9 @@ def finish(settings: Settings, job: Job, record: Record, federation: Federation,
     """Save the last and the best model, and print what came out."""
     history, best, metric = job.history, find_best(job.history, choice), str(choice.metric)
     weights = None
-    if best is not None:
+    if best == len(history) - 1:
+        weights = job.global_model.state_dict()["weights"]
+    elif best is not None:
         best_dir = job.checkpoints_dir or record.folder
         weights = load_best(best_dir, best, history[best][metric], metric, job.identity)
     if rank() > 0:

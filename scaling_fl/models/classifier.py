@@ -64,7 +64,7 @@ def make_classifier(
     new = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
     _check_backbone(pretrained, model, info, new)
     unused = _unused_layers(model, info)
-    output_layer = _output_layer(config)
+    output_layer = _output_layer(model, config)
     if new & output_layer.keys():
         return LoadedModel(model, sorted(new), unused)
     if rows is not None:
@@ -104,17 +104,17 @@ def _order_rows_(model: PreTrainedModel, output_layer: dict[str, int], rows: Ten
         weight.copy_(weight.index_select(dimension, rows))
 
 
-def _output_layer(config: PreTrainedConfig) -> dict[str, int]:
+def _output_layer(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, int]:
     """Return the weights whose shape depends on the number of labels, and in which dimension."""
     wider = deepcopy(config)
     wider.id2label = dict(enumerate(map(str, range(config.num_labels + 1))))
     with torch.device("meta"):
-        states = [AutoModelForSequenceClassification.from_config(each).state_dict() for each in (config, wider)]
+        of_wider = AutoModelForSequenceClassification.from_config(wider).state_dict()
     return {
         name: dimension
-        for name, tensor in states[0].items()
+        for name, tensor in model.state_dict().items()
         for dimension, size in enumerate(tensor.shape)
-        if size != states[1][name].shape[dimension]
+        if size != of_wider[name].shape[dimension]
     }
 
 

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,9 +42,9 @@ def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package."""
+    """Return the version of a package, of one that is imported without the slow reading of its metadata."""
     try:
-        return version(package)
+        return str(getattr(sys.modules.get(package), "__version__", None) or version(package))
     except PackageNotFoundError:  # as of code that is run from a folder, by PYTHONPATH
         return "not installed"
 
