@@ -98,6 +98,7 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
   pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
   # Python compiles and keeps what it imports, a part of all: pip would need a minute or two more for the rest.
   [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || pip+=(--no-compile)
+  "${pip[@]}" --constraint constraints.txt pip # that of Python 3.11 looks for packages a minute longer
   "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
   for extra in demo ${EXTRAS:+${EXTRAS//,/ }}; do
     [[ ! -f $extra-requirements.txt ]] ||
