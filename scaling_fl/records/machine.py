@@ -42,7 +42,7 @@ def describe_machine(devices: Sequence[torch.device]) -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package, of one that is imported without the slow reading of its metadata."""
+    """Return the version of a package, which an imported one has at hand: to read its metadata is slow."""
     try:
         return str(getattr(sys.modules.get(package), "__version__", None) or version(package))
     except PackageNotFoundError:  # as of code that is run from a folder, by PYTHONPATH
