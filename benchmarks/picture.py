@@ -29,6 +29,7 @@ SETTINGS = [
     "num_rounds=5",
     "max_train_examples=320",
     "max_test_examples=256",
+    "max_seq_len=64",
     "batch_size=8",
     "learning_rate=1e-4",
 ]

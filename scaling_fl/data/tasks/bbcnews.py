@@ -35,6 +35,6 @@ TASK = Task(
         "max_train_examples": 480,
         "num_local_epochs": 1,
         "batch_size": 16,
-        "max_seq_len": 64,
+        "max_seq_len": 32,
     },
 )
