@@ -48,6 +48,7 @@ Command = Callable[..., tuple[int, str]]  # options and settings -> exit status 
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 OPTIMISERS_HERE = [name for name in OPTIMISERS if name != "adamw8bit" or find_spec("bitsandbytes")]
+OPTIMISER_CASES = [pytest.param(name, marks=[pytest.mark.long] * (name != "adamw")) for name in OPTIMISERS_HERE]
 USER, PASSWORD = "some one", "p@ss:w/rd %$"  # of MongoDB
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would its forks
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import OPTIMISERS_HERE, Command, refusal, succeed, weights_hash
+from helpers import OPTIMISER_CASES, Command, refusal, succeed, weights_hash
 
 from scaling_fl.command.__main__ import add_setting
 from scaling_fl.data.examples import join
@@ -74,7 +74,7 @@ def but(settings: Settings, **changes: Any) -> Settings:
     return Settings(**vars(settings) | of_others | changes)
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS_HERE)
+@pytest.mark.parametrize("optimiser", OPTIMISER_CASES)
 def test_the_twin_is_a_plain_loop_and_a_federation_of_one_site_bit_for_bit(
     twin: Settings, optimiser: str, tmp_path: Path
 ) -> None:

@@ -270,13 +270,8 @@ def run(command: Command, small_run: dict[str, object], ranks: int = 1, **settin
     return succeed(command(**small_run | {"num_rounds": 3} | SITES | settings, ranks=ranks))
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param({"local_steps": 3, "weight_by": "sites"}, id="steps"),
-        pytest.param({}, id="epochs", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("how", [{"local_steps": 3, "weight_by": "sites"}, {}], ids=["steps", "epochs"])
 def test_a_sampled_run_has_the_same_bits_on_any_ranks_and_after_a_stop(
     how: dict[str, object], command: Command, small_run: dict[str, object], tmp_path: Path
 ) -> None:

@@ -26,8 +26,11 @@ def test_type_checkers_see_what_the_door_opens() -> None:
     ("imported", "needed", "unwanted"),
     [
         ("scaling_fl", "scaling_fl", "torch numpy datasets transformers sacred pymongo tqdm"),
-        ("scaling_fl.federation.round", "torch", "datasets transformers sacred pymongo pandas"),
-        ("scaling_fl.data.examples", "torch", "datasets transformers sacred pymongo pandas"),
+        (
+            "scaling_fl.federation.round, scaling_fl.data.examples",
+            "torch",
+            "datasets transformers sacred pymongo pandas",
+        ),
     ],
 )
 def test_an_import_brings_what_it_needs(imported: str, needed: str, unwanted: str) -> None:

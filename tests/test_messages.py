@@ -123,7 +123,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
 TOLERANCES = {"bfloat16": 1e-3, "float16": 5e-4, "int8": 5e-3}
 
 
-@pytest.mark.parametrize("adapter", [None, "lora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param(None, marks=pytest.mark.long)])
 def test_narrow_messages_leave_the_loss_curve_in_its_place(
     given: dict[str, Any], tmp_path: Path, adapter: str | None
 ) -> None:

@@ -274,6 +274,7 @@ def rounds_of(store: Store, bucket: str) -> list[int]:
     return sorted(int(name[6:-3]) for name in store.names(bucket) if re.fullmatch(r"round-\d+\.pt", name))
 
 
+@pytest.mark.parametrize("store", ["s3", pytest.param("gs", marks=pytest.mark.long)], indirect=True)
 def test_a_run_with_all_files_in_a_store_equals_the_run_on_disk(
     store: Store, bucket: str, command: Command, corpus: tuple[Path, Path], on_disk: Callable[[int], str]
 ) -> None:
@@ -305,6 +306,7 @@ def test_a_checkpoint_of_another_writer_is_visible_at_once(store: Store, bucket:
     assert apart(store, look) == (False, 1, True, 2)
 
 
+@pytest.mark.parametrize("store", ["s3", pytest.param("gs", marks=pytest.mark.long)], indirect=True)
 def test_ranks_forked_after_an_access_to_the_store_can_access_it(store: Store, bucket: str) -> None:
     url = store.url(bucket, "runs/a")
 

@@ -69,7 +69,9 @@ class Fading(Optimizer):
 MADE = {"adamw": OPTIMISERS["adamw"], "momentum": partial(SGD, momentum=0.9), "fading": Fading}
 
 
-@pytest.mark.parametrize("optimiser", MADE)
+@pytest.mark.parametrize(
+    "optimiser", [pytest.param(name, marks=[pytest.mark.long] * (name != "momentum")) for name in MADE]
+)
 def test_one_site_has_one_optimiser_that_lives_through_all_rounds_and_a_lost_checkpoint(
     small_run: dict[str, Any], optimiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

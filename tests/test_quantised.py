@@ -101,7 +101,7 @@ def test_the_bits_are_those_of_transformers(bits: int, make: Callable[[], nn.Mod
     assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
 def test_an_adapter_beside_few_bits_keeps_the_promises(bits: int, tmp_path: Path) -> None:
     check_promises(partial(make_quantised, bits), tmp_path)
 
@@ -341,8 +341,10 @@ def test_ranks_and_resumed_runs_compare_the_frozen_bits_and_the_version_of_bitsa
     assert len(hashes) == 2
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "checkpoints"),
+    [(4, True), *(pytest.param(*case, marks=pytest.mark.long) for case in ((4, False), (8, True), (8, False)))],
+)
 def test_the_estimate_is_the_memory_of_training(bits: int, checkpoints: bool) -> None:
     model = LlamaForCausalLM(LLAMA)
     quantise_(model, bits)
@@ -408,6 +410,7 @@ def test_a_classifier_is_planned_from_its_configuration_but_not_trained(
         assert "model.safetensors" in refusal(partial(build, settings))
 
 
+@pytest.mark.long
 def test_the_command_plans_full_training_of_1_billion_weights_from_a_configuration(
     command: Command, tmp_path: Path
 ) -> None:

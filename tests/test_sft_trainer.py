@@ -84,7 +84,12 @@ def compare_with_the_built_in(folder: Path, given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "rate", "bits"), [("sgd", 0.5, None), ("adamw", 0.02, None), ("adamw8bit", 0.02, 4)]
+    ("optimiser", "rate", "bits"),
+    [
+        ("adamw", 0.02, None),
+        pytest.param("sgd", 0.5, None, marks=pytest.mark.long),
+        pytest.param("adamw8bit", 0.02, 4, marks=pytest.mark.long),
+    ],
 )
 def test_sft_trainer_takes_the_steps_of_the_built_in_training(
     given: dict[str, Any], tmp_path: Path, optimiser: str, rate: float, bits: int | None
@@ -104,6 +109,7 @@ def stop_and_go_on(folder: Path, given: dict[str, Any]) -> None:
         train_on_rank(Settings(**given), Record(folder=str(folder)) if rank() == 0 else None)
 
 
+@pytest.mark.long
 def test_the_command_trains_with_sft_trainer_and_neither_ranks_nor_a_stop_change_a_bit(
     given: dict[str, Any], command: Command, tmp_path: Path
 ) -> None:

@@ -228,6 +228,7 @@ def test_every_training_setting_has_an_effect(command: Command) -> None:
     assert len(set(hashes)) == len(changes), [change for i, change in enumerate(changes) if hashes[i] in hashes[:i]]
 
 
+@pytest.mark.long
 def test_evaluation_settings_change_no_weight(command: Command) -> None:
     outputs = [
         succeed(command("--unobserved", **change))
@@ -237,6 +238,7 @@ def test_evaluation_settings_change_no_weight(command: Command) -> None:
     assert accuracies(outputs[0]) == accuracies(outputs[1])
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_run(command: Command, tmp_path: Path) -> None:
     whole = succeed(command(ranks=1, num_rounds=4, strategy="fedadam"))
     settings = {"strategy": "fedadam", "checkpoints_dir": tmp_path / "checkpoints"}
@@ -409,8 +411,15 @@ def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(command: Command, t
     assert checkpoint.read(str(last))["round"] == 3, "and it is written again"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status", "ranks"),
+    [
+        (signal.SIGTERM, 143, 2),
+        (signal.SIGINT, 130, 1),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_ends_a_run_at_once_and_is_recorded(
     start: Callable[..., tuple[int, Path]], tmp_path: Path, ranks: int, number: signal.Signals, status: int
 ) -> None:
