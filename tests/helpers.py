@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from scaling_fl.data.partition import iid, partition_indices
 from scaling_fl.distributed.launch import launch
 from scaling_fl.distributed.placement import Topology, place_sites
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.build import restore_
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.local_training import LocalTraining
 from scaling_fl.federation.round import Federation
@@ -48,10 +49,14 @@ Command = Callable[..., tuple[int, str]]  # options and settings -> exit status 
 LABELS = ("sport", "tech", "food")
 WORDS = "goal match team chip code disk soup bread salt the a of and in on was very old new good".split()  # noqa: SIM905
 OPTIMISERS_HERE = [name for name in OPTIMISERS if name != "adamw8bit" or find_spec("bitsandbytes")]
-OPTIMISER_CASES = [pytest.param(name, marks=[pytest.mark.long] * (name != "adamw")) for name in OPTIMISERS_HERE]
 USER, PASSWORD = "some one", "p@ss:w/rd %$"  # of MongoDB
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would its forks
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
+
+
+def long_but(short: str, cases: Iterable[str]) -> list[Any]:
+    """Return cases of a test of which one guards what the others do, which take part in the long tests."""
+    return [pytest.param(case, marks=() if case == short else pytest.mark.long) for case in cases]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,15 +83,6 @@ def _environment() -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.delenv("DEBUG", raising=False)
         yield
-
-
-def restore_into(directory: str | None, server: GlobalModel, settings: dict[str, Any]) -> checkpoint.History:
-    """Restore the last checkpoint, and return the metrics of the completed rounds."""
-    state = checkpoint.restore(directory, settings)
-    if state is None:
-        return []
-    server.load_state_dict(state["server"])
-    return state["history"]
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +338,7 @@ class Play:
             turns = self.make_turns(model)
             server = GlobalModel(model, make_strategy(self.strategy), self.comm_dtype, topology.devices[0], turns)
             settings = {"strategy": self.strategy}
-            history = restore_into(self.checkpoints_dir, server, settings)
+            history = restore_(server, self.checkpoints_dir, settings)
             test_batches = test.fixed_batches(self.val_batch_size)
             federation = Federation(
                 topology,

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from helpers import history, restore_into
+from helpers import history
 from torch import nn
 
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.build import restore_
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.records import checkpoint
@@ -47,7 +48,7 @@ def test_a_checkpoint_is_restored_from_any_file_system(place: str, tmp_path: Pat
     checkpoint.save(directory, saved.state_dict(), history(2), SETTINGS, keep=None)
     assert checkpoint.exists(directory)
     restored = make_server()
-    assert restore_into(directory, restored, SETTINGS) == history(2)
+    assert restore_(restored, directory, SETTINGS) == history(2)
     for server in (saved, restored):
         server.exchange(server.weights - 0.3, Fraction(1))
         server.step()
@@ -56,7 +57,7 @@ def test_a_checkpoint_is_restored_from_any_file_system(place: str, tmp_path: Pat
 
 def test_nothing_is_saved_or_restored_without_a_directory() -> None:
     checkpoint.save(None, make_server().state_dict(), history(0), SETTINGS, keep=None)
-    assert restore_into(None, make_server(), SETTINGS) == []
+    assert restore_(make_server(), None, SETTINGS) == []
     assert not checkpoint.exists(None)
 
 
@@ -79,7 +80,7 @@ def test_only_the_last_checkpoints_stay_and_other_files_are_not_touched(tmp_path
         checkpoint.save(str(tmp_path), make_server().state_dict(), history(rounds), SETTINGS, keep=3)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"round-9.pt", "round-10.pt", "round-11.pt", "round-2.pt.bak", "best.pt"}
-    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 12, "by number, not by name"
+    assert len(restore_(make_server(), str(tmp_path), SETTINGS)) == 12, "by number, not by name"
 
 
 def test_a_failed_write_adds_no_checkpoint_and_does_not_damage_the_last_one(
@@ -94,7 +95,7 @@ def test_a_failed_write_adds_no_checkpoint_and_does_not_damage_the_last_one(
     monkeypatch.setattr(LocalFileSystem, "pipe_file", fail_midway)
     with pytest.raises(WriteError, match=r"/round-2.pt: expected a disk that can be written to, got no space left"):
         checkpoint.save(str(tmp_path), make_server().state_dict(), history(2), SETTINGS, keep=1)
-    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 2
+    assert len(restore_(make_server(), str(tmp_path), SETTINGS)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["round-1.pt"]
 
 
@@ -105,13 +106,13 @@ def test_a_checkpoint_gets_its_name_after_it_is_complete(tmp_path: Path, monkeyp
     def look_midway(disk: LocalFileSystem, path: str, data: bytes) -> None:
         Path(path).write_bytes(data[: len(data) // 2])
         names = sorted(path.name for path in tmp_path.glob("round-*"))
-        seen.append((names, len(restore_into(str(tmp_path), make_server(), SETTINGS))))
+        seen.append((names, len(restore_(make_server(), str(tmp_path), SETTINGS))))
         Path(path).write_bytes(data)
 
     monkeypatch.setattr(LocalFileSystem, "pipe_file", look_midway)
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(2), SETTINGS, keep=None)
     assert seen == [(["round-1.pt"], 2)]
-    assert len(restore_into(str(tmp_path), make_server(), SETTINGS)) == 3
+    assert len(restore_(make_server(), str(tmp_path), SETTINGS)) == 3
 
 
 def damage(path: Path, how: str) -> None:
@@ -149,22 +150,22 @@ def test_a_damaged_last_checkpoint_is_skipped_with_a_warning_and_a_single_damage
     damage(tmp_path / "round-2.pt", how)
     server = make_server()
     with caplog.at_level(logging.WARNING):
-        assert restore_into(str(tmp_path), server, SETTINGS) == history(1)
+        assert restore_(server, str(tmp_path), SETTINGS) == history(1)
     assert "round-2.pt, which is damaged" in caplog.text
     assert server.sha256() == make_server(rounds=1).sha256()
     (tmp_path / "round-1.pt").unlink()
     with pytest.raises(
         ValueError, match=r"^checkpoints_dir: expected a checkpoint .* got damaged files only in .* round 2\."
     ):
-        restore_into(str(tmp_path), make_server(), SETTINGS)
+        restore_(make_server(), str(tmp_path), SETTINGS)
     assert "sprung" not in capsys.readouterr().out
 
 
 def test_other_settings_and_another_model_are_refused_by_name(tmp_path: Path) -> None:
     checkpoint.save(str(tmp_path), make_server().state_dict(), history(1), SETTINGS, keep=None)
     with pytest.raises(ValueError, match=r"got .*, where seed was 1 and is 2; alpha was None and is 3"):
-        restore_into(str(tmp_path), make_server(), SETTINGS | {"seed": 2, "alpha": 3})
+        restore_(make_server(), str(tmp_path), SETTINGS | {"seed": 2, "alpha": 3})
     with pytest.raises(
         ValueError, match=r"expected this model's weight, \[6, 1\], got \[5, 1\]\. It is of another model"
     ):
-        restore_into(str(tmp_path), make_server(num_weights=6), SETTINGS)
+        restore_(make_server(num_weights=6), str(tmp_path), SETTINGS)

@@ -27,7 +27,7 @@ def test_type_checkers_see_what_the_door_opens() -> None:
     [
         ("scaling_fl", "scaling_fl", "torch numpy datasets transformers sacred pymongo tqdm"),
         (
-            "scaling_fl.federation.round, scaling_fl.data.examples",
+            "scaling_fl.data.examples, scaling_fl.federation.round",
             "torch",
             "datasets transformers sacred pymongo pandas",
         ),

@@ -176,7 +176,7 @@ def test_evaluation_changes_no_bit_of_the_weights(command: Command, tmp_path: Pa
     variants: list[dict[str, Any]] = [
         {},
         {"evaluate_every": 2},
-        {"evaluate_every": 100},
+        {"evaluate_every": 100, "max_test_examples": 7},
         {"max_test_examples_per_site": 3, "evaluate_local": True, "central_evaluation": False, "evaluate_every": 2},
     ]
     hashes = [weights_hash(succeed(command(**{"num_rounds": 3, **variant}))) for variant in variants]
@@ -264,11 +264,11 @@ def test_a_sample_of_each_site_is_trained_on_without_a_test_file(command: Comman
     ("given", "sentence"),
     [
         ({"central_evaluation": False}, "central_evaluation: expected True, as without site_test_fraction, "),
-        ({"evaluate_local": True}, "evaluate_local: expected sites with test examples, got none that has some"),
+        ({"evaluate_local": True}, "evaluate_local: expected sites with test examples, got none. Set site_test_fraction"),
         ({"site_test_fraction": 1}, "site_test_fraction: expected a fraction > 0 and < 1, such as 0.2 or None, got 1"),
         (
             {"num_sites": 61, "site_test_fraction": 0.5},
-            "site_test_fraction: expected a site with two different texts, or groups of rows, or more, got none",
+            "site_test_fraction: expected a site with at least two different texts or groups of rows, got none",
         ),
         ({"evaluation_sites": [1]}, "evaluation_sites: expected sites with test or validation examples, got [1]"),
         ({"test_path": None}, "test_path: expected a path or URL for task_name='text', got None"),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from helpers import Command, history, make_bert, refusal, restore_into, succeed, weights_hash
+from helpers import Command, history, make_bert, refusal, succeed, weights_hash
 from sacred import SETTINGS
 from sacred.observers import FileStorageObserver
 from tokenizers.pre_tokenizers import PreTokenizer
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import BertTokenizerFast, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, modeling_utils
 
 from scaling_fl.distributed.world import world
+from scaling_fl.experiment.build import restore_
 from scaling_fl.federation.global_model import GlobalModel
 from scaling_fl.federation.strategies import make_strategy
 from scaling_fl.records import checkpoint, console, export, observers
@@ -290,7 +291,7 @@ def test_weights_go_to_the_first_disk_with_space_and_replace_no_files(
         for directory in (first[0], second[0]):
             assert directory.startswith("checkpoints/")
             restored = GlobalModel(nn.Linear(100, 100), make_strategy("fedavg"))
-            assert restore_into(directory, restored, {"seed": 1}) == history(3)
+            assert restore_(restored, directory, {"seed": 1}) == history(3)
             assert torch.equal(restored.weights, server.weights)
         assert f"are in {lent}/runs/1/checkpoints/round-3.pt" in place(folder=lent / "runs/1")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import OPTIMISER_CASES, OPTIMISERS_HERE, Play, make_bert, make_examples
+from helpers import OPTIMISERS_HERE, Play, long_but, make_bert, make_examples
 from torch import nn
 
 from scaling_fl.data.partition import iid, partition_indices
@@ -20,7 +20,7 @@ from scaling_fl.training.seeds import derive_seed
 
 QUIET = partial(make_bert, dropout=0.0)
 # One with state proves what holds for all of them; the others take part in the long tests.
-EACH_STRATEGY = [pytest.param(name, marks=() if name == "fedadam" else pytest.mark.long) for name in STRATEGIES]
+EACH_STRATEGY = long_but("fedadam", STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", EACH_STRATEGY)
@@ -100,7 +100,7 @@ def weights_of(server: object, federation: object) -> torch.Tensor:
     return server.weights.clone()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISER_CASES)
+@pytest.mark.parametrize("optimiser", long_but("adamw", OPTIMISERS_HERE))
 def test_a_federation_of_one_site_is_ordinary_training_bit_for_bit_on_any_rank(optimiser: str) -> None:
     play = Play(site_ids=(0,), num_rounds=3, num_epochs=2, optimiser=optimiser, watch=weights_of)
     expected = torch.cat([weight.detach().reshape(-1) for weight in train_plainly(play, make_bert()).parameters()])

@@ -12,7 +12,7 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SMALLER = [
     (1, "max_train_examples=240", "max_train_examples=32"),
     (1, "max_test_examples=120", "max_test_examples=40"),
-    (1, "num_rounds=3", "num_rounds=1,\n    max_seq_len=32"),
+    (1, "num_rounds=3", "num_rounds=1"),
     (-1, '"num_rounds": 4', '"num_rounds": 2'),
 ]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Command, refusal, succeed, weights_hash
+from helpers import Command, long_but, refusal, succeed, weights_hash
 from test_checkpoint import Trap
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
@@ -69,9 +69,7 @@ class Fading(Optimizer):
 MADE = {"adamw": OPTIMISERS["adamw"], "momentum": partial(SGD, momentum=0.9), "fading": Fading}
 
 
-@pytest.mark.parametrize(
-    "optimiser", [pytest.param(name, marks=[pytest.mark.long] * (name != "momentum")) for name in MADE]
-)
+@pytest.mark.parametrize("optimiser", long_but("fading", MADE))
 def test_one_site_has_one_optimiser_that_lives_through_all_rounds_and_a_lost_checkpoint(
     small_run: dict[str, Any], optimiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,7 +376,7 @@ def test_states_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_checked_before_ranks_are_forked_starts_no_threads_and_asks_no_gpu() -> None:
-    """A fork of a process in which torch has computed with several threads waits for them for ever.
+    """A fork of a process in which torch has computed with several threads waits for them forever.
 
     And CUDA, which the import of bitsandbytes starts, works in no fork.
     """

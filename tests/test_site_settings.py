@@ -91,7 +91,7 @@ def test_each_wrong_value_is_a_sentence() -> None:
     ]
 
 
-def test_the_record_has_texts_as_keys_whoever_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_has_texts_as_keys_though_settings_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """MongoDB takes no others."""
     monkeypatch.setitem(TASKS, "late", Task(defaults={"site_settings": {1: OWN}}))
     assert configure({"task_name": "late"})["site_settings"] == {"1": OWN}

@@ -202,7 +202,7 @@ def test_neither_ranks_nor_stops_change_a_point_and_logging_changes_no_weight(co
 
 def test_steps_of_rounds_that_were_not_logged_are_those_planned() -> None:
     def job(*history: dict[str, int]) -> Any:
-        return SimpleNamespace(history=history, schedule=SimpleNamespace(count_steps=lambda round_: 10 * round_))
+        return SimpleNamespace(history=history, schedule=SimpleNamespace(most_steps=lambda round_: 10 * round_))
 
     assert count_steps_before(job({})) == 0
     assert count_steps_before(job({}, {}, {})) == 10 + 20

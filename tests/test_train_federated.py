@@ -334,7 +334,7 @@ def test_a_plan_prints_what_the_run_does_and_trains_nothing(command: Command, tm
     last = rounds(tmp_path / "runs" / "1")[-1]
     assert f"{last['comm.expected_bytes'] * 1e-6:.1f} MB sent by all ranks" in planned
     assert [(int(row[0]), row[1].strip()) for row in table[5:]] == [(0, "cpu"), (1, "cpu")]
-    assert planned.endswith("the plan holds: nothing of it would be refused\n")
+    assert planned.endswith("the plan holds: a run with these settings would not be refused\n")
 
 
 def test_a_plan_of_a_resumed_run_says_so_and_changes_no_file(command: Command, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_plan_accepts_a_model_that_works(
     put_model(tmp_path / "model", family)
     edit(tmp_path / "model" / "config.json", return_dict=False)
     plan = succeed(command("plan", **texts))
-    assert plan.endswith("the plan holds: nothing of it would be refused\n")
+    assert plan.endswith("the plan holds: a run with these settings would not be refused\n")
     assert "fake_tensor" not in plan
     output = succeed(command(**texts, report=False))
     assert "newly initialised" in output

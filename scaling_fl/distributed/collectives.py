@@ -95,7 +95,7 @@ def check_equal(values: dict[str, Any]) -> None:
 
 
 def exchange_rows(rows: Tensor) -> Tensor:
-    """Return as row r what rank r has as the row of this rank's number: (ranks, numbers)."""
+    """Send row r to rank r, and return as row r what rank r has sent: (ranks, numbers)."""
     received = torch.empty_like(rows)
     _wait(rows.nbytes - rows[0].nbytes, dist.all_to_all_single(received, rows, async_op=True))
     return received

@@ -92,7 +92,7 @@ class Heartbeat:
             signal.signal(WAKE, before)
 
     def _exchange(self) -> None:
-        """Write this rank's heartbeats and read those of the others. Torch's store may block here for ever."""
+        """Write this rank's heartbeats and read those of the others. Torch's store may block here forever."""
         keys = [f"heartbeat/{rank}" for rank in range(self._num_ranks)]
         last_answer = time.monotonic()
         beat = 0

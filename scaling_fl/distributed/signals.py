@@ -1,7 +1,7 @@
 """Ask a process to end: raise an error in its main thread, again until it arrives.
 
 A signal's handler raises its error at any point of the main thread. Code that catches every error (`except:`) and
-destructors lose it, and while a lock is acquired it would leave the lock locked for ever. So the request is stored. A
+destructors lose it, and while a lock is acquired it would leave the lock locked forever. So the request is stored. A
 thread lets the handler raise it again until the end of `interruptible`, and `check_interrupt` raises it too.
 """
 
@@ -67,7 +67,7 @@ def set_handlers(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals,
 
 
 def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Restore the handlers of a caller that continues, whom no earlier signal ends any more."""
+    """Restore the handlers of a caller that continues. Earlier signals no longer end its process."""
     global _num_ends
     _num_ends += 1
     set_handlers(handlers)

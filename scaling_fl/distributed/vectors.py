@@ -154,7 +154,7 @@ class SharedVector(RankVector):
         return -(-self._memory.values.nbytes // len(self.ranks))
 
     def fill(self, has_sum: bool) -> Generator[tuple[slice, Tensor, bool]]:
-        """Yield as RankVector does, but for `has_sum` whether any rank has filled the piece in this round.
+        """Yield as RankVector does, but whether any rank has filled the piece in this round; `has_sum` has no effect.
 
         No other rank sees the piece until the next one; close the iterator after use.
         """

@@ -18,8 +18,8 @@ from scaling_fl.models.generate import Sampling, find_end_ids, find_room, genera
 from scaling_fl.training.scores import Totals
 from scaling_fl.training.seeds import derive_seed
 
-TOGETHER = 8  # questions of a batch
-LEAST, LARGE = 1e-6, 1e6  # a temperature at which the most probable token is certain, and one at which all are alike
+BATCH_SIZE = 8  # questions that are answered together
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # the most probable token is certain; all tokens are equally probable
 INCOMPLETE = "\ufffd"  # stands for a character of which some bytes are still to come
 MARGIN = 8  # tokens that a right answer may have more than the expected one, as of spaces and separators of thousands
 
@@ -117,9 +117,10 @@ class Answering:
         for name in ("temperature", "top_p"):
             if not isinstance(value := getattr(self, name), Real):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
-        if self.temperature and not LEAST <= self.temperature < LARGE:
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature: expected 0 or a number >= {LEAST} and < {LARGE:g}, got {self.temperature!r}"
+                f"temperature: expected 0 or a number >= {MIN_TEMPERATURE} and < {MAX_TEMPERATURE:g}, got "
+                f"{self.temperature!r}"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number > 0 and <= 1, got {self.top_p!r}")
@@ -156,7 +157,7 @@ def answer(
     for prompt in map(tuple, prompts):
         seeds.append(derive_seed(how.seed, "answer", asked[prompt], *prompt))
         asked[prompt] += 1
-    size = TOGETHER if write is None else 1
+    size = BATCH_SIZE if write is None else 1
     for first in range(0, len(prompts), size):
         some = slice(first, first + size)
         stream = None if write is None else _Stream(encoder.tokenizer, write)

@@ -44,7 +44,7 @@ from scaling_fl.storage import host_path
 from scaling_fl.training.loop import Batch
 from scaling_fl.training.scores import check_packing
 
-OF_ALL_RANKS: tuple[str, ...] = (  # what a resumed run may change, but all ranks have alike
+OF_ALL_RANKS: tuple[str, ...] = (  # settings that a resumed run may change, but that are the same on all ranks
     *("num_rounds", "checkpoints_dir", "on_site_failure", "min_sites", "val_batch_size", "evaluation_sites"),
     *("evaluate_local", "evaluate_every", "best_metric", "early_stopping_rounds", "score_by", "sample_questions"),
     *("log_every_steps", "log_sites_by_step"),
@@ -62,7 +62,7 @@ class Job:
     loaded: LoadedModel
     global_model: GlobalModel
     history: checkpoint.History  # of the rounds that are done
-    identity: dict[str, Any]  # what the weights of a round depend on, which a resumed run must have alike
+    identity: dict[str, Any]  # what the weights of a round depend on; the same when a run is resumed
     checkpoints_dir: str | None  # as this machine knows it
     step_log: StepLog | None  # collects what the sites of this rank train on in a round
     states: KeptStates | None  # of the sites' optimisers
@@ -185,7 +185,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     largest = {device: largest_training_batch(settings, job, device) for device in job.topology.devices}
     try:
         if settings.pack and job.data.train:
-            check_packed(settings, job, federation)
+            check_packed(job, federation)
         federation.try_out(
             {device: batch for device, batch in largest.items() if batch is not None}, find_autocast(settings)
         )
@@ -194,7 +194,7 @@ def make_federation(settings: Settings, job: Job, training: Progress, evaluation
     return federation
 
 
-def check_packed(settings: Settings, job: Job, federation: Federation) -> None:
+def check_packed(job: Job, federation: Federation) -> None:
     """Check on one batch that the model tells texts in a row apart.
 
     Raises:

@@ -23,7 +23,8 @@ def find_contradictions(settings: Settings) -> list[str]:
         [
             lambda: _check_site_paths(settings),
             lambda: _check_site_settings(settings),
-            lambda: _check_schedule(settings),
+            lambda: _check_local_steps(settings),
+            lambda: _check_switches(settings),
             lambda: _check_trainer(settings),
             lambda: _check_optimiser_state(settings),
             lambda: _check_learning_rate(settings),
@@ -64,7 +65,7 @@ def _check_site_settings(settings: Settings) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _check_schedule(settings: Settings) -> None:
+def _check_local_steps(settings: Settings) -> None:
     for site, given in (settings.site_settings or {}).items():
         if "num_local_epochs" in given and given.get("local_steps", settings.local_steps) is not None:
             raise ValueError(
@@ -85,12 +86,16 @@ def _check_adapter(settings: Settings) -> None:
         check_bitsandbytes(f"quantise={settings.quantise}")
 
 
-def _check_trainer(settings: Settings) -> None:
-    """Refuse what the default trainer alone knows, if there is another one."""
+def _check_switches(settings: Settings) -> None:
+    """Refuse settings that refine one that is off."""
     if settings.autocast is None:
         expect(settings, "there is no autocast", force_autocast=False)
     if settings.log_every_steps is None:
         expect(settings, "there is no log_every_steps", log_sites_by_step=False)
+
+
+def _check_trainer(settings: Settings) -> None:
+    """Refuse what the default trainer alone knows, if there is another one."""
     if settings.trainer == "default":
         return
     unset: dict[str, Any] = dict.fromkeys(

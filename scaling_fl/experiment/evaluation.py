@@ -65,7 +65,7 @@ class Evaluation:
     def evaluate_local(self, sites: Iterable[int]) -> SiteEvaluation:
         """Return what evaluates the models that sites have trained, of the sites that are evaluated."""
         batches = {site: self.data.test.batches[site] for site in sites if site in self.data.test.batches}
-        score = partial(self._score, Progress())  # amid the training of others
+        score = partial(self._score, Progress())  # without a bar, as other sites train meanwhile
         return SiteEvaluation({"": Held(batches, self.data.test.counts)}, score)
 
     def evaluate_device(self, model: nn.Module, device: torch.device) -> Totals:
@@ -122,10 +122,10 @@ def check_held_out(settings: Settings, data: SiteData) -> None:
     """
     for name, held in (("site_test_fraction", data.test), ("validation_fraction", data.validation)):
         if getattr(settings, name) is not None and not held.counts:
-            raise ValueError(f"{name}: expected a site with two different texts, or groups of rows, or more, got none")
+            raise ValueError(f"{name}: expected a site with at least two different texts or groups of rows, got none")
     if settings.evaluate_local and not data.test.counts:
         raise ValueError(
-            "evaluate_local: expected sites with test examples, got none that has some. Set site_test_fraction or "
+            "evaluate_local: expected sites with test examples, got none. Set site_test_fraction or "
             "max_test_examples_per_site, or give test files in site_paths"
         )
 

@@ -27,7 +27,7 @@ from scaling_fl.records.site_states import SiteStates, local_folder, try_to_keep
 
 log = logging.getLogger(__name__)
 
-BESIDE = 1_000  # bytes of a file for each weight of the model, in addition to its numbers
+OVERHEAD_BYTES = 1_000  # of a file for each weight tensor, in addition to its numbers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KeptStates:
 
 
 def check_states(settings: Settings) -> None:
-    """Check on a rank that there are states to keep, and where: what computes does so in no process that forks.
+    """Check that there are states to keep, and where. Ranks call it, as it computes, and what forks must not.
 
     Raises:
         ValueError: the optimiser has no state, or the checkpoints of a centralised run are elsewhere.
@@ -86,7 +86,7 @@ def _make_state(settings: Settings) -> dict[str, Any]:
     try:
         return make_state(local_optimiser(settings))
     except Exception:  # of an optimiser that has other needs than a vector of weights
-        return {"is known": False}
+        return {"is known": False}  # it is taken for a state that can be kept
 
 
 def keep_states(
@@ -122,7 +122,10 @@ def keep_states(
 
 @contextmanager
 def closing(states: KeptStates | None) -> Iterator[None]:
-    """Remove temporary states after the body, but leave those with which a run goes on that another node has saved."""
+    """Remove temporary states after the body.
+
+    They stay if a rank of another node was lost: that node may have saved the weights, and the resumed run needs them.
+    """
     try:
         yield
     except PeerLost:
@@ -160,7 +163,8 @@ def _find_folder(topology: Topology, checkpoints_dir: str | None) -> str:
 def _measure_state(settings: Settings, model: nn.Module) -> int | None:
     """Return about how many bytes the file of a state has; None if it does not tell."""
     weights = trained_weights(model).values()
+    num_weights = sum(weight.numel() for weight in weights)
     try:
-        return state_bytes(local_optimiser(settings), sum(weight.numel() for weight in weights)) + BESIDE * len(weights)
+        return state_bytes(local_optimiser(settings), num_weights) + OVERHEAD_BYTES * len(weights)
     except Exception:  # as of an optimiser that takes matrices alone
         return None

@@ -74,7 +74,7 @@ def plan(settings: Settings, folder: str | None = None) -> dict[str, Any]:
         *describe_traffic(settings, job, planned),
         *console.site_table(planned["sites"]),
         *console.device_table(planned["devices"]),
-        without_weights if is_empty else "the plan holds: nothing of it would be refused",
+        without_weights if is_empty else "the plan holds: a run with these settings would not be refused",
     )
     return planned
 

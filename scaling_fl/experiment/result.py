@@ -113,7 +113,7 @@ class Run:
 
     @cached_property
     def best_model(self) -> Any:
-        """The model with the global weights of the best round, likewise.
+        """The model with the global weights of the best round, in evaluation mode.
 
         Raises:
             ValueError: there is no best round, or the run did not reach its end.
@@ -125,7 +125,11 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model, likewise."""
+        """The tokenizer of the model.
+
+        Raises:
+            ValueError: the run did not reach its end.
+        """
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._folder_of(MODEL_FOLDER, "a model"))

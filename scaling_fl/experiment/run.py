@@ -29,7 +29,7 @@ from scaling_fl.records.rounds import Clock, Record, describe_metrics
 from scaling_fl.storage import WriteError, host_path
 from scaling_fl.training.metrics import Metrics
 
-MOST = 100  # tokens of the answer to a sample question
+MAX_ANSWER_TOKENS = 100  # of the answer to a sample question
 REPORT = "report.html"  # among a run's files
 
 
@@ -185,7 +185,9 @@ def answer_samples(settings: Settings, job: Job, federation: Federation) -> Metr
     encoder = job.encoder
     if not settings.sample_questions or not isinstance(encoder, ConversationEncoder):
         return {}
-    answers = answer_questions(federation.model, encoder, settings.sample_questions, MOST) if rank() == 0 else []
+    answers: list[str] = []
+    if rank() == 0:
+        answers = answer_questions(federation.model, encoder, settings.sample_questions, MAX_ANSWER_TOKENS)
     return {"sample.answers": all_gather(answers)[0]}
 
 
@@ -218,7 +220,7 @@ def count_steps_before(job: Job) -> int:
     """Return the steps of the rounds that are done: of each the most that a site took, or was to take if unknown."""
     last = max((round_ for round_, metrics in enumerate(job.history) if "train.steps" in metrics), default=0)
     rounds = range(last + 1, len(job.history))
-    return job.history[last].get("train.steps", 0) + sum(map(job.schedule.count_steps, rounds))
+    return job.history[last].get("train.steps", 0) + sum(map(job.schedule.most_steps, rounds))
 
 
 def is_resumed(values: Mapping[str, Any]) -> bool:

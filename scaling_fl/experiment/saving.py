@@ -17,7 +17,7 @@ from scaling_fl.records import console
 from scaling_fl.records.export import MERGED, save_model
 from scaling_fl.records.rounds import Record
 
-APART = 0.01  # nats between two losses, from which a user is warned
+LOSS_TOLERANCE = 0.01  # nats between two losses; a user is told of more
 
 
 def save_models(settings: Settings, job: Job, record: Record, model: Any, name: str) -> dict[str, str]:
@@ -60,10 +60,10 @@ def _find_parts(data: SiteData) -> list[Examples]:
 
 def _compare(settings: Settings, path: str, merged: float, trained: float) -> str:
     bits = "bfloat16" if settings.quantise is None else f"{settings.quantise} bits"
-    advice = f", by more than {APART}. To use what was trained, load the adapter, with its base in {bits}"
+    advice = f", by more than {LOSS_TOLERANCE}. To use what was trained, load the adapter, with its base in {bits}"
     return (
         f"merged    {path}: a loss of {merged:.4f}; {trained:.4f} of the adapter beside a base in {bits}, which is the "
-        f"model that was trained and evaluated. They differ{advice if abs(merged - trained) > APART else ''}"
+        f"model that was trained and evaluated. They differ{advice if abs(merged - trained) > LOSS_TOLERANCE else ''}"
     )
 
 

@@ -56,7 +56,7 @@ class Schedule:
             return own["local_steps"] * min(step_size(own), self.data.sizes[site].num_examples)
         return own["num_local_epochs"] * self.data.sizes[site].num_examples
 
-    def count_steps(self, round_: int) -> int:
+    def most_steps(self, round_: int) -> int:
         """Return the most steps of its optimiser that a site is to take in a round."""
         sites = self.cohorts.of(round_)
         return max(count_steps(self.data.sizes[site].num_examples, of_site(self.settings, site)) for site in sites)

@@ -16,7 +16,7 @@ from scaling_fl.training.metrics import Metrics
 from scaling_fl.training.seeds import derive_seed
 
 log = logging.getLogger(__name__)
-WEIGHTS = ("examples", "tokens", "sites")  # of which the mean is
+WEIGHTS = ("examples", "tokens", "sites")  # what the weight of a site in the mean counts
 
 
 def count_sites(sites_per_round: float | None, num_eligible: int, min_sites: int) -> int:
@@ -118,7 +118,7 @@ def share_out(work: Mapping[int, int], num_places: int) -> dict[int, int]:
 
 
 class Cohort:
-    """The sites of a round on all ranks, which gather it.
+    """The sites of a round on all ranks, which make it together.
 
     Args:
         sites: of this rank.
@@ -152,7 +152,7 @@ class Cohort:
         return Fraction(num_examples, site.num_examples) * Fraction(self._plan(site), self._total)
 
     def _plan(self, site: Site) -> int:
-        """Return in proportion to what a site is weighted if it trains on all of its examples."""
+        """Return the weight of a site that trains on all of its examples, before it is divided by the total."""
         return {"examples": site.num_examples, "tokens": site.num_tokens, "sites": 1}[self._weight_by]
 
     def count_failures(self, failures: Mapping[int, str], min_sites: int, round_: int) -> Metrics:
@@ -191,5 +191,5 @@ class Cohort:
 
 
 def by_round(sites: Sequence[Site] | Callable[[int], Sequence[Site]]) -> Callable[[int], Sequence[Site]]:
-    """Return a function of the round that returns its sites, of which there may be the same in all."""
+    """Return a function from a round to its sites; those of a list take part in all rounds."""
     return sites if callable(sites) else lambda round_: sites

@@ -80,5 +80,4 @@ class Devices:
                     except BaseException:
                         self.is_ending.set()
                         raise
-        totals = {key: (str(total), count) for key, (total, count) in means.totals().items()}
-        return Means().merge(map(Means.of, all_gather(totals)))
+        return Means().merge(map(Means.of, all_gather(means.as_texts())))

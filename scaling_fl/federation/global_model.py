@@ -61,7 +61,7 @@ class GlobalModel:
 
     @property
     def bytes_a_round(self) -> int:
-        """How many bytes all ranks hand to each other for the mean of this round, or of the last or first one."""
+        """How many bytes all ranks hand to each other for the mean of the last round; before it, for several sites."""
         return self._count_bytes(self._takes_site)
 
     def count_bytes(self, num_sites: int) -> int:

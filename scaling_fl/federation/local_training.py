@@ -24,7 +24,8 @@ class LocalTraining:
 
     Args:
         make_optimiser: takes the trained weights and returns an optimiser.
-        batches: returns one epoch of a site's batches in the order of the seed given, but for so many at its start.
+        batches: takes a site, a seed and a number n, and returns an epoch of its batches in the order of the seed,
+            without the first n.
         score: adds a batch's output to the means.
         seed: of all randomness in training.
         num_epochs: of a round.

@@ -31,7 +31,8 @@ class Federation:
         global_model: holds the global weights; None: that of FedAvg.
         train_site: trains a site, such as `LocalTraining`. See `SiteFunction` for what it must do.
         evaluate_site: evaluates the global model on the data of a site.
-        evaluation_sites: those that are evaluated, likewise; None: those that train, before round 1 those of round 1.
+        evaluation_sites: those that are evaluated, or such a function; None: those that train, before round 1 those of
+            round 1.
         evaluate_device: evaluates the global model on a device's part of a common test set, and returns the scores,
             each (sum, count).
         seed: of all randomness in training.
@@ -84,10 +85,10 @@ class Federation:
             replica = self._devices.load(device)
             size = "{} texts of {} tokens".format(*batch["input_ids"].shape)
             try:
-                # A trainer of a plugin is not tried out, and so may not fail at its kernels later.
-                is_tried = device.type != "cpu" and leaves_nothing(self._train_site)
+                # Not for a trainer of a plugin: this step does not try its operators, which could fail in training.
+                fixes_kernels = device.type != "cpu" and leaves_nothing(self._train_site)
                 step = partial(try_step, replica.model, batch, autocast)
-                loss = with_fixed_kernels(step) if is_tried else step()
+                loss = with_fixed_kernels(step) if fixes_kernels else step()
             except Exception as error:
                 hint = ". A smaller batch_size or max_seq_len takes less" if "memory" in str(error) else ""
                 raise ValueError(f"it cannot train on its longest batch ({size}): {one_line(error)}{hint}") from error

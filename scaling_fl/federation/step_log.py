@@ -75,7 +75,6 @@ class StepLog:
             for _, points in own.values()
             for place, (loss, rate) in enumerate(points)
         )
-        totals = {key: (str(total), count) for key, (total, count) in of_points.totals().items()}
         single = {
             site: [  # without a loss, if there is nothing to learn in these steps
                 {"loss": float(total / count) if count else None, "learning_rate": rate}
@@ -84,7 +83,7 @@ class StepLog:
             for site, (_, points) in own.items()
             if self._with_sites
         }
-        ranks = all_gather((max((num_steps for num_steps, _ in own.values()), default=0), totals, single))
+        ranks = all_gather((max((num_steps for num_steps, _ in own.values()), default=0), of_points.as_texts(), single))
         num_steps = max(of_rank[0] for of_rank in ranks)
         ends = [min(end, num_steps) for end in range(self._every, num_steps + self._every, self._every)]
         means = Means().merge(Means.of(of_rank[1]) for of_rank in ranks).result()

@@ -20,7 +20,7 @@ class Part:
 
     @property
     def where(self) -> slice:
-        """In words of the flat vector."""
+        """The slice of the flat vector."""
         return slice(self.slots[0].start, self.slots[-1].end)
 
 

@@ -64,7 +64,13 @@ def _counted(history: History, choice: Choice) -> list[int]:
 
 
 def save_best(directory: str | None, weights: dict[str, Tensor], history: History, settings: dict[str, Any]) -> None:
-    """Write the weights of the last round as `best.pt`, which is like a checkpoint without an optimiser, likewise.
+    """Write the weights of the last round on rank 0 as `best.pt`, a checkpoint without an optimiser.
+
+    Args:
+        directory: of the checkpoints; None: nothing is written.
+        weights: by name.
+        history: the metrics of the rounds.
+        settings: which the weights depend on.
 
     Raises:
         CheckpointError, ValueError: as for `save`.

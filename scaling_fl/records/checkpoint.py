@@ -188,7 +188,7 @@ def read(url: str) -> dict:
 
 
 def load(data: bytes | str) -> dict:
-    """Return the state in the bytes of a file, or in that of a path. Raises a ValueError if it is damaged."""
+    """Return the state in a file, given its bytes or its path. Raises a ValueError if it is damaged."""
     source = data if isinstance(data, str) else io.BytesIO(data)
     try:
         with warnings.catch_warnings(action="ignore"):  # about other files than torch's, which the error repeats

@@ -89,7 +89,7 @@ def site_table(sites: list[dict[str, Any]]) -> list[str]:
 
 
 def device_table(devices: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a table with the memory that the tensors of each device take, likewise."""
+    """Return the lines of a table with the memory that the tensors of each device take, as `plan` returns them."""
     lines = ["rank | device | memory of tensors, estimated"]
     for of in devices:
         size = "unknown" if of["bytes"] is None else f"{of['bytes'] / 1e6:,.0f} MB"
@@ -185,7 +185,7 @@ class Progress:
             check_interrupt()
             num_texts = count_texts(batch)
             num_tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-            with self._lock:  # before the batch, as who takes the last may not come back
+            with self._lock:  # before the batch is yielded: who takes the last may not ask for another
                 self._seen += np.array([num_texts, num_tokens])
             yield batch
             if self._bar is not None:

@@ -111,7 +111,7 @@ class SiteStates:
             self.load(site)
 
     def remove_old(self, sites: Collection[int]) -> None:
-        """Remove the states of sites that no checkpoint needs with which the run may go on after the last round."""
+        """Remove the states of these sites that no checkpoint needs from which the run may resume."""
         for site, rounds in self._list_files().items():
             needed = {self._find_last(site, age) for age in range(self.num_kept)} if site in sites else rounds
             for path in (self._path(site, round_) for round_ in rounds - needed):

@@ -99,12 +99,12 @@ def count_texts(batch: Batch) -> int:
 
 
 def stop_after(seconds: float | None, device: torch.device, steps: Iterable[T]) -> Iterator[T]:
-    """Yield steps until the first that ends so many seconds from now, and at least one; None: all."""
+    """Yield steps until so many seconds have passed, and at least one; None: all."""
     end = math.inf if seconds is None else time.monotonic() + seconds
     for step in steps:
         yield step
         if end < math.inf and device.type != "cpu":
-            torch.accelerator.synchronize(device)  # which else is asked to compute far more than it has time for
+            torch.accelerator.synchronize(device)  # or the loop would queue more steps than there is time for
         if time.monotonic() >= end:
             return
 

@@ -1,5 +1,6 @@
 """Weighted means that do not depend on the order of adding: sums and counts, divided once, last."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -41,7 +42,7 @@ class Means:
         """
         for name, tensor, count in self._pending:
             total = tensor.item()
-            if total - total != 0:
+            if not math.isfinite(total):
                 raise FloatingPointError(f"{name}: expected a finite number, got {total}")
             self._sums[name] += Fraction(total)
             self._counts[name] += int(count)
@@ -52,6 +53,10 @@ class Means:
         """Return each sum and its count."""
         self.settle()
         return {name: (total, self._counts[name]) for name, total in self._sums.items()}
+
+    def as_texts(self) -> dict[str, tuple[str, int]]:
+        """Return each sum as a text such as 1/3, and its count, from which `of` makes the means on another rank."""
+        return {name: (str(total), count) for name, (total, count) in self.totals().items()}
 
     @classmethod
     def of(cls, totals: Mapping[str, tuple[Fraction | float | str, int]]) -> "Means":

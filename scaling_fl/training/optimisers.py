@@ -65,7 +65,7 @@ def all_weights(optimiser: Optimizer) -> list[Tensor]:
 
 
 def change_gradients(optimiser: Optimizer, proximal_mu: float, max_norm: float | None) -> Callable[[], None]:
-    """Return what is to be called before each step, as a hook of an optimiser that calls its parent's step runs twice.
+    """Return a function to call before each step; a hook would run twice where an optimiser calls its parent's step.
 
     It adds the pull of FedProx towards the weights that the optimiser has now, then clips.
 

@@ -60,7 +60,7 @@ SCHEDULES: dict[str, Callable[..., RateSchedule]] = {"constant": constant, "line
 def follow(
     schedule: RateSchedule, optimiser: Optimizer, round_: int, num_steps: int, steps: Iterable[T]
 ) -> Iterator[T]:
-    """Yield the steps of a round, each when `optimiser`, whose own rate is the peak, has its rate.
+    """Yield the steps of a round, and give `optimiser`, whose rate is the peak, the rate of each step before it.
 
     Raises:
         ValueError: it is not known how many steps a round has.
