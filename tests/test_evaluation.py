@@ -264,7 +264,7 @@ def test_a_sample_of_each_site_is_trained_on_without_a_test_file(command: Comman
     ("given", "sentence"),
     [
         ({"central_evaluation": False}, "central_evaluation: expected True, as without site_test_fraction, "),
-        ({"evaluate_local": True}, "evaluate_local: expected sites with test examples, got none. Set site_test_fraction"),
+        ({"evaluate_local": True}, "evaluate_local: expected sites with test examples, got none. Set "),
         ({"site_test_fraction": 1}, "site_test_fraction: expected a fraction > 0 and < 1, such as 0.2 or None, got 1"),
         (
             {"num_sites": 61, "site_test_fraction": 0.5},
