@@ -94,12 +94,13 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
     [[ -x .venv/bin/python ]] || rm -f .venv/bin/python* # links to a Python that is gone
     "$python" -m venv .venv
   fi
-  say "installing into .venv (once, and again when pyproject.toml or a constraint changes)"
+  say "installing into .venv (once, and again when pyproject.toml, a constraint or EXTRAS changes)"
   pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check install)
   # Python compiles and keeps what it imports, a part of all: pip would need a minute or two more for the rest.
   [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || pip+=(--no-compile)
   "${pip[@]}" --constraint constraints.txt pip # that of Python 3.11 looks for packages a minute longer
-  "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
+  # By a path, which Python also follows where the clone, a folder of the package's name, lies beside a script.
+  "${pip[@]}" --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev${EXTRAS:+,$EXTRAS}]"
   for extra in demo ${EXTRAS:+${EXTRAS//,/ }}; do
     [[ ! -f $extra-requirements.txt ]] ||
       "${pip[@]}" --no-deps --require-hashes --requirement "$extra-requirements.txt"

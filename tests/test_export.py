@@ -253,6 +253,8 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_one_that_cannot_be_clo
         line = error_line(command(env={"SACRED_RUNS_DIR": str(runs)}))
     assert line.startswith(f"error: {runs}/1: expected a disk that can be written to, got [Errno 28]")
     assert (runs / "1/model/model.safetensors").exists()
+    modes = {path.stat().st_mode & 0o777 for path in (runs / "1/model").iterdir()}
+    assert modes == {(runs / "1").stat().st_mode & 0o666}
     with monkeypatch.context() as patch:
         patch.setattr(SETTINGS, "DEFAULT_BEAT_INTERVAL", 0.01)  # seconds
         before_call(patch, LocalFileSystem, "mv", 2, lambda: block(tmp_path / "runs/1/info.json"))

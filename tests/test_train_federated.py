@@ -498,6 +498,8 @@ def test_print_config_explains_every_setting(command: Command) -> None:
     lines = re.findall(r"^  (\w+) = .*# (.+)$", re.sub(r"\x1b\[\d*m", "", output), re.MULTILINE)
     assert {name for name, _ in lines} == set(FIELDS)
     assert all(len(text) > 15 for _, text in lines)
+    assert "or adamw8bit (with a state in 8 bits)" in dict(lines)["optimiser"]
+    assert "as in [3,1,1,1]; None" in dict(lines)["sizes"]
 
 
 def test_task_and_model_have_defaults_that_the_command_line_overrides(command: Command) -> None:

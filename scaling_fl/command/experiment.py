@@ -52,7 +52,8 @@ def configure(fixed: Any = None, preset: Any = None, fallback: Any = None) -> Co
     summary = ConfigSummary(
         added=given.keys() - known.keys(),
         modified=find_changed(vars(settings)),
-        docs={name: re.sub(r"`|\]\(\S+\)|\[", "", of["help"]) for name, of in FIELDS.items()},  # without Markdown
+        # Without Markdown's links and marks.
+        docs={name: re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", of["help"]) for name, of in FIELDS.items()},
     )
     summary.update({**with_text_keys(vars(settings)), **given})
     return summary

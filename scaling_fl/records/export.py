@@ -181,7 +181,16 @@ def save_model(
         tokenizer.save_pretrained(part)
         for file, content in (beside or {}).items():
             Path(part, file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        inherit_access(Path(part))
     return path
+
+
+def inherit_access(folder: Path) -> None:
+    """Let those who may read the folder around this one read its files: those of safetensors are for one user."""
+    with suppress(OSError):  # of a file system without such rights
+        mode = folder.parent.stat().st_mode & 0o777
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 @contextmanager
