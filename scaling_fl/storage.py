@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import fsspec
@@ -114,6 +115,14 @@ def write_whole(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes, *
             with suppress(OSError):
                 filesystem.rm(part)
         raise
+
+
+def inherit_access(folder: Path) -> None:
+    """Let those who may read the folder around this one read its files: those of safetensors are for one user."""
+    with suppress(OSError):  # of a file system without such rights
+        mode = folder.parent.stat().st_mode & 0o777
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def check_reachable(filesystem: fsspec.AbstractFileSystem, path: str) -> None:

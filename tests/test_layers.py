@@ -94,7 +94,7 @@ def test_large_dependencies_are_imported_in_few_modules(package: str, users: set
 
 
 def installed_with(*extras: str) -> set[str]:
-    """The modules that pip installs with these extras of the package, as far as they are here."""
+    """The modules that pip installs with these extras of the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     left = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     found: set[str] = set()
@@ -107,9 +107,10 @@ def installed_with(*extras: str) -> set[str]:
                 left += requires(name) or []
             except PackageNotFoundError:
                 continue
-    return {
+    modules = {
         module for module, names in packages_distributions().items() if found & {canonicalize_name(n) for n in names}
     }
+    return modules | {name.replace("-", "_") for name in found}  # also of what is not here
 
 
 def run_at_import(nodes: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:

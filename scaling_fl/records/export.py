@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaling_fl.errors import one_line
 from scaling_fl.records import checkpoint
 from scaling_fl.records.best import copy_best
-from scaling_fl.storage import WriteError, local_path
+from scaling_fl.storage import WriteError, inherit_access, local_path
 
 RECORD_BYTES = 100_000  # reserved for a run's record
 MODEL_FOLDER = "model"  # of the final model, in the run's folder
@@ -183,14 +183,6 @@ def save_model(
             Path(part, file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         inherit_access(Path(part))
     return path
-
-
-def inherit_access(folder: Path) -> None:
-    """Let those who may read the folder around this one read its files: those of safetensors are for one user."""
-    with suppress(OSError):  # of a file system without such rights
-        mode = folder.parent.stat().st_mode & 0o777
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 @contextmanager
