@@ -53,6 +53,8 @@ def in_float32() -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_the_settings_of_a_recipe_fit_each_other(recipe: str) -> None:
     values = table.settings_of(recipe)
+    if values.get("quantise"):
+        pytest.importorskip("bitsandbytes")
     check(values)
     assert find_contradictions(Settings(**values)) == []
 
@@ -275,6 +277,7 @@ def test_the_first_readme_has_two_of_twenty_sites_in_a_round() -> None:
 
 
 def test_the_sweep_of_flowertunes_first_readme_has_its_models_bits_and_fractions(project: Project) -> None:
+    pytest.importorskip("bitsandbytes")
     ((script, *words),) = project.words("flowertune_openllama", "seed=3", SWEEP="1")
     assert script == "scripts/sweep.py"
     points = read_points([str(RECIPES.parent / word) if word.endswith(".yaml") else word for word in words], parallel=1)
@@ -310,6 +313,7 @@ def test_an_unknown_mode_is_refused_before_anything_is_prepared(project: Project
 
 def test_what_their_pages_say_of_a_recipe_is_so() -> None:
     """Settings after `recipe` fit it, and those "in the recipe" have these values there."""
+    pytest.importorskip("bitsandbytes")
     num_checked = 0
     for section in (RECIPES.parent / "docs" / "their_pages.md").read_text().split("\n## ")[2:]:
         (recipe,) = re.findall(r"^`recipe` is \[recipes/(\w+)\.sh\]", section, re.MULTILINE)
