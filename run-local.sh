@@ -99,8 +99,7 @@ if [[ ! -x .venv/bin/python || $(cat .venv/installed 2>/dev/null) != "$wanted" ]
   # Python compiles and keeps what it imports, a part of all: pip would need a minute or two more for the rest.
   [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || pip+=(--no-compile)
   "${pip[@]}" --constraint constraints.txt pip # that of Python 3.11 looks for packages a minute longer
-  # By a path, which Python also follows where the clone, a folder of the package's name, lies beside a script.
-  "${pip[@]}" --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev${EXTRAS:+,$EXTRAS}]"
+  "${pip[@]}" --constraint constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]"
   for extra in demo ${EXTRAS:+${EXTRAS//,/ }}; do
     [[ ! -f $extra-requirements.txt ]] ||
       "${pip[@]}" --no-deps --require-hashes --requirement "$extra-requirements.txt"

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -40,6 +41,14 @@ print(sorted(set({unwanted.split()!r}) & set(sys.modules)), {needed!r} in sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] True\n"
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """As the clone, beside a script."""
+    (tmp_path / "scaling_fl").mkdir()
+    code = "import scaling_fl; print(scaling_fl.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"{ROOT / 'scaling_fl' / '__init__.py'}\n"
 
 
 def test_the_numbers_of_sites_are_numbers_again_after_json() -> None:

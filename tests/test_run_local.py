@@ -327,7 +327,7 @@ def test_the_virtual_environment_is_created_once(project, keeps_nothing, compile
     assert made == "-m venv .venv"
     assert [call.split(" install ")[1] for call in installed] == [
         f"{compiles}--constraint constraints.txt pip",
-        f"{compiles}--constraint constraints.txt --config-settings editable_mode=compat --editable .[dev]",
+        f"{compiles}--constraint constraints.txt --editable .[dev]",
         f"{compiles}--no-deps --require-hashes --requirement demo-requirements.txt",
     ]
     project.run("-c", "", RUNTIME="venv")
