@@ -54,7 +54,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 torch.set_num_threads(1)  # the tests fork, and a pool of threads does not survive that
 
 
-def long_but(short: str, cases: Iterable[str]) -> list[Any]:
+def long_but(short: Any, cases: Iterable[Any]) -> list[Any]:
     """Return cases of a test of which one guards what the others do, which take part in the long tests."""
     return [pytest.param(case, marks=() if case == short else pytest.mark.long) for case in cases]
 

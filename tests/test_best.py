@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Command, succeed, weights_hash
+from helpers import Command, long_but, succeed, weights_hash
 from transformers import AutoModelForSequenceClassification
 
 from scaling_fl.distributed.world import world
@@ -128,7 +128,7 @@ def test_stops_change_neither_the_weights_nor_the_best_model(command: Command, t
     assert best_of(tmp_path / "runs" / "1") == best_of(tmp_path / "runs" / "4")
 
 
-@pytest.mark.parametrize("killed_at", [1, *(pytest.param(round_, marks=pytest.mark.long) for round_ in (2, 3))])
+@pytest.mark.parametrize("killed_at", long_but(1, [1, 2, 3]))
 def test_a_run_that_was_killed_between_best_pt_and_its_checkpoint_picks_the_same_best_model(
     killed_at: int, command: Command, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers import long_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ def assert_moments(samples: np.ndarray, mean: np.ndarray | float, variance: np.n
         assert (np.abs(found.mean(axis=0) - expected) < 4.5 * error + 1e-12).all(), (found.mean(axis=0), expected)
 
 
-@pytest.mark.parametrize("alpha", [0.5, *(pytest.param(alpha, marks=pytest.mark.long) for alpha in (0.05, 5.0, 100.0))])
+@pytest.mark.parametrize("alpha", long_but(0.5, [0.05, 0.5, 5.0, 100.0]))
 def test_the_mix_of_a_site_is_a_dirichlet_sample_around_the_prior(alpha: float) -> None:
     """The first 40 of 800 sites leave the pool nearly as it was. A site has 50 samples of its mix."""
     mixes = np.concatenate(

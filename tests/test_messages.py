@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import long_but
 from test_instruct import PAIRS, put_model, put_rows, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -123,7 +124,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
 TOLERANCES = {"bfloat16": 1e-3, "float16": 5e-4, "int8": 5e-3}
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.parametrize("adapter", long_but("lora", [None, "lora"]))
 def test_narrow_messages_leave_the_loss_curve_in_its_place(
     given: dict[str, Any], tmp_path: Path, adapter: str | None
 ) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from helpers import Command, accuracies, history, refusal, succeed, weights_hash
+from helpers import Command, accuracies, history, long_but, refusal, succeed, weights_hash
 from torch import nn
 
 from scaling_fl import storage
@@ -275,7 +275,7 @@ def rounds_of(store: Store, bucket: str) -> list[int]:
     return sorted(int(name[6:-3]) for name in store.names(bucket) if re.fullmatch(r"round-\d+\.pt", name))
 
 
-@pytest.mark.parametrize("store", ["s3", pytest.param("gs", marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("store", long_but("s3", ["s3", "gs"]), indirect=True)
 def test_a_run_with_all_files_in_a_store_equals_the_run_on_disk(
     store: Store, bucket: str, command: Command, corpus: tuple[Path, Path], on_disk: Callable[[int], str]
 ) -> None:

@@ -15,7 +15,7 @@ import bases
 import pytest
 import torch
 from bases import LLAMA_1B, OF_FLOWERTUNE, OF_FULL, OPEN_3B, OPEN_7B, PUBLISHED
-from helpers import Command, Play, make_bert, make_examples, refusal, succeed, weights_hash
+from helpers import Command, Play, long_but, make_bert, make_examples, refusal, succeed, weights_hash
 from test_instruct import PAIRS, put_model, put_rows
 from test_invariants import check_promises, list_new_objects_only, tensor_bytes, train_plainly
 from tiny_llm import make_llama
@@ -101,7 +101,7 @@ def test_the_bits_are_those_of_transformers(bits: int, make: Callable[[], nn.Mod
     assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("bits", long_but(4, [8, 4]))
 def test_an_adapter_beside_few_bits_keeps_the_promises(bits: int, tmp_path: Path) -> None:
     check_promises(partial(make_quantised, bits), tmp_path)
 

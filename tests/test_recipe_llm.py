@@ -12,7 +12,7 @@ import nvflare_sft
 import pytest
 import table
 import torch
-from helpers import SCRIPT, fork_script, succeed, wait_for_exit
+from helpers import SCRIPT, fork_script, long_but, succeed, wait_for_exit
 from last_runs import last_runs
 from peft import PeftConfig
 from recipe_project import RECIPES, Project
@@ -108,7 +108,7 @@ def points_of(run: Run, name: str) -> list[float]:
     return [value for metrics in run.history for value in metrics.get(name, ())]
 
 
-@pytest.mark.parametrize("recipe", ["flowertune_nlp", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+@pytest.mark.parametrize("recipe", long_but(FLOWERTUNE[0], FLOWERTUNE[:4]))
 def test_a_recipe_of_flowertune_trains_as_its_files_say_and_leaves_an_adapter(recipe: str, project: Project) -> None:
     base = in_float32() if recipe in OTHERS else ["quantise=None"]  # to import bitsandbytes takes seconds
     status, outputs = project.run(recipe, "num_rounds=2", "report=False", "log_every_steps=5", *base)

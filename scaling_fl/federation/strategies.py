@@ -28,8 +28,8 @@ class Adaptive(Optimizer):
     """The server's optimiser of Reddi et al. 2021 (arXiv 2003.00295), Algorithm 2.
 
     It has no bias correction, and adds tau to the root. The gradient is the drift with the other sign, which only the
-    step sees. The state is `m` and `v`, each of the size of the weights; a step needs
-    one more such vector while it computes.
+    step sees. The state is `m` and `v`, each of the size of the weights; a step needs one more such
+    vector while it computes.
 
     Args:
         weights: the global weights.
